@@ -1,0 +1,474 @@
+"""Errors and the command line, files, configuration."""
+
+import dataclasses
+import logging
+import os
+import stat
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import util
+from util import MissingFileError, UserError, option
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+WOLF = Path(__file__).parents[1] / "../shared/data/wolf.mp4"
+
+
+def quadrants(height: int = 64, width: int = 96) -> np.ndarray:
+    """Draw red | green over blue | white: no turn or flip of it equals it."""
+    image = np.empty((height, width, 3), np.uint8)
+    h, w = height // 2, width // 2
+    image[:h, :w], image[:h, w:], image[h:, :w], image[h:, w:] = RED, GREEN, BLUE, WHITE
+    return image
+
+
+def corners(image: np.ndarray) -> np.ndarray:
+    """Take the colours in the middle of the four quadrants, (2, 2, 3)."""
+    height, width = image.shape[:2]
+    rows, columns = [height // 4, height * 3 // 4], [width // 4, width * 3 // 4]
+    return image[np.ix_(rows, columns)].astype(int)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: int = 6) -> None:
+    difference = np.abs(np.asarray(found, int) - np.asarray(expected, int))
+    assert difference.max() <= tolerance, f"{found}\n{expected}"
+
+
+def greys(n: int, height: int = 32, width: int = 48) -> list[np.ndarray]:
+    """Make flat frames whose brightness tells their index (see `indices`)."""
+    return [np.full((height, width, 3), 20 + 8 * i, np.uint8) for i in range(n)]
+
+
+def indices(frames: np.ndarray) -> list[int]:
+    return [round((float(frame.mean()) - 20) / 8) for frame in frames]
+
+
+def encode(
+    path: Path,
+    frames: list[np.ndarray],
+    fps: Fraction | int = 10,
+    *,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    matrix: str = "ITU601",
+    color_range: str = "MPEG",
+    times: list[int] | None = None,
+    audio: bool = False,
+) -> Path:
+    """Write a video with PyAV alone; `times` are presentation times in hundredths of a second."""
+    # The index first, so that a truncated file can be opened.
+    muxing = {"movflags": "+faststart"} if path.suffix in (".mp4", ".mov") else {}
+    with av.open(str(path), "w", options=muxing) as container:
+        stream = container.add_stream(codec, rate=fps, options={"crf": "8", **(options or {})})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if times:
+            stream.codec_context.time_base = Fraction(1, 100)
+        sound = container.add_stream("aac", rate=8000, layout="mono") if audio else None
+        for index, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(
+                format=pix_fmt, dst_colorspace=matrix, dst_color_range=color_range
+            )
+            frame.time_base = Fraction(1, 100) if times else 1 / Fraction(fps)
+            frame.pts = times[index] if times else index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if sound:
+            mux_silence(container, sound)
+    return path
+
+
+def mux_silence(
+    container: av.container.OutputContainer, stream: av.audio.stream.AudioStream
+) -> None:
+    for index in range(8):
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        frame.sample_rate, frame.pts = 8000, index * 1024
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def intra_only(path: Path, n: int) -> list[tuple[int, int]]:
+    """Write n frames that need no others; returns each one's (offset, size) in the file."""
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 255, (48, 64, 3), np.uint8) for _ in range(n)]
+    encode(path, frames, options={"g": "1", "bf": "0"})
+    with av.open(str(path)) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+
+
+def write_images(folder: Path, names: list[str], **kwargs: int) -> Path:
+    """Save `greys` under these names, in this order."""
+    folder.mkdir(exist_ok=True)
+    for name, array in zip(names, greys(len(names), **kwargs), strict=True):
+        Image.fromarray(array).save(folder / name)
+    return folder
+
+
+# ---------------------------------------------------------------- errors and the command line
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        (UserError("bad\nnews"), 2, "error: bad news\n"),
+        (MissingFileError("no such file"), 2, "error: no such file\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_command_line_exits(raised, status, message, capsys):
+    def main(arguments):
+        assert arguments is None
+        if raised:
+            raise raised
+
+    with pytest.raises(SystemExit) as exit_info:
+        util.command_line(main)
+    assert exit_info.value.code == status
+    assert capsys.readouterr().err == message
+
+
+def test_command_line_explains_out_of_memory(capsys):
+    def main(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    with pytest.raises(SystemExit) as exit_info:
+        util.command_line(main)
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert all(word in message for word in ("batch_size", "chunk_size", "n_frames", "--H/--W"))
+
+
+def test_command_line_keeps_the_traceback_of_bugs():
+    def main(arguments):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        util.command_line(main)
+
+
+def test_missing_file_error_is_both():
+    error = MissingFileError("gone")
+    assert isinstance(error, UserError) and isinstance(error, FileNotFoundError)
+    assert str(error) == "gone"
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "x"], ["--ste", "3"], ["--what"]])
+def test_argument_parser_raises_and_takes_no_abbreviation(arguments, capsys):
+    parser = util.ArgumentParser()
+    parser.add_argument("--steps", type=int)
+    assert parser.parse_args(["--steps", "3"]).steps == 3
+    with pytest.raises(UserError):
+        parser.parse_args(arguments)
+    assert capsys.readouterr().err == ""
+
+
+def test_logging_shows_ours_and_only_warnings_of_others(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    util.setup_logging()
+    root = Path(util.__file__).parent
+    talk = (
+        "import logging; log = logging.getLogger('x')\nlog.info('i %s', n); log.warning('w %s', n)"
+    )
+    places = ("editing.py", "scripts/train.py", ".venv/lib/library.py")
+    for place in places:
+        exec(compile(talk, str(root / place), "exec"), {"n": place})
+    assert capsys.readouterr().err.splitlines() == [
+        "i editing.py",
+        "warning: w editing.py",
+        "i scripts/train.py",
+        "warning: w scripts/train.py",
+        "warning: w .venv/lib/library.py",
+    ]
+
+
+# ---------------------------------------------------------------- names and hashes
+
+
+def test_sha256_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert util.sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+    with pytest.raises(MissingFileError, match="b: no such file"):
+        util.sha256_file(tmp_path / "b")
+    with pytest.raises(MissingFileError, match="a folder, not a file"):
+        util.sha256_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A marble sculpture, 4K!", "a-marble-sculpture-4k"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("..", "prompt"),
+        ("", "prompt"),
+        ("a\0b\nc\td", "a-b-c-d"),
+        ("Café Ångström ﬁne", "cafe-angstrom-fine"),
+        ("🐺 wolf 🐺", "wolf"),
+        ("волк 狼", "prompt"),
+        ("\ud800", "prompt"),
+        ("--rf *", "rf"),
+        ("x" * 10_000, "x" * 48),
+        ("x" * 47 + " y", "x" * 47),
+    ],
+)
+def test_slug(text, expected):
+    assert util.slug(text) == expected
+
+
+def test_slug_limit():
+    assert util.slug("one two three", limit=7) == "one-two"
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_atomic_file_replaces_only_on_success(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with util.atomic_file(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path and temporary.suffix == ".txt"
+        assert temporary.name.startswith(".")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_atomic_file_leaves_nothing_of_a_failure(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(error), util.atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no permission bits")
+def test_atomic_file_follows_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        util.save_yaml(tmp_path / "a.yaml", {"a": 1})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.yaml").stat().st_mode) == 0o644
+
+
+def test_tensors_survive_saving(tmp_path):
+    tensors = {
+        "half": torch.randn(3, 4).half(),
+        "brain": torch.randn(2).bfloat16(),
+        "turned": torch.arange(6.0).reshape(2, 3).T.requires_grad_(),
+        "index": torch.tensor([1, 2]),
+    }
+    path = tmp_path / "a.safetensors"
+    util.save_tensors(path, tensors)
+    loaded = util.load_tensors(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_damaged_tensors_are_a_user_error(tmp_path):
+    path = tmp_path / "a.safetensors"
+    util.save_tensors(path, {"x": torch.zeros(100)})
+    data = path.read_bytes()
+    for damaged in (data[:-50], data[:4], b"", b"\xff" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a\.safetensors: truncated or not a safetensors"):
+            util.load_tensors(path)
+    with pytest.raises(MissingFileError, match="no such file"):
+        util.load_tensors(tmp_path / "b.safetensors")
+
+
+def test_yaml_survives_saving_in_order(tmp_path):
+    mapping = {"z": "狼 🐺", "a": [1, 2.5, None], "m": {"on": True}}
+    util.save_yaml(tmp_path / "a.yaml", mapping)
+    assert list(util.load_yaml(tmp_path / "a.yaml").items()) == list(mapping.items())
+    text = (tmp_path / "a.yaml").read_text(encoding="utf-8")
+    assert text.startswith("z:") and "狼" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", r"expected a mapping \(key: value\), found list"),
+        ("just text", "found str"),
+        ("", "found nothing"),
+        ("a: 1\nb: [1, 2\n", "not valid YAML in line 3"),
+        ("a: 1\nb: c: d\n", "not valid YAML in line 2: mapping values"),
+        ("a: 1\nb: 2\na: 3\n", "not valid YAML in line 3: the key 'a' is given twice"),
+        ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML in line 1"),
+        ("a: 2024-13-45\n", "not valid YAML: month"),
+        ("a: \x00\n", "not valid YAML"),
+        pytest.param("a: " + "[" * 1500, "not valid YAML", id="nested too deep"),
+    ],
+)
+def test_bad_yaml_is_a_one_line_error(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"a\.yaml: .*{message}") as caught:
+        util.load_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_that_is_not_there_or_not_text(tmp_path):
+    with pytest.raises(MissingFileError, match=r"b\.yaml: no such file"):
+        util.load_yaml(tmp_path / "b.yaml")
+    with pytest.raises(MissingFileError, match="a folder, not a file"):
+        util.load_yaml(tmp_path)
+    (tmp_path / "a.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(UserError, match=r"a\.yaml: not valid YAML"):
+        util.load_yaml(tmp_path / "a.yaml")
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    prompt: str
+    sd_version: str = "2.1"
+    steps: int = option(50, low=1, high=1000)
+    start: float = option(0.5, above=0, high=1)
+    guidance_scale: float = 7.5
+    fixed: bool = False
+    blend: str = option("sigmoid", choices=("sigmoid", "linear"))
+    fps: float | None = option(None, above=0)
+    seed: int = option()
+    tags: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 10 and self.fixed:
+            raise UserError("steps: must be 10 or more where fixed is true")
+
+
+GOOD = {"prompt": "a wolf", "seed": 1}
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Example:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return util.load_config(Example, path, overrides)
+
+
+def test_config_takes_defaults_and_whole_numbers_as_floats(tmp_path):
+    config = load(tmp_path, "prompt: a wolf\nseed: 1\nguidance_scale: 7\nfps: null\n")
+    assert config == Example(prompt="a wolf", seed=1, guidance_scale=7.0)
+    assert type(config.guidance_scale) is float
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 2
+
+
+def test_overrides_win_and_only_the_first_equals_sign_splits(tmp_path):
+    config = load(
+        tmp_path,
+        yaml.safe_dump(GOOD | {"steps": "refused, were it not overridden", "fps": 3}),
+        "steps=20",
+        "prompt=a=b",
+        "fps=",
+        "fixed=true",
+        "sd_version='1.5'",
+        "seed=1",
+        "seed=2",
+    )
+    assert config == Example(prompt="a=b", steps=20, fps=None, fixed=True, sd_version="1.5", seed=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"promt": "x"}, "promt: unknown key; did you mean prompt?"),
+        ({"zzzzz": 1}, "zzzzz: unknown key; known keys: prompt, sd_version, steps, start"),
+        ({1: 2}, "1: unknown key; known keys"),
+        ({"prompt": None}, "prompt: expected text, got nothing"),
+        ({"prompt": ["a", "b"]}, "prompt: expected text, got ['a', 'b']"),
+        ({"sd_version": 2.1}, "sd_version: expected text, got 2.1; quote it: sd_version: '2.1'"),
+        ({"prompt": True}, "prompt: expected text, got True; quote it: prompt: '...'"),
+        ({"steps": "many"}, "steps: expected a whole number, got 'many'"),
+        ({"steps": 5.0}, "steps: expected a whole number, got 5.0"),
+        ({"steps": True}, "steps: expected a whole number, got True"),
+        ({"steps": 0}, "steps: expected at least 1 and at most 1000, got 0"),
+        ({"steps": 1001}, "steps: expected at least 1 and at most 1000, got 1001"),
+        ({"start": 0}, "start: expected more than 0 and at most 1, got 0"),
+        ({"start": 1.5}, "start: expected more than 0 and at most 1, got 1.5"),
+        ({"guidance_scale": "high"}, "guidance_scale: expected a number, got 'high'"),
+        ({"guidance_scale": False}, "guidance_scale: expected a number, got False"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite number, got nan"),
+        ({"guidance_scale": float("-inf")}, "guidance_scale: expected a finite number, got -inf"),
+        ({"guidance_scale": 10**400}, "guidance_scale: expected a number, got 1000"),
+        ({"fixed": 1}, "fixed: expected true or false, got 1"),
+        ({"fixed": "yes"}, "fixed: expected true or false, got 'yes'"),
+        ({"blend": "cubic"}, "blend: expected one of sigmoid, linear; got 'cubic'"),
+        ({"fps": 0}, "fps: expected more than 0, got 0"),
+        ({"fps": "fast"}, "fps: expected a number or null, got 'fast'"),
+        ({"seed": None}, "seed: expected a whole number, got nothing"),
+        ({"steps": 5, "fixed": True}, "steps: must be 10 or more where fixed is true"),
+    ],
+)
+def test_each_rule_refuses(tmp_path, change, message):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, yaml.safe_dump(GOOD | change))
+    assert str(caught.value).startswith(f"{tmp_path / 'c.yaml'}: {message}")
+
+
+def test_a_required_key_may_not_be_missing(tmp_path):
+    with pytest.raises(UserError, match=r"c\.yaml: seed: is missing; expected a whole number"):
+        load(tmp_path, "prompt: a wolf")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps", "--set steps: expected key=value"),
+        ("=5", "--set =5: expected key=value"),
+        ("stps=5", "--set stps: unknown key; did you mean steps?"),
+        ("steps=many", "--set steps: expected a whole number, got 'many'"),
+        ("steps=0", "--set steps: expected at least 1"),
+        ("steps=[1", "--set steps: not valid YAML"),
+        (
+            "sd_version=2.1",
+            "--set sd_version: expected text, got 2.1; quote it: --set \"sd_version='2.1'\"",
+        ),
+        ("prompt=a: b", "--set prompt: expected text, got {'a': 'b'}"),
+    ],
+)
+def test_bad_overrides_name_themselves(tmp_path, override, message):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, yaml.safe_dump(GOOD), override)
+    assert str(caught.value).startswith(message)
+
+
+def test_an_exploding_alias_gives_a_short_message(tmp_path):
+    lines = ["prompt:", "  - &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    with pytest.raises(UserError, match="prompt: expected text") as caught:
+        load(tmp_path, "\n".join(lines))
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_field_of_another_type_is_a_bug(tmp_path):
+    (tmp_path / "c.yaml").write_text("names: [a]")
+
+    @dataclasses.dataclass(frozen=True)
+    class Listed:
+        names: list[str]
+
+    with pytest.raises(TypeError, match="cannot be of type"):
+        util.load_config(Listed, tmp_path / "c.yaml")

@@ -1,0 +1,341 @@
+"""Errors and the command line, files, configuration: everything here is free of diffusion."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import logging
+import math
+import os
+import re
+import reprlib
+import secrets
+import sys
+import types
+import typing
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import safetensors.torch
+import torch
+import yaml
+
+# ---------------------------------------------------------------- errors and the command line
+
+
+class UserError(ValueError):
+    """Input that the user can mend; its message is one line, whatever the input held."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that the user named is not there."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that reports a bad command line as a UserError and takes no abbreviations."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
+    """Run a script's main(None) and leave: user errors become one line and exit status 2.
+
+    Running out of GPU memory is reported in the same way, Ctrl-C exits with 130, and everything
+    else is a bug that keeps its traceback.
+    """
+    try:
+        main(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(
+            "error: the GPU's memory does not suffice; lower --batch_size (batch_size in the"
+            " config), chunk_size, n_frames, or --H/--W",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+class _MessageFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return prefix + super().format(record)
+
+
+def _is_ours_or_grave(record: logging.LogRecord) -> bool:
+    here = Path(__file__).resolve().parent
+    ours = Path(record.pathname).resolve().parent in (here, here / "scripts")
+    return ours or record.levelno >= logging.WARNING
+
+
+def setup_logging() -> None:
+    """Send our messages (from INFO) and the libraries' (from WARNING) to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_MessageFormatter("%(message)s"))
+    handler.addFilter(_is_ours_or_grave)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write; on success it becomes `path` at once, on failure it is removed.
+
+    The temporary file lies in the same folder (made if missing), hidden, with the same suffix.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not made beforehand, so that the writer's umask decides on its permissions.
+    temporary = path.parent / f".tmp-{secrets.token_hex(8)}{path.suffix}"
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hash a file's bytes, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(_existing_file(path), "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        safetensors.torch.save_file(plain, temporary)
+
+
+def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file to the CPU.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is truncated or corrupt.
+    """
+    try:
+        return safetensors.torch.load_file(_existing_file(path))
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def slug(text: str, limit: int = 48) -> str:
+    """Make a short folder name of any text: [a-z0-9-] only, "prompt" where nothing is left."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii")
+    name = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-")
+    return name[:limit].strip("-") or "prompt"
+
+
+def _existing_file(path: str | Path) -> Path:
+    path = Path(path)
+    if not os.path.isfile(path):
+        found = "a folder, not a file" if os.path.isdir(path) else "no such file"
+        raise MissingFileError(f"{path}: {found}")
+    return path
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """The safe loader, refusing a key given twice (YAML would silently take the last)."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _parse_yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_YamlLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{where}: not valid YAML{line}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from error
+
+
+def save_yaml(path: str | Path, mapping: Mapping[str, Any]) -> None:
+    """Write a mapping as YAML, in its own order."""
+    text = yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def load_yaml(path: str | Path) -> dict[Any, Any]:
+    """Read a YAML mapping; no YAML tag can make anything but plain values.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is not valid YAML (names the line), or not a mapping.
+    """
+    value = _parse_yaml(_existing_file(path).read_bytes(), str(path))
+    if not isinstance(value, dict):
+        found = "nothing" if value is None else type(value).__name__
+        raise UserError(f"{path}: expected a mapping (key: value), found {found}")
+    return value
+
+
+# ---------------------------------------------------------------- configuration
+
+C = TypeVar("C")
+
+_KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Sequence[Any] | None = None,
+) -> Any:
+    """Declare a field of a config dataclass together with what `load_config` holds it to.
+
+    Args:
+        default: the value where the file gives none; without it the key is required.
+        low: the smallest value allowed.
+        high: the largest value allowed.
+        above: a bound that the value must exceed.
+        choices: the only values allowed.
+
+    Returns:
+        The dataclasses.Field (typed Any, as dataclasses.field is, so that `x: int = option()` is).
+    """
+    rule = {"low": low, "high": high, "above": above, "choices": choices}
+    return dataclasses.field(default=default, metadata=rule)
+
+
+def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Read a YAML mapping into a config dataclass, checking every key and value.
+
+    Args:
+        cls: a dataclass whose fields are str, int, float, bool, or one of these `| None`; its
+            __post_init__ may raise UserError for rules between fields.
+        path: the YAML file.
+        overrides: "key=value" strings that win over the file; values are YAML too.
+
+    Returns:
+        An instance of cls; whole numbers given for float fields are floats.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: a key is unknown, missing or malformed; a value is of the wrong type, out of
+            range or not among the choices. Begins with "<path>: <key>: " or "--set <key>: ".
+    """
+    given = {key: (value, f"{path}: {key}") for key, value in load_yaml(path).items()}
+    for text in overrides:
+        key, equals, value_text = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {text}: expected key=value")
+        where = f"--set {key.strip()}"
+        given[key.strip()] = (_parse_yaml(value_text, where), where)
+
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, (value, where) in given.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            known = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
+            raise UserError(f"{where}: unknown key; {known}")
+        values[key] = _checked(value, hints[key], fields[key].metadata, where)
+    for name, field in fields.items():
+        has_default = field.default is not dataclasses.MISSING
+        if name not in values and not has_default and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{path}: {name}: is missing; expected {_expected(hints[name])}")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """Split a field's type `X | None` into X and whether None is allowed."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    parts = typing.get_args(hint) if is_union else (hint,)
+    kinds = [part for part in parts if part is not type(None)]
+    if len(kinds) != 1 or kinds[0] not in _KIND_NAMES:
+        raise TypeError(f"a config field cannot be of type {hint}")
+    return kinds[0], len(parts) > 1
+
+
+def _expected(hint: Any) -> str:
+    kind, optional = _kind(hint)
+    return _KIND_NAMES[kind] + (" or null" if optional else "")
+
+
+def _checked(value: Any, hint: Any, rule: Mapping[str, Any], where: str) -> Any:
+    """Hold one value to its field's type and rule; returns it, whole numbers as float if asked."""
+    kind, optional = _kind(hint)
+    if value is None and optional:
+        return None
+    # An alias in YAML can make a small file an endless value: reprlib cuts it short.
+    shown = "nothing" if value is None else _SHORT.repr(value)
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+        value = float(value)
+    if type(value) is not kind:
+        hint_text = _quote_hint(value, where) if kind is str else ""
+        raise UserError(f"{where}: expected {_expected(hint)}, got {shown}{hint_text}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{where}: expected a finite number, got {shown}")
+
+    low, high, above, choices = (rule.get(k) for k in ("low", "high", "above", "choices"))
+    if choices is not None and value not in choices:
+        listed = ", ".join(str(choice) for choice in choices)
+        raise UserError(f"{where}: expected one of {listed}; got {shown}")
+    bounds = ((low, "at least"), (above, "more than"), (high, "at most"))
+    inside = (
+        (low is None or value >= low)
+        and (above is None or value > above)
+        and (high is None or value <= high)
+    )
+    if not inside:
+        expected = " and ".join(f"{word} {bound}" for bound, word in bounds if bound is not None)
+        raise UserError(f"{where}: expected {expected}, got {shown}")
+    return value
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 2
+
+
+def _quote_hint(value: Any, where: str) -> str:
+    """Say how to write a number, date or yes/no as text; nothing for lists and mappings."""
+    if value is None or isinstance(value, (list, dict)):
+        return ""
+    key = where.rpartition(" ")[2]
+    text = value if isinstance(value, (int, float)) and not isinstance(value, bool) else "..."
+    mended = f"--set \"{key}='{text}'\"" if where.startswith("--set ") else f"{key}: '{text}'"
+    return f"; quote it: {mended}"
