@@ -1,0 +1,342 @@
+"""Stable Diffusion: models, text, latents, and DDIM steps in both directions.
+
+Everything here works frame by frame and knows nothing of TokenFlow.
+
+Notation of the docstrings: n frames, m frames of a chunk, (h, w) the latent grid, B branches
+(the text conditions evaluated together, such as unconditional and conditional).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from checkpoints import frozen
+from conditions import Control
+from util import UserError
+
+log = logging.getLogger("tokenflow")
+
+BETTER_DTYPE = "--dtype bfloat16 or float32 (dtype in a config), and make the cache anew with it"
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """The frozen models of one checkpoint, on one device in one dtype."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as the options spell it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent cell along one side (8 for Stable Diffusion)."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def takes_depth(self) -> bool:
+        """Whether the UNet expects a depth map as a fifth latent channel."""
+        return self.unet.config.in_channels == self.vae.config.latent_channels + 1
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a `device` option: auto, cpu, cuda, cuda:1, mps.
+
+    Raises:
+        UserError: if torch knows no such device or this machine has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name} is unknown, expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device: {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA "
+            "devices on this machine; use --device cpu, or install a CUDA build of torch"
+        )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a `dtype` option; auto is float16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def load_stable_diffusion(
+    folder: Path, device: torch.device, dtype: torch.dtype
+) -> StableDiffusion:
+    """Loads a checkpoint's models from a local folder, frozen and in evaluation mode."""
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    options = {"torch_dtype": dtype, "use_safetensors": True}
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **options)
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options)
+    return StableDiffusion(
+        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+        text_encoder=frozen(text_encoder, device),
+        vae=frozen(vae, device),
+        unet=frozen(unet, device),
+        schedule=NoiseSchedule.from_scheduler(scheduler),
+        device=device,
+        dtype=dtype,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# DDIM (Song et al. 2021), in both directions
+
+CLEAN = -1  # the "timestep" of a clean latent, one step below the last sampling timestep
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The noise levels alpha_t, sigma_t of a checkpoint, and its sampling timesteps.
+
+    x_t = alpha_t * x_0 + sigma_t * eps, with alpha_t^2 + sigma_t^2 = 1.
+    """
+
+    config: dict
+    alphas_cumprod: tuple[float, ...]  # alpha_t^2
+    final_alpha_cumprod: float  # alpha^2 of what DDIM calls clean
+    prediction_type: str  # "epsilon" or "v_prediction"
+
+    @classmethod
+    def from_scheduler(cls, scheduler: DDIMScheduler) -> NoiseSchedule:
+        """Reads the schedule off a diffusers scheduler.
+
+        Raises:
+            UserError: if the model predicts something else than epsilon or v.
+        """
+        prediction_type = scheduler.config.prediction_type
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"this checkpoint's scheduler has prediction_type {prediction_type}; "
+                "only epsilon and v_prediction models can be inverted here"
+            )
+        return cls(
+            config=dict(scheduler.config),
+            alphas_cumprod=tuple(scheduler.alphas_cumprod.double().tolist()),
+            final_alpha_cumprod=float(scheduler.final_alpha_cumprod),
+            prediction_type=prediction_type,
+        )
+
+    def timesteps(self, n_steps: int) -> list[int]:
+        """The n_steps sampling timesteps, noisiest first, spaced as the checkpoint says.
+
+        Raises:
+            UserError: if the model was trained with fewer timesteps.
+        """
+        if n_steps > len(self.alphas_cumprod):
+            raise UserError(
+                f"{n_steps} steps are more than the model's {len(self.alphas_cumprod)} timesteps"
+            )
+        scheduler = DDIMScheduler.from_config(self.config)
+        scheduler.set_timesteps(n_steps)
+        return scheduler.timesteps.tolist()
+
+    def level(self, t: int) -> tuple[float, float]:
+        """(alpha_t, sigma_t); t may be CLEAN."""
+        alpha_squared = self.final_alpha_cumprod if t == CLEAN else self.alphas_cumprod[t]
+        return alpha_squared**0.5, (1.0 - alpha_squared) ** 0.5
+
+    def add_noise(self, clean: Tensor, eps: Tensor, t: int) -> Tensor:
+        """x_t of a clean latent and a noise of the same shape."""
+        alpha, sigma = self.level(t)
+        return alpha * clean + sigma * eps
+
+
+def ddim_step(x: Tensor, eps: Tensor, level_from: tuple, level_to: tuple) -> Tensor:
+    """Moves x along the predicted noise from one noise level to another, up or down.
+
+    Args:
+        x: a latent at level_from, any shape.
+        eps: the predicted noise, the same shape.
+        level_from, level_to: (alpha, sigma) pairs of `NoiseSchedule.level`.
+
+    Source: DDIM, Eq. 12 with sigma = 0.
+    """
+    alpha_from, sigma_from = level_from
+    alpha_to, sigma_to = level_to
+    clean = (x - sigma_from * eps) / alpha_from
+    return alpha_to * clean + sigma_to * eps
+
+
+def ddim_inversion_step(
+    eps_model: Callable[[Tensor, int], Tensor],
+    x: Tensor,
+    schedule: NoiseSchedule,
+    t_from: int,
+    t_to: int,
+    iterations: int = 1,
+) -> Tensor:
+    """One DDIM step towards noise: the x' from which sampling's step t_to -> t_from returns to x.
+
+    Sampling takes the noise at x', which is not known yet. Plain DDIM inversion
+    (iterations = 1) takes it at x; each further iteration takes it at the last estimate of x',
+    a fixed-point iteration whose limit inverts the sampling step exactly.
+
+    Args:
+        eps_model: eps(x, t), the predicted noise of a latent at timestep t.
+        x: latents at t_from, (m, c, h, w).
+        iterations: evaluations of eps_model, >= 1.
+    """
+    estimate = x
+    for _ in range(iterations):
+        eps = eps_model(estimate, t_to)
+        estimate = ddim_step(x, eps, schedule.level(t_from), schedule.level(t_to))
+    return estimate
+
+
+class Denoiser:
+    """The predicted noise of chosen frames under given text and spatial conditions.
+
+    Args:
+        models: the checkpoint.
+        text: (B, 77, c) text embeddings, one per branch.
+        depth: (n, 1, h, w) in [-1, 1], a depth model's fifth latent channel.
+        control: what a ControlNet adds to the UNet, if anything.
+    """
+
+    def __init__(
+        self,
+        models: StableDiffusion,
+        text: Tensor,
+        depth: Tensor | None = None,
+        control: Control | None = None,
+    ) -> None:
+        if models.takes_depth != (depth is not None):
+            raise ValueError("depth maps go with a depth-conditioned UNet, and only with one")
+        self.models, self.text, self.depth, self.control = models, text, depth, control
+
+    @property
+    def branches(self) -> int:
+        return len(self.text)
+
+    def __call__(self, x: Tensor, t: int, frames: Tensor) -> Tensor:
+        """eps(x, t) of every branch.
+
+        Args:
+            x: (m, 4, h, w) latents of `frames` at timestep t, on any device.
+            frames: (m,) the frames' indices in the clip.
+
+        Returns:
+            (B, m, 4, h, w) float32 on the models' device.
+
+        Raises:
+            UserError: if the prediction is not finite; the message names the step.
+        """
+        models, m = self.models, len(frames)
+        x = x.to(models.device, torch.float32)
+        model_input = x if self.depth is None else torch.cat([x, self._of(self.depth, frames)], 1)
+        model_input = model_input.to(models.dtype).repeat(self.branches, 1, 1, 1)  # (B*m, c, h, w)
+        text = self.text.repeat_interleave(m, dim=0)  # (B*m, 77, c)
+        residuals = {}
+        if self.control is not None:
+            images = self._of(self.control.images, frames).repeat(self.branches, 1, 1, 1)
+            residuals = self.control.residuals(model_input, t, text, images)
+        prediction = models.unet(
+            model_input, t, encoder_hidden_states=text, return_dict=False, **residuals
+        )[0]
+        prediction = prediction.float().unflatten(0, (self.branches, m))
+        if models.schedule.prediction_type == "v_prediction":
+            alpha, sigma = models.schedule.level(t)
+            prediction = alpha * prediction + sigma * x
+        if not torch.isfinite(prediction).all():
+            raise UserError(
+                f"the UNet's prediction at timestep {t} is not finite (NaN or infinity) in "
+                f"{models.dtype_name}; try {BETTER_DTYPE}"
+            )
+        return prediction
+
+    def _of(self, condition: Tensor, frames: Tensor) -> Tensor:
+        return condition[frames].to(self.models.device, self.models.dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Text and pictures to and from latents
+
+
+@torch.inference_mode()
+def encode_prompts(models: StableDiffusion, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings (len(prompts), 77, c) in the models' dtype; overlong prompts are cut.
+
+    A prompt that is cut is named in a warning with what was dropped.
+    """
+    length = models.tokenizer.model_max_length
+    for prompt in prompts:
+        tokens = models.tokenizer(prompt, truncation=False).input_ids
+        if len(tokens) > length:
+            dropped = models.tokenizer.decode(tokens[length - 1 : -1])
+            log.warning(
+                "the prompt is longer than %d tokens; this part is not used: %s", length, dropped
+            )
+    tokens = models.tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return models.text_encoder(tokens.input_ids.to(models.device))[0]
+
+
+@torch.inference_mode()
+def encode_frames(models: StableDiffusion, frames: np.ndarray, batch_size: int = 8) -> Tensor:
+    """VAE latents of a clip: the posterior's mean, times the VAE's scaling factor.
+
+    Args:
+        frames: (n, H, W, 3) uint8 RGB; H and W multiples of `models.vae_factor`.
+
+    Returns:
+        (n, 4, h, w) float32 on the CPU.
+    """
+    latents = []
+    for start in range(0, len(frames), batch_size):
+        pixels = torch.from_numpy(frames[start : start + batch_size]).permute(0, 3, 1, 2)
+        pixels = pixels.to(models.device, models.dtype) / 127.5 - 1.0  # [-1, 1]
+        mean = models.vae.encode(pixels).latent_dist.mean
+        latents.append((mean.float() * models.vae.config.scaling_factor).cpu())
+    return torch.cat(latents)
+
+
+@torch.inference_mode()
+def decode_latents(models: StableDiffusion, latents: Tensor, batch_size: int = 8) -> np.ndarray:
+    """The inverse of `encode_frames`: (n, 4, h, w) latents to (n, H, W, 3) uint8 RGB.
+
+    Raises:
+        UserError: if the decoded pixels are not finite.
+    """
+    frames = []
+    for chunk in latents.split(batch_size):
+        scaled = chunk.to(models.device, torch.float32) / models.vae.config.scaling_factor
+        pixels = models.vae.decode(scaled.to(models.dtype), return_dict=False)[0].float()
+        if not torch.isfinite(pixels).all():
+            raise UserError(
+                f"the VAE's frames are not finite in {models.dtype_name}; try {BETTER_DTYPE}"
+            )
+        pixels = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
+        frames.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(frames)
+
+
+def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels of two uint8 clips of one shape."""
+    error = np.mean((frames.astype(np.float32) - reference.astype(np.float32)) ** 2)
+    return float(10 * np.log10(255.0**2 / max(error, 1e-10)))
