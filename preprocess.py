@@ -1,0 +1,408 @@
+"""Inverts a clip with DDIM and writes the source cache that every edit of it reads.
+
+python preprocess.py --data_path clip.mp4 --inversion_prompt "a woman running"
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoints import (
+    DEPTH_ESTIMATOR,
+    MODELS,
+    checkpoint_folder,
+    checkpoint_revision,
+    controlnet_key_for,
+    load_unet_skeleton,
+    model_key_for,
+)
+from conditions import ControlSettings, depth_latents, estimate_depth, load_control
+from diffusion import (
+    CLEAN,
+    Denoiser,
+    NoiseSchedule,
+    StableDiffusion,
+    ddim_inversion_step,
+    ddim_step,
+    decode_latents,
+    encode_frames,
+    encode_prompts,
+    load_stable_diffusion,
+    psnr,
+    resolve_device,
+    resolve_dtype,
+)
+from run_info import Stopwatch, versions
+from source_cache import (
+    CLEAN_LATENTS,
+    MANIFEST,
+    Manifest,
+    cache_folder,
+    describe_difference,
+    finish_cache,
+    identity,
+    read_manifest,
+    save_latents,
+    save_source,
+)
+from util import ArgumentParser, UserError, command_line, setup_logging
+from video import Clip, clip_name, read_clip, resolve_clip, save_video, source_sha256
+
+log = logging.getLogger("tokenflow")
+
+# A reconstruction this far below the VAE's own makes visibly worse edits.
+WARN_GAP_DB = 3.0
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads and checks the command line.
+
+    Raises:
+        UserError: if an option is unknown, mistyped or out of range.
+    """
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data_path", required=True, help="video, GIF or folder of images")
+    add("--save_dir", default="latents", help="where caches go (default: latents)")
+    add("--frame_start", type=int, default=0, help="first frame to use (default: 0)")
+    add("--frame_stride", type=int, default=1, help="use every N-th frame (default: 1)")
+    add("--n_frames", type=int, default=40, help="frames to use, at most (default: 40)")
+    add("--H", type=int, help="height; multiple of 8 (default: 512 square, 384 or 672 otherwise)")
+    add("--W", type=int, help="width; multiple of 8 (default: 512 square, 672 or 384 otherwise)")
+    add("--fit", choices=("stretch", "crop"), default="stretch", help="how frames take that size")
+    add("--fps", type=Fraction, help="frame rate (default: the clip's; 24 for a folder of images)")
+    add("--sd_version", choices=tuple(MODELS), default="2.1", help="model (default: 2.1)")
+    add("--model_key", help="hub id or local folder of a checkpoint; wins over --sd_version")
+    add("--inversion_prompt", default="", help="what the clip shows (default: empty)")
+    add("--steps", type=int, default=500, help="inversion steps (default: 500)")
+    add("--save_steps", type=int, default=50, help="sampling steps to save for (default: 50)")
+    add("--inversion_iters", type=int, default=1, help="noise evaluations per step (default: 1)")
+    add("--recon_steps", type=int, help="steps of the reconstruction (default: save_steps)")
+    add("--batch_size", type=int, default=8, help="frames evaluated at once (default: 8)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
+        help="auto is float16 on CUDA, float32 elsewhere")  # fmt: skip
+    add("--control", choices=("canny", "depth"), default="canny",
+        help="what the ControlNet of --sd_version ControlNet follows (default: canny)")  # fmt: skip
+    add("--controlnet_key", help="hub id or local folder of that ControlNet")
+    add("--controlnet_scale", type=float, default=1.0, help="its strength (default: 1)")
+    add("--canny_low", type=int, default=100, help="lower Canny threshold (default: 100)")
+    add("--canny_high", type=int, default=200, help="upper Canny threshold (default: 200)")
+    add("--depth_model", default=DEPTH_ESTIMATOR, help="DPT model (default: Intel/dpt-large)")
+    add("--seed", type=int, default=1,
+        help="for released command lines; nothing here is random")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace a cache made with other settings")
+    args = parser.parse_args(argv)
+    args.recon_steps = args.recon_steps or args.save_steps
+    _check_args(args)
+    return args
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    at_least_one = ("n_frames", "frame_stride", "steps", "save_steps", "inversion_iters",
+                    "recon_steps", "batch_size")  # fmt: skip
+    for name in at_least_one:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: {getattr(args, name)}, expected a number of at least 1")
+    if args.frame_start < 0:
+        raise UserError(f"--frame_start: {args.frame_start}, expected 0 or more")
+    if args.fps is not None and args.fps <= 0:
+        raise UserError(f"--fps: {args.fps}, expected a positive number")
+    for name in ("H", "W"):
+        size = getattr(args, name)
+        if size is not None and (size < 8 or size % 8):
+            nearest = max(8, round(size / 8) * 8)
+            raise UserError(f"--{name}: {size} is not a multiple of 8; the nearest is {nearest}")
+    if (args.H is None) != (args.W is None):
+        raise UserError("--H and --W: give both or neither")
+    for name in ("save_steps", "recon_steps"):
+        if args.steps % getattr(args, name):
+            raise UserError(
+                f"--{name}: {getattr(args, name)} does not divide --steps {args.steps}; "
+                "the timesteps of the one must be among the other's"
+            )
+    if not 0 <= args.canny_low <= args.canny_high <= 255:
+        raise UserError(
+            f"--canny_low {args.canny_low} and --canny_high {args.canny_high}: "
+            "expected 0 <= low <= high <= 255"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InversionTimesteps:
+    """The timesteps of an inversion.
+
+    Attributes:
+        inversion: of the inversion's steps, cleanest first.
+        reconstruction: of the reconstruction, noisiest first.
+        saved: whose latents are written, noisiest first: the sampling timesteps and the noisiest.
+    """
+
+    inversion: list[int]
+    reconstruction: list[int]
+    saved: list[int]
+
+
+def inversion_timesteps(
+    schedule: NoiseSchedule, steps: int, save_steps: int, recon_steps: int
+) -> InversionTimesteps:
+    """The timesteps of an inversion with these numbers of steps.
+
+    Raises:
+        UserError: if the sampling timesteps are not among the inversion's, or a timestep has no
+            signal left to invert from.
+    """
+    inversion = schedule.timesteps(steps)
+    sampling, reconstruction = schedule.timesteps(save_steps), schedule.timesteps(recon_steps)
+    for name, wanted in (("save_steps", sampling), ("recon_steps", reconstruction)):
+        if not set(wanted) <= set(inversion):
+            raise UserError(
+                f"--{name}: {len(wanted)}: its timesteps are not among those of --steps {steps}; "
+                f"choose --steps so that it divides {len(schedule.alphas_cumprod)}"
+            )
+    if schedule.level(inversion[0])[0] == 0.0:
+        raise UserError(
+            f"--steps: {steps} reaches timestep {inversion[0]}, where this model's schedule is "
+            "pure noise (zero terminal SNR) and cannot be inverted"
+        )
+    saved = sorted({*sampling, inversion[0]}, reverse=True)
+    return InversionTimesteps(inversion[::-1], reconstruction, saved)
+
+
+@torch.inference_mode()
+def invert(
+    denoiser: Denoiser,
+    clean: Tensor,
+    timesteps: Sequence[int],
+    iterations: int,
+    batch_size: int,
+    keep: set[int],
+) -> dict[int, Tensor]:
+    """DDIM inversion of every frame on its own.
+
+    Args:
+        denoiser: the model under the inversion prompt, without guidance.
+        clean: (n, 4, h, w) float32 latents.
+        timesteps: ascending.
+        iterations: noise evaluations per step, see `ddim_inversion_step`.
+        batch_size: frames evaluated at once.
+        keep: timesteps whose latents are returned.
+
+    Returns:
+        the latents (n, 4, h, w) at each timestep to keep, on the CPU.
+    """
+    schedule, x, kept = denoiser.models.schedule, clean, {}
+    chunks = torch.arange(len(clean)).split(batch_size)
+    steps = list(zip([CLEAN, *timesteps[:-1]], timesteps, strict=True))
+    for t_from, t_to in tqdm(steps, desc="invert", unit="step"):
+        x = torch.cat([
+            ddim_inversion_step(
+                lambda latents, t, frames=frames: denoiser(latents, t, frames)[0],
+                x[frames].to(denoiser.models.device),
+                schedule,
+                t_from,
+                t_to,
+                iterations,
+            ).cpu()
+            for frames in chunks
+        ])  # fmt: skip
+        if t_to in keep:
+            kept[t_to] = x
+    return kept
+
+
+@torch.inference_mode()
+def reconstruct(
+    denoiser: Denoiser, noisy: Tensor, timesteps: Sequence[int], batch_size: int
+) -> Tensor:
+    """DDIM sampling from inverted latents under the inversion prompt, without guidance.
+
+    Args:
+        noisy: (n, 4, h, w) latents at timesteps[0].
+        timesteps: descending.
+
+    Returns:
+        (n, 4, h, w) clean latents on the CPU.
+    """
+    schedule, x = denoiser.models.schedule, noisy
+    chunks = torch.arange(len(noisy)).split(batch_size)
+    steps = list(zip(timesteps, [*timesteps[1:], CLEAN], strict=True))
+    for t, t_next in tqdm(steps, desc="reconstruct", unit="step"):
+        eps = torch.cat([denoiser(x[frames], t, frames)[0].cpu() for frames in chunks])
+        x = ddim_step(x, eps, schedule.level(t), schedule.level(t_next))
+    return x
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def control_settings(args: argparse.Namespace) -> ControlSettings | None:
+    """The ControlNet of the inversion: with --sd_version ControlNet, else none."""
+    if args.sd_version != "ControlNet":
+        return None
+    key = controlnet_key_for(args.sd_version, args.control, args.controlnet_key)
+    return ControlSettings(
+        args.control, key, args.controlnet_scale, args.canny_low, args.canny_high
+    )
+
+
+def make_denoiser(
+    models: StableDiffusion,
+    clip: Clip,
+    prompt: str,
+    control: ControlSettings | None,
+    depth: Tensor | None,
+) -> Denoiser:
+    """The model under the inversion's conditions."""
+    height, width = clip.frames.shape[1:3]
+    grid = (height // models.vae_factor, width // models.vae_factor)
+    return Denoiser(
+        models,
+        encode_prompts(models, [prompt]),
+        depth_latents(depth, grid) if models.takes_depth else None,
+        control and load_control(control, clip.frames, depth, models.device, models.dtype),
+    )
+
+
+def preprocess(args: argparse.Namespace) -> Path:
+    """Makes the cache of one clip, or finds it made.
+
+    Returns:
+        the cache's folder.
+
+    Raises:
+        UserError: see `parse_args`, `read_clip`; or if a cache made with other settings is there.
+    """
+    # All that can go wrong without a model comes first.
+    device = resolve_device(args.device)
+    source = resolve_clip(args.data_path)
+    checkpoint = checkpoint_folder(model_key_for(args.sd_version, args.model_key))
+    scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
+    takes_depth = load_unet_skeleton(checkpoint).config.in_channels == 5
+    watch = Stopwatch(device)
+    with watch("read"):
+        clip = read_clip(
+            source,
+            args.n_frames,
+            start=args.frame_start,
+            stride=args.frame_stride,
+            size=(args.H, args.W) if args.H else None,
+            fit=args.fit,
+            fps=args.fps,
+        )
+    control = control_settings(args)
+    wants_depth = takes_depth or (control is not None and control.kind == "depth")
+    n_frames, height, width, _ = clip.frames.shape
+    dtype = resolve_dtype(args.dtype, device)
+    manifest = Manifest(
+        clip=clip_name(source),
+        source_name=source.name,
+        source_sha256=source_sha256(source),
+        frame_start=args.frame_start,
+        frame_stride=args.frame_stride,
+        n_frames=n_frames,
+        frames_asked=args.n_frames,
+        height=height,
+        width=width,
+        fit=args.fit,
+        fps=str(clip.fps),
+        sd_version=args.sd_version,
+        model_key=model_key_for(args.sd_version, args.model_key),
+        model_revision=checkpoint_revision(checkpoint),
+        inversion_prompt=args.inversion_prompt,
+        steps=args.steps,
+        save_steps=args.save_steps,
+        inversion_iters=args.inversion_iters,
+        recon_steps=args.recon_steps,
+        timesteps=timesteps.saved,
+        dtype=str(dtype).removeprefix("torch."),
+        control=control,
+        depth_model=args.depth_model if wants_depth else None,
+    )
+    folder = cache_folder(args.save_dir, args.sd_version, manifest.clip, args.steps, n_frames)
+    if (folder / MANIFEST).is_file() and not args.overwrite:
+        found = read_manifest(folder)
+        difference = describe_difference(identity(found), identity(manifest))
+        if difference:
+            raise UserError(f"{folder}: made with other settings ({difference}); add --overwrite")
+        log.info("%s is there already, made with these settings", folder)
+        return folder
+
+    with watch("load"):
+        models = load_stable_diffusion(checkpoint, device, dtype)
+    depth = None
+    if wants_depth:
+        with watch("depth"):
+            depth = estimate_depth(clip.frames, args.depth_model, device, args.batch_size)
+    denoiser = make_denoiser(models, clip, args.inversion_prompt, control, depth)
+
+    (folder / MANIFEST).unlink(missing_ok=True)  # from here on the folder is unfinished
+    save_source(folder, clip.frames, args.inversion_prompt, depth)
+    with watch("vae"):
+        clean = encode_frames(models, clip.frames, args.batch_size)
+        vae_psnr = psnr(decode_latents(models, clean, args.batch_size), clip.frames)
+    save_latents(folder, CLEAN_LATENTS, clean)
+    with watch("inversion"):
+        keep = {*timesteps.saved, timesteps.reconstruction[0]}
+        inverted = invert(
+            denoiser, clean, timesteps.inversion, args.inversion_iters, args.batch_size, keep
+        )
+    for t in timesteps.saved:
+        save_latents(folder, t, inverted[t])
+    with watch("reconstruction"):
+        start = inverted[timesteps.reconstruction[0]]
+        latents = reconstruct(denoiser, start, timesteps.reconstruction, args.batch_size)
+        frames = decode_latents(models, latents, args.batch_size)
+    save_video(folder / "inverted.mp4", frames, clip.fps)
+    ours = psnr(frames, clip.frames)
+    finish_cache(
+        folder,
+        manifest,
+        psnr=round(ours, 3),
+        vae_psnr=round(vae_psnr, 3),
+        seconds=watch.seconds,
+        versions=versions(),
+    )
+    report_reconstruction(ours, vae_psnr, args)
+    return folder
+
+
+def report_reconstruction(psnr_db: float, vae_psnr_db: float, args: argparse.Namespace) -> None:
+    """Says how good the inversion is, and what to do where it is not."""
+    log.info(
+        "reconstruction: %.2f dB PSNR; the VAE alone, which bounds it: %.2f dB",
+        psnr_db,
+        vae_psnr_db,
+    )
+    if vae_psnr_db - psnr_db > WARN_GAP_DB:
+        log.warning(
+            "the reconstruction is %.1f dB below the VAE's: edits will be worse for it; try "
+            "--inversion_iters %d, or an --inversion_prompt that says what the clip shows",
+            vae_psnr_db - psnr_db,
+            args.inversion_iters + 2,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script."""
+    setup_logging()
+    print(f"cache: {preprocess(parse_args(argv))}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,271 @@
+"""The source cache: what preprocess.py computes once per clip and every edit of it reads.
+
+    <save_dir>/sd_<version>/<clip>/steps_<S>/nframes_<n>/
+        manifest.yaml            all that the cache depends on, and its files; written last
+        frames/00000.png ...     the resized source frames
+        latents/clean.safetensors, latents/noisy_latents_<t>.safetensors
+        depth.safetensors        where the model or its ControlNet wants depth
+        inversion_prompt.txt
+        inverted.mp4             the reconstruction
+
+A folder without a manifest is unfinished. safetensors only: no pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from video import load_frames, save_frames
+
+from conditions import ControlSettings
+from util import (
+    MissingFileError,
+    UserError,
+    load_tensors,
+    load_yaml,
+    save_tensors,
+    save_yaml,
+    sha256_file,
+)
+
+FORMAT = 1
+MANIFEST = "manifest.yaml"
+CLEAN_LATENTS = "clean"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a cache depends on, the figures of its making, and its files.
+
+    The fields of `IDENTITY` are what a second preprocess run, or an edit, must agree with.
+    """
+
+    clip: str
+    source_name: str
+    source_sha256: str
+    frame_start: int
+    frame_stride: int
+    n_frames: int
+    frames_asked: int  # more than n_frames if the clip is that short
+    height: int
+    width: int
+    fit: str
+    fps: str  # a fraction, "20" or "30000/1001"
+    sd_version: str
+    model_key: str
+    model_revision: str
+    inversion_prompt: str
+    steps: int
+    save_steps: int
+    inversion_iters: int
+    recon_steps: int
+    timesteps: list[int]  # the saved ones, noisiest first
+    dtype: str
+    control: ControlSettings | None
+    depth_model: str | None
+    # How it went: set by `finish_cache`.
+    psnr: float = math.nan  # of the reconstruction against the frames, dB
+    vae_psnr: float = math.nan  # of the VAE's own reconstruction, dB: the bound
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)  # relative path -> bytes, sha256
+    format: int = FORMAT
+
+
+IDENTITY = (
+    "source_sha256",
+    "frame_start",
+    "frame_stride",
+    "n_frames",
+    "height",
+    "width",
+    "fit",
+    "model_revision",
+    "inversion_prompt",
+    "steps",
+    "save_steps",
+    "inversion_iters",
+    "recon_steps",
+    "dtype",
+    "control",
+    "depth_model",
+)
+
+
+def identity(manifest: Manifest) -> dict[str, object]:
+    """The settings by which two caches are the same, as plain YAML values."""
+    return {key: value for key, value in asdict(manifest).items() if key in IDENTITY}
+
+
+def describe_difference(have: dict[str, object], want: dict[str, object]) -> str:
+    """The settings that differ, each with both values; empty if none do."""
+    return "; ".join(
+        f"{key} is {have[key]!r} there, {want[key]!r} here"
+        for key in have
+        if have[key] != want[key]
+    )
+
+
+def cache_folder(
+    save_dir: str | Path, sd_version: str, clip: str, steps: int, n_frames: int
+) -> Path:
+    """Where the cache of a clip of n_frames lies."""
+    return _clip_folder(save_dir, sd_version, clip, steps) / f"nframes_{n_frames}"
+
+
+def _clip_folder(save_dir: str | Path, sd_version: str, clip: str, steps: int) -> Path:
+    return Path(save_dir) / f"sd_{sd_version}" / clip / f"steps_{steps}"
+
+
+def latents_file(folder: Path, name: str | int) -> Path:
+    """The file of the latents at a timestep, or of the clean ones."""
+    stem = CLEAN_LATENTS if name == CLEAN_LATENTS else f"noisy_latents_{name}"
+    return folder / "latents" / f"{stem}.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing (preprocess.py)
+
+
+def save_latents(folder: Path, name: str | int, latents: Tensor) -> None:
+    """Writes (n, 4, h, w) float32 latents of a timestep, or the clean ones."""
+    save_tensors(latents_file(folder, name), {"latents": latents})
+
+
+def save_source(folder: Path, frames: np.ndarray, prompt: str, depth: Tensor | None) -> None:
+    """Writes what the inversion started from: frames (n, H, W, 3), prompt, depth (n, 1, H, W)."""
+    save_frames(folder / "frames", frames)
+    (folder / "inversion_prompt.txt").write_text(prompt, encoding="utf-8")
+    if depth is not None:
+        save_tensors(folder / "depth.safetensors", {"depth": depth})
+
+
+def finish_cache(folder: Path, manifest: Manifest, **figures: object) -> None:
+    """Records the folder's files in the manifest and writes it: from now on the cache is whole.
+
+    Args:
+        manifest: what the cache depends on.
+        figures: the fields of the manifest that say how its making went.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    save_yaml(folder / MANIFEST, asdict(replace(manifest, files=files, **figures)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading (editing.py)
+
+
+@dataclass(frozen=True)
+class SourceCache:
+    """A finished cache; made by `open_cache`."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def fps(self) -> Fraction:
+        return Fraction(self.manifest.fps)
+
+    def latents(self, name: str | int, n_frames: int) -> Tensor:
+        """The first n_frames latents at a saved timestep (or CLEAN_LATENTS), (n, 4, h, w)."""
+        return self._tensor(latents_file(self.folder, name), "latents")[:n_frames]
+
+    def frames(self, n_frames: int) -> np.ndarray:
+        """The first n_frames source frames, (n, H, W, 3) uint8."""
+        return load_frames(self.folder / "frames", n_frames)
+
+    def depth(self, n_frames: int) -> Tensor | None:
+        """Depth of the first n_frames, (n, 1, H, W) in [0, 1], where preprocess estimated it."""
+        path = self.folder / "depth.safetensors"
+        return self._tensor(path, "depth")[:n_frames] if path.is_file() else None
+
+    def _tensor(self, path: Path, key: str) -> Tensor:
+        recorded = self.manifest.files[path.relative_to(self.folder).as_posix()]
+        if sha256_file(path) != recorded["sha256"]:
+            raise UserError(f"{path}: damaged (its checksum is not the manifest's); {_REMAKE}")
+        return load_tensors(path)[key]
+
+
+_REMAKE = "make the cache anew by preprocess.py with --overwrite"
+
+
+def find_cache(
+    save_dir: str | Path, sd_version: str, clip: str, steps: int, n_frames: int, command: str
+) -> SourceCache:
+    """The cache of a clip for an edit of up to n_frames: that very one, else the longest.
+
+    Args:
+        command: the preprocess command that would make it, for the error.
+
+    Raises:
+        MissingFileError: if there is none, or only unfinished ones.
+        UserError: if its manifest or one of its files is damaged.
+    """
+    folder = _clip_folder(save_dir, sd_version, clip, steps)
+    finished = {int(p.parent.name[8:]): p.parent for p in folder.glob(f"nframes_[0-9]*/{MANIFEST}")}
+    if not finished:
+        others = sorted(p.name for p in folder.parent.glob("steps_*"))
+        hint = f" (there is {', '.join(others)})" if others else ""
+        state = "only an unfinished cache" if any(folder.glob("nframes_*")) else "no cache"
+        raise MissingFileError(f"{folder}: {state} for this clip{hint}; run: {command}")
+    return open_cache(finished.get(n_frames, finished[max(finished)]))
+
+
+def open_cache(folder: Path) -> SourceCache:
+    """Opens a finished cache after checking that its files are all there, in their sizes.
+
+    Raises:
+        UserError: if the manifest is not one of this format, or a file is missing or cut short.
+    """
+    manifest = read_manifest(folder)
+    for name, recorded in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise MissingFileError(f"{path}: missing from the cache; {_REMAKE}")
+        if path.stat().st_size != recorded["bytes"]:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes, the manifest says {recorded['bytes']}; "
+                + _REMAKE
+            )
+    return SourceCache(folder, manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads a cache's manifest.
+
+    Raises:
+        UserError: if it is of another format or lacks a field.
+    """
+    path = folder / MANIFEST
+    data = load_yaml(path)
+    expected = {f.name for f in fields(Manifest)}
+    if data.get("format") != FORMAT or set(data) != expected:
+        raise UserError(f"{path}: not a manifest of format {FORMAT}; {_REMAKE}")
+    if data["control"] is not None:
+        data["control"] = ControlSettings(**data["control"])
+    return Manifest(**data)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def preprocess_command(**options: object) -> str:
+    """The preprocess command with these options (None: left out), quoted for a shell."""
+    words = ["python", "preprocess.py"]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
