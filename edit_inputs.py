@@ -1,0 +1,214 @@
+"""The configuration of an edit, and the checks of what it refers to, before a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import DDIMScheduler
+from video import clip_name, resolve_clip, source_sha256
+
+from checkpoints import MODELS, checkpoint_folder, checkpoint_revision, model_key_for
+from diffusion import NoiseSchedule, resolve_device, resolve_dtype
+from source_cache import SourceCache, find_cache, preprocess_command
+from util import ArgumentParser, MissingFileError, UserError, load_config, option
+
+log = logging.getLogger("tokenflow")
+
+# Backends that need nothing from the hub at run time.
+CPU_BACKENDS = ("native", "_native_math")
+CUDA_BACKENDS = ("xformers", "flash", "sage", "flex", "_native_flash", "_native_efficient")
+CUDA_BACKENDS += ("_native_cudnn",)
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """The keys that all techniques share; each is explained in configs/."""
+
+    # what to edit
+    data_path: str = option()
+    prompt: str = option()
+    negative_prompt: str = option("")
+    latents_path: str = option("latents")
+    output_path: str = option("tokenflow-results")
+    n_inversion_steps: int = option(500, low=1)
+    n_frames: int = option(40, low=1)
+    H: int | None = option(None, low=8)
+    W: int | None = option(None, low=8)
+    fps: float | None = option(None, above=0)
+    # model
+    sd_version: str = option("2.1", choices=tuple(MODELS))
+    model_key: str | None = option(None)
+    device: str = option("auto")
+    dtype: str = option("auto", choices=("auto", "float32", "float16", "bfloat16"))
+    attention_backend: str = option("native", choices=CPU_BACKENDS + CUDA_BACKENDS)
+    # sampling
+    seed: int = option(1, low=0)
+    n_timesteps: int = option(50, low=1, high=1000)
+    guidance_scale: float = option(7.5, low=0)
+    # TokenFlow
+    batch_size: int = option(8, low=1)
+    chunk_size: int | None = option(None, low=1)
+    keyframe_seed: int = option(1, low=0)
+    consistency: str = option("tokenflow", choices=("tokenflow", "extended_attention", "none"))
+    keyframes: str = option("random", choices=("random", "fixed"))
+    propagation: str = option("paper", choices=("paper", "released"))
+    blend: str = option("sigmoid", choices=("sigmoid", "linear"))
+    correspondence: str = option("nn", choices=("nn", "flow"))
+
+    def __post_init__(self) -> None:
+        if self.propagation == "released" and self.blend != "sigmoid":
+            raise UserError("blend: linear goes with propagation: paper; released has its own")
+
+
+Config = TypeVar("Config", bound=EditConfig)
+
+
+def read_config(
+    cls: type[Config], argv: Sequence[str] | None, default: str, about: str
+) -> tuple[Config, bool]:
+    """Reads a run script's command line and its YAML config.
+
+    Args:
+        cls: the script's configuration.
+        argv: the command line without the program's name; None for sys.argv's.
+        default: the config file used where none is named.
+        about: the script's one-line description.
+
+    Returns:
+        the configuration, and whether a finished result is to be made anew (--overwrite).
+
+    Raises:
+        UserError: if the command line, the file or one of its values is wrong.
+    """
+    parser = ArgumentParser(description=about)
+    parser.add_argument(
+        "--config", "--config_path", default=default, help=f"YAML file (default: {default})"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key of the file; any number of times",
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as --set device=...")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished result")
+    args = parser.parse_args(argv)
+    overrides = args.set + ([f"device={args.device}"] if args.device else [])
+    return load_config(cls, args.config, overrides), args.overwrite
+
+
+# ---------------------------------------------------------------------------------------------
+# Inputs: everything that can be checked before a model is loaded
+
+
+@dataclass(frozen=True)
+class EditInputs:
+    """A checked configuration with what it refers to."""
+
+    config: EditConfig
+    cache: SourceCache
+    n_frames: int
+    checkpoint: Path
+    timesteps: list[int]  # of the sampling schedule, noisiest first
+    device: torch.device
+    dtype: torch.dtype
+
+
+def open_inputs(config: EditConfig) -> EditInputs:
+    """Finds and checks the cache, the checkpoint and the device of a configuration.
+
+    Raises:
+        UserError: naming what is missing or does not fit, and the command that mends it.
+    """
+    device = resolve_device(config.device)
+    if config.attention_backend in CUDA_BACKENDS and device.type != "cuda":
+        raise UserError(
+            f"attention_backend: {config.attention_backend} needs a CUDA device, not {device}; "
+            "use native"
+        )
+    command = preprocess_command(
+        data_path=config.data_path,
+        sd_version=config.sd_version,
+        model_key=config.model_key,
+        steps=config.n_inversion_steps,
+        save_steps=config.n_timesteps,
+        n_frames=config.n_frames,
+        H=config.H,
+        W=config.W,
+        save_dir=config.latents_path,
+    )
+    clip = clip_name(config.data_path)
+    cache = find_cache(
+        config.latents_path,
+        config.sd_version,
+        clip,
+        config.n_inversion_steps,
+        config.n_frames,
+        command,
+    )
+    remake = f"run: {command} --overwrite"
+    _check_source(config, cache, remake)
+    checkpoint = checkpoint_folder(model_key_for(config.sd_version, config.model_key))
+    manifest = cache.manifest
+    if checkpoint_revision(checkpoint) != manifest.model_revision:
+        raise UserError(
+            f"{cache.folder}: made with another model ({manifest.model_key}) than {checkpoint}; "
+            + remake
+        )
+    scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
+    timesteps = NoiseSchedule.from_scheduler(scheduler).timesteps(config.n_timesteps)
+    if not set(timesteps) <= set(manifest.timesteps):
+        raise UserError(
+            f"n_timesteps: {config.n_timesteps} needs latents at timesteps that {cache.folder} "
+            f"does not hold (it was made with save_steps {manifest.save_steps}); {remake}"
+        )
+    return EditInputs(
+        config=config,
+        cache=cache,
+        n_frames=min(config.n_frames, manifest.n_frames),
+        checkpoint=checkpoint,
+        timesteps=timesteps,
+        device=device,
+        dtype=resolve_dtype(config.dtype, device),
+    )
+
+
+def _check_source(config: EditConfig, cache: SourceCache, remake: str) -> None:
+    manifest = cache.manifest
+    for key, have in (("H", manifest.height), ("W", manifest.width)):
+        want = getattr(config, key)
+        if want is not None and want != have:
+            raise UserError(f"{key}: {want}, but {cache.folder} holds frames of {have}; {remake}")
+    if manifest.n_frames < config.n_frames:
+        short = manifest.frames_asked >= config.n_frames
+        reason = "the clip has no more" if short else f"for more, {remake}"
+        log.warning(
+            "n_frames: %d asked for, the cache holds %d (%s)",
+            config.n_frames,
+            manifest.n_frames,
+            reason,
+        )
+    try:
+        source = resolve_clip(config.data_path)
+    except MissingFileError:
+        log.warning(
+            "data_path: %s is not there to compare; using the frames of %s",
+            config.data_path,
+            cache.folder,
+        )
+        return
+    if source_sha256(source) != manifest.source_sha256:
+        raise UserError(
+            f"{cache.folder}: made from another clip of the same name ({manifest.source_name}) "
+            f"than {source}; {remake}"
+        )

@@ -1,0 +1,340 @@
+"""What the run scripts share: the denoising loop, and writing its results.
+
+A run script reads its configuration, has it checked (edit_inputs.py: all that can be known before
+a model is loaded), and calls `run_edit` with a function that makes an `EditPlan` of the loaded
+`EditSession`: what its technique does differently. Nothing here knows which technique runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from conditions import Control, depth_latents, load_control, optical_flow
+from diffusion import (
+    CLEAN,
+    Denoiser,
+    StableDiffusion,
+    ddim_step,
+    decode_latents,
+    encode_prompts,
+    load_stable_diffusion,
+)
+from edit_inputs import EditConfig, EditInputs
+from run_info import Stopwatch, device_name, peak_memory_bytes, versions
+from source_cache import CLEAN_LATENTS, MANIFEST
+from tokenflow_utils import (
+    Correspondence,
+    Neighbours,
+    Pass,
+    TokenFlowContext,
+    flow_tokens,
+    keyframe_schedule,
+    neighbours,
+    released_neighbours,
+    tokenflow_patch,
+)
+from util import load_yaml, save_tensors, save_yaml, sha256_file, slug
+from video import clip_name, save_frames, save_video
+
+log = logging.getLogger("tokenflow")
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """What a technique does: where sampling starts, what is injected, what conditions it.
+
+    Attributes:
+        timesteps: of the steps to take, noisiest first: the schedule's last ones, or all.
+        start: (n, 4, h, w) float32 latents at timesteps[0].
+        attention_steps: in this many first steps PnP injects queries and keys.
+        feature_steps: in this many first steps PnP injects convolution features.
+        control: a ControlNet that conditions the edit.
+    """
+
+    timesteps: list[int]
+    start: Tensor
+    attention_steps: int = 0
+    feature_steps: int = 0
+    control: Control | None = None
+
+
+class EditSession:
+    """The loaded models and source of one edit."""
+
+    def __init__(self, inputs: EditInputs) -> None:
+        self.inputs, self.config, self.cache = inputs, inputs.config, inputs.cache
+        self.watch = Stopwatch(inputs.device)
+        with self.watch("load"):
+            self.models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
+            self.frames = self.cache.frames(inputs.n_frames)
+            self.depth = self.cache.depth(inputs.n_frames)
+
+    def ddim_start(self, t: int) -> Tensor:
+        """The latents at timestep t that DDIM inversion leads to, (n, 4, h, w).
+
+        `propagation: released` takes the noise of the noisiest latents that preprocess saved
+        instead, whose timestep may lie beyond the first sampling timestep, and adds it anew at t.
+        """
+        if self.config.propagation == "paper":
+            return self._latents(t)
+        noisiest = max(self.cache.manifest.timesteps)
+        alpha, sigma = self.models.schedule.level(noisiest)
+        clean = self._latents(CLEAN_LATENTS)
+        eps = (self._latents(noisiest) - alpha * clean) / sigma
+        return self.models.schedule.add_noise(clean, eps, t)
+
+    def gaussian_start(self, t: int) -> Tensor:
+        """The clean latents with one Gaussian noise, shared by all frames, at timestep t."""
+        clean = self._latents(CLEAN_LATENTS)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        eps = torch.randn(clean[:1].shape, generator=generator)
+        return self.models.schedule.add_noise(clean, eps.expand_as(clean), t)
+
+    @torch.inference_mode()
+    def edit_latents(self, plan: EditPlan) -> Tensor:
+        """The denoising loop: from the plan's start to clean edited latents, (n, 4, h, w)."""
+        config, schedule = self.config, self.models.schedule
+        loop = _Loop(self, plan)
+        keyframes = keyframe_schedule(
+            len(self.frames),
+            config.batch_size,
+            config.n_timesteps,
+            config.keyframe_seed,
+            config.keyframes,
+        )[-len(plan.timesteps) :]
+        predict = {
+            "tokenflow": loop.predict_tokenflow,
+            "extended_attention": loop.predict_extended_attention,
+            "none": loop.predict_per_frame,
+        }[config.consistency]
+
+        x = plan.start
+        with tokenflow_patch(self.models.unet, loop.context, config.attention_backend):
+            steps = zip(plan.timesteps, [*plan.timesteps[1:], CLEAN], keyframes, strict=True)
+            for i, (t, t_next, kf) in enumerate(tqdm(list(steps), desc="edit", unit="step")):
+                loop.context.inject_attention = i < plan.attention_steps
+                loop.context.inject_features = i < plan.feature_steps
+                eps = predict(x, self._latents(t), t, kf)
+                x = ddim_step(x, eps, schedule.level(t), schedule.level(t_next))
+        return x
+
+    def run(self, technique: str, plan: EditPlan, folder: Path) -> None:
+        """Edits the clip and writes the result's folder, which appears whole or not at all."""
+        with self.watch("edit"):
+            latents = self.edit_latents(plan)
+        with self.watch("decode"):
+            edited = decode_latents(self.models, latents, self.chunk_size)
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        fps = Fraction(str(self.config.fps)) if self.config.fps else self.cache.fps
+        with self.watch("write"):
+            save_frames(partial / "frames", edited)
+            save_video(partial / "edited.mp4", edited, fps)
+            both = np.concatenate([self.frames, edited], axis=2)
+            save_video(partial / "side_by_side.mp4", both, fps)
+            save_tensors(partial / "edited_latents.safetensors", {"latents": latents})
+        save_yaml(partial / "config.yaml", asdict(self.config))
+        save_yaml(partial / "run.yaml", self._run_record(technique))
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+
+    @property
+    def chunk_size(self) -> int:
+        return self.config.chunk_size or self.config.batch_size
+
+    def _latents(self, name: str | int) -> Tensor:
+        return self.cache.latents(name, self.inputs.n_frames)
+
+    def _run_record(self, technique: str) -> dict:
+        return {
+            "technique": technique,
+            "cache": str(self.cache.folder),
+            "cache_sha256": sha256_file(self.cache.folder / MANIFEST),
+            "n_frames": len(self.frames),
+            "device": device_name(self.inputs.device),
+            "dtype": self.models.dtype_name,
+            "seconds": self.watch.seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.inputs.device),
+            "versions": versions(),
+        }
+
+
+def run_edit(
+    technique: str,
+    inputs: EditInputs,
+    make_plan: Callable[[EditSession], EditPlan],
+    overwrite: bool = False,
+) -> Path:
+    """Makes the result of one edit, or finds it made from the same cache by the same settings.
+
+    Args:
+        technique: its name in the result's path.
+        make_plan: what the technique does, given the loaded session.
+        overwrite: make it again in any case.
+
+    Returns:
+        the result's folder: edited.mp4, frames/, side_by_side.mp4, edited_latents.safetensors,
+        config.yaml (resolved), run.yaml (how it went).
+    """
+    folder = result_folder(inputs.config, technique)
+    record = folder / "run.yaml"
+    cache_sha256 = sha256_file(inputs.cache.folder / MANIFEST)
+    if record.is_file() and load_yaml(record).get("cache_sha256") == cache_sha256 and not overwrite:
+        log.info("%s is there already, made with these settings; --overwrite makes it anew", folder)
+        return folder
+    session = EditSession(inputs)
+    session.run(technique, make_plan(session), folder)
+    return folder
+
+
+class _Loop:
+    """One run's denoisers and context; predicts the guided noise of all frames at a step.
+
+    Each predictor takes x and source, (n, 4, h, w) latents of the edit and of the source at
+    timestep t, and returns eps, (n, 4, h, w) float32 on the CPU.
+    """
+
+    def __init__(self, session: EditSession, plan: EditPlan) -> None:
+        config, models = session.config, session.models
+        self.config, self.device = config, models.device
+        self.source = source_denoiser(session)
+        prompts = [config.negative_prompt, config.prompt]
+        if config.guidance_scale == 1.0:  # the unconditional branch would have weight 0
+            prompts = [config.prompt]
+        text = encode_prompts(models, prompts)
+        self.edit = Denoiser(models, text, self.source.depth, plan.control)
+        self.context = TokenFlowContext(
+            branches=len(prompts), propagate_source=config.propagation == "released"
+        )
+        self.frames = torch.arange(len(session.frames))
+        self.chunks = self.frames.split(session.chunk_size)
+        self.flow = None
+        if config.correspondence == "flow":
+            self.flow = FlowField(session.frames, plan.start.shape[-2:], models)
+
+    def predict_tokenflow(self, x: Tensor, source: Tensor, t: int, keyframes: Tensor) -> Tensor:
+        """Keyframes are edited together; every frame is made from their output tokens."""
+        self._source(Pass.SOURCE, source, t, keyframes)
+        self._edit(Pass.EXTENDED, x, t, keyframes)
+        eps = []
+        for chunk in self.chunks:
+            self._set_neighbours(chunk, keyframes)
+            self._source(Pass.MATCH, source, t, chunk)
+            eps.append(self._edit(Pass.PROPAGATE, x, t, chunk))
+        return torch.cat(eps)
+
+    def predict_extended_attention(self, x: Tensor, source: Tensor, t: int, _: Tensor) -> Tensor:
+        """Every frame is a keyframe, and nothing is propagated (Table 1, "w/o TokenFlow")."""
+        if self._injecting:
+            self._source(Pass.SOURCE, source, t, self.frames)
+        return self._edit(Pass.EXTENDED, x, t, self.frames)
+
+    def predict_per_frame(self, x: Tensor, source: Tensor, t: int, _: Tensor) -> Tensor:
+        """The base technique alone, each frame by itself."""
+        eps = []
+        for chunk in self.chunks:
+            if self._injecting:
+                self._source(Pass.SOURCE, source, t, chunk)
+            eps.append(self._edit(Pass.PER_FRAME, x, t, chunk))
+        return torch.cat(eps)
+
+    @property
+    def _injecting(self) -> bool:
+        return self.context.inject_attention or self.context.inject_features
+
+    def _source(self, mode: Pass, source: Tensor, t: int, frames: Tensor) -> None:
+        self.context.mode = mode
+        self.source(source[frames], t, frames)
+
+    def _edit(self, mode: Pass, x: Tensor, t: int, frames: Tensor) -> Tensor:
+        self.context.mode = mode
+        eps = self.edit(x[frames], t, frames)  # (B, m, 4, h, w)
+        if len(eps) == 2:  # classifier-free guidance
+            uncond, cond = eps
+            eps = (uncond + self.config.guidance_scale * (cond - uncond))[None]
+        return eps[0].cpu()
+
+    def _set_neighbours(self, chunk: Tensor, keyframes: Tensor) -> None:
+        if self.config.propagation == "released":
+            near = released_neighbours(chunk, self.config.batch_size)
+        else:
+            near = neighbours(chunk, keyframes, self.config.blend)
+        self.context.neighbours = Neighbours(
+            near.previous.to(self.device), near.next.to(self.device), near.weight.to(self.device)
+        )
+        if self.flow is not None:
+            self.context.flow = self.flow.matches(chunk, keyframes, near)
+
+
+class FlowField:
+    """Correspondences by optical flow of the source frames, for each size of token grid.
+
+    Args:
+        frames: (n, H, W, 3) uint8 source frames.
+        grid: (h, w) of the latents.
+        models: says how often its UNet halves the grid.
+    """
+
+    def __init__(self, frames: np.ndarray, grid: Sequence[int], models: StableDiffusion) -> None:
+        self.frames, self.device = frames, models.device
+        self.grids = [tuple(grid)]
+        for _ in models.unet.config.block_out_channels[1:]:
+            h, w = self.grids[-1]
+            self.grids.append(((h + 1) // 2, (w + 1) // 2))
+        self._tokens: dict[tuple[int, int], dict[int, Tensor]] = {}
+
+    def matches(self, chunk: Tensor, keyframes: Tensor, near: Neighbours) -> dict:
+        """The correspondences of a chunk's frames, by a layer's number of tokens."""
+        previous = [self._pair(*pair) for pair in zip(chunk, keyframes[near.previous], strict=True)]
+        following = [self._pair(*pair) for pair in zip(chunk, keyframes[near.next], strict=True)]
+        return {
+            h * w: Correspondence(
+                torch.stack([tokens[h * w] for tokens in previous]).to(self.device),
+                torch.stack([tokens[h * w] for tokens in following]).to(self.device),
+            )
+            for h, w in self.grids
+        }
+
+    def _pair(self, frame: Tensor, keyframe: Tensor) -> dict[int, Tensor]:
+        pair = int(frame), int(keyframe)
+        if pair not in self._tokens:
+            flow = optical_flow(self.frames[pair[0]], self.frames[pair[1]])[None]
+            self._tokens[pair] = {h * w: flow_tokens(flow, (h, w))[0] for h, w in self.grids}
+        return self._tokens[pair]
+
+
+def source_denoiser(session: EditSession) -> Denoiser:
+    """The noise prediction that the inversion used: its prompt, its depth maps, its ControlNet."""
+    manifest, models = session.cache.manifest, session.models
+    control = None
+    if manifest.control is not None:
+        control = load_control(
+            manifest.control, session.frames, session.depth, models.device, models.dtype
+        )
+    depth = None
+    if models.takes_depth:
+        grid = [size // models.vae_factor for size in session.frames.shape[1:3]]
+        depth = depth_latents(session.depth, grid)
+    return Denoiser(models, encode_prompts(models, [manifest.inversion_prompt]), depth, control)
+
+
+def result_folder(config: EditConfig, technique: str) -> Path:
+    """<output_path>/<technique>/<clip>/<prompt slug>-<8 hex of what the result depends on>."""
+    settings = asdict(replace(config, device="", output_path=""))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{slug(config.prompt)}-{digest}"
+    return Path(config.output_path) / technique / clip_name(config.data_path) / name

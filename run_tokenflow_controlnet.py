@@ -1,0 +1,89 @@
+"""Edits a preprocessed clip with TokenFlow on a ControlNet (Zhang et al. 2023).
+
+python run_tokenflow_controlnet.py --config configs/config_controlnet.yaml --set control=canny
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from checkpoints import DEPTH_ESTIMATOR, controlnet_key_for, single_model_folder
+from conditions import Control, ControlSettings, estimate_depth, load_control
+from edit_inputs import EditConfig, open_inputs, read_config
+from editing import EditPlan, EditSession, run_edit
+from util import UserError, command_line, option, setup_logging
+
+TECHNIQUE = "controlnet"
+CONFIG = "configs/config_controlnet.yaml"
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(EditConfig):
+    """The keys of configs/config_controlnet.yaml."""
+
+    control: str = option("canny", choices=("canny", "depth"))
+    controlnet_key: str | None = option(None)
+    controlnet_scale: float = option(1.0, low=0)
+    canny_low: int = option(100, low=0, high=255)
+    canny_high: int = option(200, low=0, high=255)
+    depth_model: str = option(DEPTH_ESTIMATOR)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.canny_low > self.canny_high:
+            raise UserError(
+                f"canny_low: {self.canny_low} is above canny_high: {self.canny_high}, "
+                "expected low <= high"
+            )
+        if self.sd_version == "depth":
+            raise UserError(
+                "sd_version: depth is conditioned on depth by itself and no ControlNet fits it; "
+                "use run_tokenflow_pnp.py or run_tokenflow_sdedit.py"
+            )
+
+
+def control_settings(config: ControlNetConfig) -> ControlSettings:
+    """What the edit's ControlNet follows.
+
+    Raises:
+        UserError: if no ControlNet is known for the model.
+        MissingFileError: if it cannot be found.
+    """
+    key = controlnet_key_for(config.sd_version, config.control, config.controlnet_key)
+    single_model_folder(key)
+    return ControlSettings(
+        config.control, key, config.controlnet_scale, config.canny_low, config.canny_high
+    )
+
+
+def make_control(session: EditSession, settings: ControlSettings) -> Control:
+    """The edit's ControlNet with its pictures of the clip."""
+    device, depth = session.models.device, session.depth
+    if settings.kind == "depth" and depth is None:
+        depth = estimate_depth(session.frames, session.config.depth_model, device)
+    return load_control(settings, session.frames, depth, device, session.models.dtype)
+
+
+def plan(session: EditSession, settings: ControlSettings) -> EditPlan:
+    """From the inverted latents at the first timestep, guided by the ControlNet at every step."""
+    timesteps = session.inputs.timesteps
+    return EditPlan(
+        timesteps=timesteps,
+        start=session.ddim_start(timesteps[0]),
+        control=make_control(session, settings),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script."""
+    setup_logging()
+    config, overwrite = read_config(ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
+    settings = control_settings(config)
+    make_plan = partial(plan, settings=settings)
+    print(f"result: {run_edit(TECHNIQUE, open_inputs(config), make_plan, overwrite)}")
+
+
+if __name__ == "__main__":
+    command_line(main)

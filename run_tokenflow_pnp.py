@@ -1,0 +1,64 @@
+"""Edits a preprocessed clip with TokenFlow on Plug-and-Play (Tumanyan et al. 2023).
+
+python run_tokenflow_pnp.py --config configs/config_pnp.yaml --set prompt="a marble sculpture"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from checkpoints import load_unet_skeleton
+from edit_inputs import EditConfig, EditInputs, open_inputs, read_config
+from editing import EditPlan, EditSession, run_edit
+from tokenflow_utils import missing_injection_layers
+from util import UserError, command_line, option, setup_logging
+
+TECHNIQUE = "pnp"
+CONFIG = "configs/config_pnp.yaml"
+
+
+@dataclass(frozen=True)
+class PnPConfig(EditConfig):
+    """The keys of configs/config_pnp.yaml."""
+
+    pnp_attn_t: float = option(0.5, low=0, high=1)
+    pnp_f_t: float = option(0.8, low=0, high=1)
+
+
+def check_injection_layers(inputs: EditInputs) -> None:
+    """Refuses a checkpoint whose UNet lacks the layers that PnP injects into.
+
+    Raises:
+        UserError: naming the first missing layer.
+    """
+    missing = missing_injection_layers(load_unet_skeleton(inputs.checkpoint))
+    if missing:
+        raise UserError(
+            f"{inputs.checkpoint}: its UNet has no {missing[0]} ({len(missing)} of the layers that "
+            "PnP injects into are missing); use a checkpoint with Stable Diffusion's blocks"
+        )
+
+
+def plan(session: EditSession) -> EditPlan:
+    """From the inverted latents at the first timestep, with the source injected early on."""
+    config, timesteps = session.config, session.inputs.timesteps
+    return EditPlan(
+        timesteps=timesteps,
+        start=session.ddim_start(timesteps[0]),
+        attention_steps=int(len(timesteps) * config.pnp_attn_t),
+        feature_steps=int(len(timesteps) * config.pnp_f_t),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script."""
+    setup_logging()
+    config, overwrite = read_config(PnPConfig, argv, CONFIG, __doc__.splitlines()[0])
+    inputs = open_inputs(config)
+    check_injection_layers(inputs)
+    print(f"result: {run_edit(TECHNIQUE, inputs, plan, overwrite)}")
+
+
+if __name__ == "__main__":
+    command_line(main)

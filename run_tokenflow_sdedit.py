@@ -1,0 +1,54 @@
+"""Edits a preprocessed clip with TokenFlow on SDEdit (Meng et al. 2022).
+
+python run_tokenflow_sdedit.py --config configs/config_sdedit.yaml --set start=0.8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edit_inputs import EditConfig, open_inputs, read_config
+from editing import EditPlan, EditSession, run_edit
+from util import command_line, option, setup_logging
+
+TECHNIQUE = "sdedit"
+CONFIG = "configs/config_sdedit.yaml"
+
+
+@dataclass(frozen=True)
+class SDEditConfig(EditConfig):
+    """The keys of configs/config_sdedit.yaml."""
+
+    start: float = option(0.9, above=0, high=1)
+    use_ddim_noise: bool = option(True)
+
+
+def steps_from(timesteps: list[int], start: float, propagation: str) -> list[int]:
+    """The timesteps that SDEdit takes: the last `start` of the schedule, at least one.
+
+    The released code slices with int(1 - start * T), one step fewer than start * T; `propagation:
+    released` repeats that, and with it that nothing is left out where start * T < 2.
+    """
+    if propagation == "released":
+        return timesteps[int(1 - start * len(timesteps)) :]
+    return timesteps[-max(1, round(start * len(timesteps))) :]
+
+
+def plan(session: EditSession) -> EditPlan:
+    """From the clip's latents noised to `start`, by DDIM's noise or one shared Gaussian noise."""
+    config = session.config
+    timesteps = steps_from(session.inputs.timesteps, config.start, config.propagation)
+    noised = session.ddim_start if config.use_ddim_noise else session.gaussian_start
+    return EditPlan(timesteps=timesteps, start=noised(timesteps[0]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script."""
+    setup_logging()
+    config, overwrite = read_config(SDEditConfig, argv, CONFIG, __doc__.splitlines()[0])
+    print(f"result: {run_edit(TECHNIQUE, open_inputs(config), plan, overwrite)}")
+
+
+if __name__ == "__main__":
+    command_line(main)
