@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
@@ -78,11 +78,19 @@ def checkpoint_folder(key: str) -> Path:
         MissingFileError: if the folder or one of its files is missing, or the hub has no such
             checkpoint, or it cannot be reached and no copy is cached.
     """
+    if key == MODELS["tiny"] and not Path(key).is_dir():
+        raise MissingFileError(
+            "sd_version: tiny is not made yet; "
+            "run: python scripts/make_tiny_model.py models/tiny --controlnet"
+        )
     patterns = [f"{part}/*.json" for part in PIPELINE_FILES]
     patterns += [f"{part}/{name}" for part, names in PIPELINE_FILES.items() for name in names]
     patterns += ["model_index.json", "tokenizer/merges.txt"]
     folder = _local_or_hub(key, patterns)
-    for part, names in PIPELINE_FILES.items():
+    required = dict(PIPELINE_FILES)
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        required["tokenizer"] += ("vocab.json", "merges.txt")
+    for part, names in required.items():
         for name in names:
             if not _has_weights(folder / part / name):
                 raise MissingFileError(
@@ -101,6 +109,28 @@ def single_model_folder(key: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise MissingFileError(f"{key}: this model's folder has no safetensors weights")
     return folder
+
+
+def check_controlnet_fits(checkpoint: Path, key: str) -> None:
+    """Refuses a ControlNet that cannot be found or was made for another kind of UNet.
+
+    Args:
+        checkpoint: the Stable Diffusion checkpoint's folder.
+        key: hub id or local folder of the ControlNet.
+
+    Raises:
+        MissingFileError: if the ControlNet cannot be found.
+        UserError: naming what does not fit.
+    """
+    unet = UNet2DConditionModel.load_config(checkpoint, subfolder="unet")
+    controlnet = ControlNetModel.load_config(single_model_folder(key))
+    for field in ("in_channels", "cross_attention_dim"):
+        if controlnet[field] != unet[field]:
+            raise UserError(
+                f"{key}: this ControlNet does not fit {checkpoint}: its {field} is "
+                f"{controlnet[field]}, the UNet's {unet[field]}; name one made for this model with "
+                "controlnet_key"
+            )
 
 
 def checkpoint_revision(folder: Path) -> str:

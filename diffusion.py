@@ -67,13 +67,23 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device: {name} is unknown, expected auto, cpu, cuda or cuda:N") from error
+        raise UserError(_unknown_device(name)) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(_unknown_device(name))
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            f"device: {name} was asked for, but this machine has none; use --device cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device: {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA "
             "devices on this machine; use --device cpu, or install a CUDA build of torch"
         )
     return device
+
+
+def _unknown_device(name: str) -> str:
+    return f"device: {name} is unknown, expected auto, cpu, cuda or cuda:N"
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -10,12 +10,19 @@ from typing import TypeVar
 
 import torch
 from diffusers import DDIMScheduler
-from video import clip_name, resolve_clip, source_sha256
 
 from checkpoints import MODELS, checkpoint_folder, checkpoint_revision, model_key_for
 from diffusion import NoiseSchedule, resolve_device, resolve_dtype
 from source_cache import SourceCache, find_cache, preprocess_command
-from util import ArgumentParser, MissingFileError, UserError, load_config, option
+from util import (
+    ArgumentParser,
+    MissingFileError,
+    UserError,
+    check_writable,
+    load_config,
+    option,
+)
+from video import MAX_FPS, clip_name, resolve_clip, source_sha256
 
 log = logging.getLogger("tokenflow")
 
@@ -43,7 +50,7 @@ class EditConfig:
     n_frames: int = option(40, low=1)
     H: int | None = option(None, low=8)
     W: int | None = option(None, low=8)
-    fps: float | None = option(None, above=0)
+    fps: float | None = option(None, above=0, high=MAX_FPS)
     # model
     sd_version: str = option("2.1", choices=tuple(MODELS))
     model_key: str | None = option(None)
@@ -67,6 +74,11 @@ class EditConfig:
     def __post_init__(self) -> None:
         if self.propagation == "released" and self.blend != "sigmoid":
             raise UserError("blend: linear goes with propagation: paper; released has its own")
+        if self.n_inversion_steps % self.n_timesteps:
+            raise UserError(
+                f"n_timesteps: {self.n_timesteps} does not divide n_inversion_steps: "
+                f"{self.n_inversion_steps}; the timesteps of the one must be among the other's"
+            )
 
 
 Config = TypeVar("Config", bound=EditConfig)
@@ -136,6 +148,7 @@ def open_inputs(config: EditConfig) -> EditInputs:
             f"attention_backend: {config.attention_backend} needs a CUDA device, not {device}; "
             "use native"
         )
+    check_writable(config.output_path, "output_path")
     command = preprocess_command(
         data_path=config.data_path,
         sd_version=config.sd_version,

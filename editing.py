@@ -46,7 +46,7 @@ from tokenflow_utils import (
     tokenflow_patch,
 )
 from util import load_yaml, save_tensors, save_yaml, sha256_file, slug
-from video import clip_name, save_frames, save_video
+from video import MAX_FPS_DENOMINATOR, clip_name, save_frames, save_video
 
 log = logging.getLogger("tokenflow")
 
@@ -139,7 +139,9 @@ class EditSession:
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        fps = Fraction(str(self.config.fps)) if self.config.fps else self.cache.fps
+        fps = self.cache.fps
+        if self.config.fps is not None:
+            fps = Fraction(self.config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
         with self.watch("write"):
             save_frames(partial / "frames", edited)
             save_video(partial / "edited.mp4", edited, fps)
@@ -193,7 +195,8 @@ def run_edit(
     folder = result_folder(inputs.config, technique)
     record = folder / "run.yaml"
     cache_sha256 = sha256_file(inputs.cache.folder / MANIFEST)
-    if record.is_file() and load_yaml(record).get("cache_sha256") == cache_sha256 and not overwrite:
+    finished = not overwrite and record.is_file()
+    if finished and load_yaml(record).get("cache_sha256") == cache_sha256:
         log.info("%s is there already, made with these settings; --overwrite makes it anew", folder)
         return folder
     session = EditSession(inputs)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,11 +22,13 @@ from tqdm import tqdm
 from checkpoints import (
     DEPTH_ESTIMATOR,
     MODELS,
+    check_controlnet_fits,
     checkpoint_folder,
     checkpoint_revision,
     controlnet_key_for,
     load_unet_skeleton,
     model_key_for,
+    single_model_folder,
 )
 from conditions import ControlSettings, depth_latents, estimate_depth, load_control
 from diffusion import (
@@ -55,8 +59,17 @@ from source_cache import (
     save_latents,
     save_source,
 )
-from util import ArgumentParser, UserError, command_line, setup_logging
-from video import Clip, clip_name, read_clip, resolve_clip, save_video, source_sha256
+from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
+from video import (
+    MAX_FPS,
+    MAX_FPS_DENOMINATOR,
+    Clip,
+    clip_name,
+    read_clip,
+    resolve_clip,
+    save_video,
+    source_sha256,
+)
 
 log = logging.getLogger("tokenflow")
 
@@ -80,7 +93,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--H", type=int, help="height; multiple of 8 (default: 512 square, 384 or 672 otherwise)")
     add("--W", type=int, help="width; multiple of 8 (default: 512 square, 672 or 384 otherwise)")
     add("--fit", choices=("stretch", "crop"), default="stretch", help="how frames take that size")
-    add("--fps", type=Fraction, help="frame rate (default: the clip's; 24 for a folder of images)")
+    add(
+        "--fps",
+        type=_frame_rate,
+        help="frame rate (default: the clip's; 24 for images)",
+    )
     add("--sd_version", choices=tuple(MODELS), default="2.1", help="model (default: 2.1)")
     add("--model_key", help="hub id or local folder of a checkpoint; wins over --sd_version")
     add("--inversion_prompt", default="", help="what the clip shows (default: empty)")
@@ -103,9 +120,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="for released command lines; nothing here is random")  # fmt: skip
     add("--overwrite", action="store_true", help="replace a cache made with other settings")
     args = parser.parse_args(argv)
-    args.recon_steps = args.recon_steps or args.save_steps
+    if args.recon_steps is None:
+        args.recon_steps = args.save_steps
     _check_args(args)
     return args
+
+
+def _frame_rate(text: str) -> Fraction:
+    try:
+        rate = Fraction(text).limit_denominator(MAX_FPS_DENOMINATOR)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= MAX_FPS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected a number or a fraction above 0 and at most {MAX_FPS}"
+        )
+    return rate
 
 
 def _check_args(args: argparse.Namespace) -> None:
@@ -116,8 +146,6 @@ def _check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}: {getattr(args, name)}, expected a number of at least 1")
     if args.frame_start < 0:
         raise UserError(f"--frame_start: {args.frame_start}, expected 0 or more")
-    if args.fps is not None and args.fps <= 0:
-        raise UserError(f"--fps: {args.fps}, expected a positive number")
     for name in ("H", "W"):
         size = getattr(args, name)
         if size is not None and (size < 8 or size % 8):
@@ -131,6 +159,8 @@ def _check_args(args: argparse.Namespace) -> None:
                 f"--{name}: {getattr(args, name)} does not divide --steps {args.steps}; "
                 "the timesteps of the one must be among the other's"
             )
+    if not 0 <= args.controlnet_scale < math.inf:
+        raise UserError(f"--controlnet_scale: {args.controlnet_scale}, expected 0 or more")
     if not 0 <= args.canny_low <= args.canny_high <= 255:
         raise UserError(
             f"--canny_low {args.canny_low} and --canny_high {args.canny_high}: "
@@ -293,7 +323,19 @@ def preprocess(args: argparse.Namespace) -> Path:
     scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
     schedule = NoiseSchedule.from_scheduler(scheduler)
     timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
-    takes_depth = load_unet_skeleton(checkpoint).config.in_channels == 5
+    in_channels = load_unet_skeleton(checkpoint).config.in_channels
+    if in_channels not in (4, 5):
+        raise UserError(
+            f"{checkpoint}: its UNet takes {in_channels} channels, expected 4, or 5 with depth; an "
+            "inpainting or upscaling checkpoint cannot be inverted"
+        )
+    takes_depth = in_channels == 5
+    control = control_settings(args)
+    if control is not None:
+        check_controlnet_fits(checkpoint, control.key)
+    wants_depth = takes_depth or (control is not None and control.kind == "depth")
+    if wants_depth:
+        single_model_folder(args.depth_model)
     watch = Stopwatch(device)
     with watch("read"):
         clip = read_clip(
@@ -305,8 +347,6 @@ def preprocess(args: argparse.Namespace) -> Path:
             fit=args.fit,
             fps=args.fps,
         )
-    control = control_settings(args)
-    wants_depth = takes_depth or (control is not None and control.kind == "depth")
     n_frames, height, width, _ = clip.frames.shape
     dtype = resolve_dtype(args.dtype, device)
     manifest = Manifest(
@@ -335,6 +375,7 @@ def preprocess(args: argparse.Namespace) -> Path:
         depth_model=args.depth_model if wants_depth else None,
     )
     folder = cache_folder(args.save_dir, args.sd_version, manifest.clip, args.steps, n_frames)
+    check_writable(folder, "--save_dir")
     if (folder / MANIFEST).is_file() and not args.overwrite:
         found = read_manifest(folder)
         difference = describe_difference(identity(found), identity(manifest))
@@ -352,6 +393,8 @@ def preprocess(args: argparse.Namespace) -> Path:
     denoiser = make_denoiser(models, clip, args.inversion_prompt, control, depth)
 
     (folder / MANIFEST).unlink(missing_ok=True)  # from here on the folder is unfinished
+    if folder.exists():  # a file of another run's settings would pass for one of this run's
+        shutil.rmtree(folder)
     save_source(folder, clip.frames, args.inversion_prompt, depth)
     with watch("vae"):
         clean = encode_frames(models, clip.frames, args.batch_size)

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from checkpoints import DEPTH_ESTIMATOR, controlnet_key_for, single_model_folder
+from checkpoints import (
+    DEPTH_ESTIMATOR,
+    check_controlnet_fits,
+    controlnet_key_for,
+    single_model_folder,
+)
 from conditions import Control, ControlSettings, estimate_depth, load_control
 from edit_inputs import EditConfig, open_inputs, read_config
 from editing import EditPlan, EditSession, run_edit
@@ -49,10 +54,8 @@ def control_settings(config: ControlNetConfig) -> ControlSettings:
 
     Raises:
         UserError: if no ControlNet is known for the model.
-        MissingFileError: if it cannot be found.
     """
     key = controlnet_key_for(config.sd_version, config.control, config.controlnet_key)
-    single_model_folder(key)
     return ControlSettings(
         config.control, key, config.controlnet_scale, config.canny_low, config.canny_high
     )
@@ -81,8 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging()
     config, overwrite = read_config(ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
     settings = control_settings(config)
+    inputs = open_inputs(config)
+    check_controlnet_fits(inputs.checkpoint, settings.key)
+    if config.control == "depth" and not inputs.cache.has_depth:
+        single_model_folder(config.depth_model)
     make_plan = partial(plan, settings=settings)
-    print(f"result: {run_edit(TECHNIQUE, open_inputs(config), make_plan, overwrite)}")
+    print(f"result: {run_edit(TECHNIQUE, inputs, make_plan, overwrite)}")
 
 
 if __name__ == "__main__":

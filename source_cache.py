@@ -14,6 +14,7 @@ A folder without a manifest is unfinished. safetensors only: no pickle is read o
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -21,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from video import load_frames, save_frames
 
 from conditions import ControlSettings
 from util import (
@@ -33,10 +33,12 @@ from util import (
     save_yaml,
     sha256_file,
 )
+from video import load_frames, save_frames
 
 FORMAT = 1
 MANIFEST = "manifest.yaml"
 CLEAN_LATENTS = "clean"
+DEPTH_FILE = "depth.safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ IDENTITY = (
     "height",
     "width",
     "fit",
+    "fps",
     "model_revision",
     "inversion_prompt",
     "steps",
@@ -143,7 +146,7 @@ def save_source(folder: Path, frames: np.ndarray, prompt: str, depth: Tensor | N
     save_frames(folder / "frames", frames)
     (folder / "inversion_prompt.txt").write_text(prompt, encoding="utf-8")
     if depth is not None:
-        save_tensors(folder / "depth.safetensors", {"depth": depth})
+        save_tensors(folder / DEPTH_FILE, {"depth": depth})
 
 
 def finish_cache(folder: Path, manifest: Manifest, **figures: object) -> None:
@@ -181,22 +184,22 @@ class SourceCache:
 
     def latents(self, name: str | int, n_frames: int) -> Tensor:
         """The first n_frames latents at a saved timestep (or CLEAN_LATENTS), (n, 4, h, w)."""
-        return self._tensor(latents_file(self.folder, name), "latents")[:n_frames]
+        return load_tensors(latents_file(self.folder, name))["latents"][:n_frames]
 
     def frames(self, n_frames: int) -> np.ndarray:
         """The first n_frames source frames, (n, H, W, 3) uint8."""
         return load_frames(self.folder / "frames", n_frames)
 
-    def depth(self, n_frames: int) -> Tensor | None:
-        """Depth of the first n_frames, (n, 1, H, W) in [0, 1], where preprocess estimated it."""
-        path = self.folder / "depth.safetensors"
-        return self._tensor(path, "depth")[:n_frames] if path.is_file() else None
+    @property
+    def has_depth(self) -> bool:
+        """Whether preprocess estimated depth."""
+        return DEPTH_FILE in self.manifest.files
 
-    def _tensor(self, path: Path, key: str) -> Tensor:
-        recorded = self.manifest.files[path.relative_to(self.folder).as_posix()]
-        if sha256_file(path) != recorded["sha256"]:
-            raise UserError(f"{path}: damaged (its checksum is not the manifest's); {_REMAKE}")
-        return load_tensors(path)[key]
+    def depth(self, n_frames: int) -> Tensor | None:
+        """Depth of the first n_frames, (n, 1, H, W) in [0, 1], where there is any."""
+        if not self.has_depth:
+            return None
+        return load_tensors(self.folder / DEPTH_FILE)["depth"][:n_frames]
 
 
 _REMAKE = "make the cache anew by preprocess.py with --overwrite"
@@ -215,7 +218,12 @@ def find_cache(
         UserError: if its manifest or one of its files is damaged.
     """
     folder = _clip_folder(save_dir, sd_version, clip, steps)
-    finished = {int(p.parent.name[8:]): p.parent for p in folder.glob(f"nframes_[0-9]*/{MANIFEST}")}
+    manifests = [
+        path
+        for path in folder.glob(f"*/{MANIFEST}")
+        if re.fullmatch("nframes_[0-9]+", path.parent.name)
+    ]
+    finished = {int(path.parent.name[8:]): path.parent for path in manifests}
     if not finished:
         others = sorted(p.name for p in folder.parent.glob("steps_*"))
         hint = f" (there is {', '.join(others)})" if others else ""
@@ -225,10 +233,10 @@ def find_cache(
 
 
 def open_cache(folder: Path) -> SourceCache:
-    """Opens a finished cache after checking that its files are all there, in their sizes.
+    """Opens a finished cache after checking that its files are all there and undamaged.
 
     Raises:
-        UserError: if the manifest is not one of this format, or a file is missing or cut short.
+        UserError: if the manifest is not one of this format, or a file is missing or damaged.
     """
     manifest = read_manifest(folder)
     for name, recorded in manifest.files.items():
@@ -240,6 +248,8 @@ def open_cache(folder: Path) -> SourceCache:
                 f"{path}: {path.stat().st_size} bytes, the manifest says {recorded['bytes']}; "
                 + _REMAKE
             )
+        if sha256_file(path) != recorded["sha256"]:
+            raise UserError(f"{path}: damaged (its checksum is not the manifest's); {_REMAKE}")
     return SourceCache(folder, manifest)
 
 
@@ -247,10 +257,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads a cache's manifest.
 
     Raises:
-        UserError: if it is of another format or lacks a field.
+        UserError: if it is damaged, of another format or lacks a field.
     """
     path = folder / MANIFEST
-    data = load_yaml(path)
+    try:
+        data = load_yaml(path)
+    except UserError as error:
+        raise type(error)(f"{error}; {_REMAKE}") from error
     expected = {f.name for f in fields(Manifest)}
     if data.get("format") != FORMAT or set(data) != expected:
         raise UserError(f"{path}: not a manifest of format {FORMAT}; {_REMAKE}")

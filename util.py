@@ -115,6 +115,24 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: str | Path, name: str) -> None:
+    """Refuse a folder that cannot be made or written to, before work whose result shall go there.
+
+    Args:
+        folder: need not exist yet.
+        name: the option that it comes from.
+
+    Raises:
+        UserError: naming the option and what is in the way.
+    """
+    path = Path(os.path.abspath(folder))
+    nearest = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if not nearest.is_dir():
+        raise UserError(f"{name}: {folder}: {nearest} is a file, expected a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{name}: {folder}: {nearest} cannot be written to")
+
+
 def sha256_file(path: str | Path) -> str:
     """Hash a file's bytes, as 64 hex digits."""
     digest = hashlib.sha256()

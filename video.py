@@ -26,6 +26,8 @@ VIDEO_SUFFIXES = frozenset(
 ) | {".wmv", ".flv", ".ogv", ".3gp"}
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"))
 DEFAULT_FOLDER_FPS = 24  # DAVIS's
+MAX_FPS = 1000
+MAX_FPS_DENOMINATOR = 1_000_000  # a decimal's own fraction may not fit a video's 32 bits
 
 # FFmpeg also "decodes" text files, single images and playlists (which open other files): not here.
 _VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,asf,flv,ogg"

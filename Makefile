@@ -1,0 +1,32 @@
+# make demo     set up, then edit a clip with the small model and say where the result is
+# make test     set up, then run the tests
+# make lint     set up, then check the style
+# make setup    only the environment, .venv
+# make clean    remove what the demo made (caches, results, model, clip); .venv stays
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint clean
+
+setup: $(READY)
+
+$(READY): requirements.txt requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: $(READY)
+	PY=$(PY) sh scripts/demo.sh
+
+test: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf latents tokenflow-results models/tiny data/demo.mp4

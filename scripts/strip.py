@@ -1,0 +1,62 @@
+"""Draws clips as labelled rows of frames: README's picture.
+
+python scripts/strip.py OUT.png source=data/demo.mp4 PnP=RESULT/edited.mp4
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+# Scripts here are run from anywhere; the modules lie one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util import ArgumentParser, atomic_file, command_line, setup_logging
+from video import read_clip
+
+LABEL_WIDTH = 96
+
+
+def strip_row(label: str, frames: np.ndarray) -> np.ndarray:
+    """One row: the label, then the frames side by side; (H, LABEL_WIDTH + k * W, 3) uint8."""
+    height = frames.shape[1]
+    margin = np.full((height, LABEL_WIDTH, 3), 255, np.uint8)
+    where = (6, height // 2 + 5)
+    cv2.putText(margin, label, where, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([margin, *frames], axis=1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script."""
+    setup_logging()
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the PNG to write")
+    parser.add_argument("rows", nargs="+", type=_row, metavar="LABEL=CLIP", help="one row each")
+    parser.add_argument("--n_frames", type=int, default=16, help="of these first (default: 16)")
+    parser.add_argument("--columns", type=int, default=6, help="frames per row (default: 6)")
+    parser.add_argument("--size", type=int, default=96, help="frames' side in pixels (default: 96)")
+    args = parser.parse_args(argv)
+    rows = []
+    for label, path in args.rows:
+        frames = read_clip(path, args.n_frames, size=(args.size, args.size)).frames
+        picks = np.linspace(0, len(frames) - 1, args.columns).round().astype(int)
+        rows.append(strip_row(label, frames[picks]))
+    with atomic_file(args.out) as temporary:
+        cv2.imwrite(str(temporary), np.concatenate(rows)[:, :, ::-1])
+    print(f"wrote {args.out}")
+
+
+def _row(text: str) -> tuple[str, str]:
+    label, separator, path = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=CLIP")
+    return label, path
+
+
+if __name__ == "__main__":
+    command_line(main)

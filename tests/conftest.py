@@ -1,0 +1,36 @@
+"""Random SD-shaped checkpoints, made once per test session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from make_tiny_model import make_depth_model, make_model
+
+# The tests' tensors are too small to share between threads: waiting for them costs more than it
+# saves, above all on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that predicts eps, with controlnet/ and depth_estimator/ in its folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_model(folder, controlnet=True)
+    make_depth_model(folder / "depth_estimator")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_depth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that takes a depth map as its fifth latent channel."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-depth"
+    make_model(folder, kind="depth")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that predicts v."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-v"
+    make_model(folder, kind="v_prediction")
+    return folder

@@ -1,0 +1,62 @@
+"""What several test files need: clips, caches of them, and what lies in a folder."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+from make_sample_clip import render_clip
+from PIL import Image
+
+import preprocess
+from video import save_video
+
+HEIGHT, WIDTH = 48, 80  # latents of 6x10: no square, and odd sizes deeper in the UNet
+
+
+def make_clip(path: Path, n_frames: int = 5, seed: int = 0, fps: Fraction | int = 10) -> Path:
+    """Write a video of HEIGHT x WIDTH."""
+    save_video(path, render_clip(n_frames, HEIGHT, WIDTH, seed), Fraction(fps))
+    return path
+
+
+def make_image_folder(folder: Path, n_frames: int = 3) -> Path:
+    """Write a folder of images, named as DAVIS names them."""
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(render_clip(n_frames, HEIGHT, WIDTH, seed=1)):
+        Image.fromarray(frame).save(folder / f"{i:05d}.jpg")
+    return folder
+
+
+def arguments(options: dict[str, object]) -> list[str]:
+    """Spell options as a command line; None leaves one out, "" makes it a flag without a value."""
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", str(value)] if value != "" else [f"--{name}"]
+    return words
+
+
+def invert(clip: Path, save_dir: Path, model: Path, **options: object) -> Path:
+    """Preprocess a clip in few steps on the CPU; returns the cache's folder."""
+    small = {"n_frames": 5, "H": HEIGHT, "W": WIDTH, "steps": 10, "save_steps": 5, "device": "cpu"}
+    small |= {"data_path": clip, "save_dir": save_dir, "model_key": model, **options}
+    return preprocess.preprocess(preprocess.parse_args(arguments(small)))
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """All that lies in a folder with the time of its last change: equal if nothing was written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def video_facts(path: Path) -> tuple[int, Fraction, tuple[int, int]]:
+    """Decode a video: its number of frames, frame rate, and (height, width)."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+        rate = container.streams.video[0].average_rate
+    return len(frames), rate, (frames[0].height, frames[0].width)
+
+
+def no_model_may_load(*args: object) -> None:
+    """Put this in the place of a loader that must not be reached."""
+    pytest.fail("a model was loaded")

@@ -1,0 +1,271 @@
+"""DDIM in both directions, and text and pictures to and from latents."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from checkpoints import checkpoint_folder, checkpoint_revision, controlnet_key_for
+from conditions import canny_edges, depth_latents, optical_flow
+from diffusion import (
+    CLEAN,
+    Denoiser,
+    NoiseSchedule,
+    ddim_inversion_step,
+    ddim_step,
+    decode_latents,
+    encode_frames,
+    encode_prompts,
+    load_stable_diffusion,
+    psnr,
+    resolve_device,
+    resolve_dtype,
+)
+from util import MissingFileError, UserError
+
+SD_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    return NoiseSchedule.from_scheduler(DDIMScheduler(**SD_SCHEDULER))
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model):
+    return load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def invert(eps_model, x, schedule, timesteps, iterations):
+    for t_from, t_to in zip([CLEAN, *timesteps[::-1]], timesteps[::-1], strict=False):
+        x = ddim_inversion_step(eps_model, x, schedule, t_from, t_to, iterations)
+    return x
+
+
+def sample(eps_model, x, schedule, timesteps):
+    for t, t_next in zip(timesteps, [*timesteps[1:], CLEAN], strict=True):
+        x = ddim_step(x, eps_model(x, t), schedule.level(t), schedule.level(t_next))
+    return x
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+def test_timesteps_are_stable_diffusion_s(schedule):
+    assert schedule.timesteps(50)[:2] == [981, 961]
+    assert schedule.timesteps(50)[-1] == 1
+    assert schedule.timesteps(500)[0] == 999
+    with pytest.raises(UserError, match="1001 steps are more than the model's 1000"):
+        schedule.timesteps(1001)
+
+
+def test_levels_are_variance_preserving(schedule):
+    for t in (CLEAN, 1, 500, 999):
+        alpha, sigma = schedule.level(t)
+        assert alpha**2 + sigma**2 == pytest.approx(1.0)
+    assert schedule.level(CLEAN) == schedule.level(0)  # set_alpha_to_one: False
+
+
+def test_a_step_is_the_scheduler_s(schedule):
+    scheduler = DDIMScheduler(**SD_SCHEDULER)
+    scheduler.set_timesteps(50)
+    x, eps = randn(2, 4, 6, 5, seed=1), randn(2, 4, 6, 5, seed=2)
+    for t, t_next in ((981, 961), (21, 1), (1, CLEAN)):
+        expected = scheduler.step(eps, t, x).prev_sample
+        found = ddim_step(x, eps, schedule.level(t), schedule.level(t_next))
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_other_predictions_are_refused():
+    scheduler = DDIMScheduler(**SD_SCHEDULER, prediction_type="sample")
+    with pytest.raises(UserError, match="prediction_type sample"):
+        NoiseSchedule.from_scheduler(scheduler)
+
+
+# ---------------------------------------------------------------- inversion
+
+
+def test_inversion_of_a_noise_that_ignores_x_is_exact_at_once(schedule):
+    noise = randn(1, 4, 8, 8, seed=5, dtype=torch.float64)
+    model = lambda x, t: noise * (1 + t / 1000)  # noqa: E731
+    clean, timesteps = randn(2, 4, 8, 8, dtype=torch.float64), schedule.timesteps(20)
+    noisy = invert(model, clean, schedule, timesteps, iterations=1)
+    assert (noisy - clean).abs().max() > 1
+    assert torch.allclose(sample(model, noisy, schedule, timesteps), clean, atol=1e-10)
+
+
+def test_inversion_of_a_linear_model_is_exact_in_the_limit(schedule):
+    model = lambda x, t: 0.4 * x + 0.1 * x.flip(-1)  # noqa: E731
+    clean, timesteps = randn(2, 4, 8, 8, dtype=torch.float64), schedule.timesteps(50)
+    errors = []
+    for iterations in (1, 2, 4, 30):
+        noisy = invert(model, clean, schedule, timesteps, iterations)
+        errors.append(float((sample(model, noisy, schedule, timesteps) - clean).abs().max()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1e-2
+    assert errors[-1] < 1e-10
+
+
+def test_fixed_point_iterations_reconstruct_ever_better_on_the_tiny_unet(models):
+    """The error of 20 steps falls monotonically with K on a network."""
+    timesteps = models.schedule.timesteps(20)
+    denoiser = Denoiser(models, encode_prompts(models, ["a wolf"]))
+    frames = torch.arange(2)
+    model = lambda x, t: denoiser(x, t, frames)[0]  # noqa: E731
+    clean = randn(2, 4, 8, 8, seed=3) * 0.8
+    errors = []
+    for iterations in (1, 2, 3, 5):
+        with torch.inference_mode():
+            noisy = invert(model, clean, models.schedule, timesteps, iterations)
+            back = sample(model, noisy, models.schedule, timesteps)
+        errors.append(float((back - clean).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01 * errors[0]
+
+
+def test_v_prediction_gives_the_noise_that_it_stands_for(tiny_v_model):
+    models = load_stable_diffusion(tiny_v_model, torch.device("cpu"), torch.float32)
+    assert models.schedule.prediction_type == "v_prediction"
+    text, x, t = encode_prompts(models, [""]), randn(1, 4, 8, 8), 501
+    eps = Denoiser(models, text)(x, t, torch.arange(1))[0]
+    v = models.unet(x, t, encoder_hidden_states=text).sample
+    scheduler = DDIMScheduler.from_config(models.schedule.config)
+    scheduler.set_timesteps(50)
+    clean = scheduler.step(v, t, x).pred_original_sample
+    alpha, sigma = models.schedule.level(t)
+    assert torch.allclose(alpha * clean + sigma * eps, x, atol=1e-5)
+
+
+def test_a_nan_stops_the_run_and_names_the_step(tiny_model):
+    models = load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
+    models.unet.conv_out.bias.data.fill_(float("nan"))
+    denoiser = Denoiser(models, encode_prompts(models, [""]))
+    with pytest.raises(UserError, match=r"timestep 501 .*float32.*dtype"):
+        denoiser(randn(1, 4, 8, 8), 501, torch.arange(1))
+
+
+# ---------------------------------------------------------------- text and pictures
+
+
+def test_branches_are_independent(models):
+    text = encode_prompts(models, ["a red ball", "a green ball"])
+    x = randn(3, 4, 6, 10)
+    both = Denoiser(models, text)(x, 300, torch.arange(3))
+    assert both.shape == (2, 3, 4, 6, 10)
+    for branch in range(2):
+        alone = Denoiser(models, text[branch : branch + 1])(x, 300, torch.arange(3))[0]
+        assert torch.allclose(both[branch], alone, atol=1e-5)
+    assert (both[0] - both[1]).abs().max() > 1e-4
+
+
+def test_an_overlong_prompt_is_cut_and_said(models, caplog):
+    with caplog.at_level(logging.WARNING):
+        embedding = encode_prompts(models, ["a red ball " * 100])
+    assert embedding.shape[1] == 77
+    assert "longer than 77 tokens" in caplog.text
+    caplog.clear()
+    encode_prompts(models, ["a red ball"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_frames_to_latents_and_back(models, batch_size):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), dtype=np.uint8)
+    latents = encode_frames(models, frames, batch_size)
+    assert latents.shape == (3, 4, 6, 10)
+    assert latents.dtype == torch.float32
+    assert torch.allclose(latents, encode_frames(models, frames, 3), atol=1e-5)
+    decoded = decode_latents(models, latents, batch_size)
+    assert decoded.shape == frames.shape
+    assert decoded.dtype == np.uint8
+
+
+def test_psnr_of_a_known_error():
+    frames = np.full((2, 4, 4, 3), 100, np.uint8)
+    assert psnr(frames + 5, frames) == pytest.approx(20 * np.log10(255 / 5))
+
+
+# ---------------------------------------------------------------- spatial conditions
+
+
+def test_canny_finds_the_edge_and_nothing_else():
+    frames = np.zeros((2, 32, 32, 3), np.uint8)
+    frames[1, :, 16:] = 255
+    edges = canny_edges(frames, 100, 200)
+    assert edges.shape == (2, 3, 32, 32)
+    assert edges[0].max() == 0
+    assert set(edges[1].unique().tolist()) == {0.0, 1.0}
+    assert edges[1][:, :, [0, 8, 24, 31]].max() == 0
+
+
+def test_depth_latents_span_their_range():
+    depth = torch.linspace(0, 1, 64)[None, None, None].expand(1, 1, 64, 64)
+    latents = depth_latents(depth, (8, 8))
+    assert latents.shape == (1, 1, 8, 8)
+    assert -1 <= latents.min() < -0.8
+    assert 0.8 < latents.max() <= 1
+
+
+def test_optical_flow_points_where_pixels_go():
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    frame = small.repeat(8, axis=0).repeat(8, axis=1)
+    flow = optical_flow(frame, np.roll(frame, (2, 5), axis=(0, 1)))  # 2 down, 5 right
+    assert flow[0, 24:72, 24:72].median() == pytest.approx(5, abs=0.5)
+    assert flow[1, 24:72, 24:72].median() == pytest.approx(2, abs=0.5)
+
+
+# ---------------------------------------------------------------- checkpoints and devices
+
+
+def test_revision_is_of_the_content_not_of_the_path(tiny_model, tiny_v_model, tmp_path):
+    link = tmp_path / "elsewhere"
+    link.symlink_to(tiny_model)
+    assert checkpoint_revision(link) == checkpoint_revision(checkpoint_folder(str(tiny_model)))
+    assert checkpoint_revision(tiny_v_model) != checkpoint_revision(link)
+
+
+def test_a_checkpoint_without_a_part_is_named(tiny_model, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for part in ("unet", "text_encoder", "tokenizer", "scheduler", "model_index.json"):
+        (folder / part).symlink_to(tiny_model / part)
+    with pytest.raises(MissingFileError, match=r"broken: .*vae/config\.json is missing"):
+        checkpoint_folder(str(folder))
+
+
+def test_a_checkpoint_that_is_nowhere_is_named(tmp_path):
+    with pytest.raises(MissingFileError, match="nowhere: no such folder, and not a hub id"):
+        checkpoint_folder(str(tmp_path / "nowhere"))
+
+
+def test_an_unknown_controlnet_is_said():
+    with pytest.raises(UserError, match="no depth ControlNet is known for sd_version tiny"):
+        controlnet_key_for("tiny", "depth")
+
+
+def test_devices():
+    assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="device: gpu is unknown"):
+        resolve_device("gpu")
+    with pytest.raises(UserError, match="device: cuda:99 was asked for"):
+        resolve_device("cuda:99")
+
+
+def test_automatic_dtypes():
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16

@@ -1,0 +1,480 @@
+"""preprocess.py from the command line to the cache, on the tiny model."""
+
+import json
+import logging
+import shutil
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    HEIGHT,
+    WIDTH,
+    arguments,
+    contents,
+    invert,
+    make_clip,
+    make_image_folder,
+    no_model_may_load,
+    video_facts,
+)
+from PIL import Image
+
+import preprocess
+from diffusion import encode_frames, encode_prompts, load_stable_diffusion, psnr
+from source_cache import CLEAN_LATENTS, find_cache, open_cache, read_manifest
+from util import MissingFileError, UserError, load_tensors, save_tensors, sha256_file
+from video import load_frames, read_clip
+
+PROMPT = 'a star,\n"turning" on a wall \N{GLOWING STAR}'
+SAMPLING = [801, 601, 401, 201, 1]  # 5 steps
+SAVED = [901, *SAMPLING]  # and the noisiest of 10
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Six frames, of which caches take five."""
+    return make_clip(tmp_path_factory.mktemp("clip") / "star.mp4", n_frames=6, fps=Fraction(25, 2))
+
+
+@pytest.fixture(scope="module")
+def cache(clip, tiny_model, tmp_path_factory):
+    save_dir = tmp_path_factory.mktemp("latents")
+    return invert(clip, save_dir, tiny_model, inversion_prompt=PROMPT, batch_size=2)
+
+
+def save_dir_of(cache):
+    return cache.parents[3]
+
+
+def reconstruction_db(folder):
+    return read_manifest(folder).psnr
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_the_cache_holds_what_the_design_says_and_nothing_else(cache):
+    assert cache.relative_to(save_dir_of(cache)).as_posix() == "sd_2.1/star/steps_10/nframes_5"
+    files = {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()}
+    assert files == {
+        "manifest.yaml",
+        "inversion_prompt.txt",
+        "inverted.mp4",
+        "latents/clean.safetensors",
+        *(f"latents/noisy_latents_{t}.safetensors" for t in SAVED),
+        *(f"frames/0000{i}.png" for i in range(5)),
+    }
+    assert (cache / "inversion_prompt.txt").read_text(encoding="utf-8") == PROMPT
+
+
+def test_the_manifest_says_what_the_cache_depends_on(cache, clip, tiny_model):
+    manifest = read_manifest(cache)
+    assert (manifest.clip, manifest.source_name) == ("star", "star.mp4")
+    assert manifest.source_sha256 == sha256_file(clip)
+    assert (manifest.height, manifest.width, manifest.n_frames) == (HEIGHT, WIDTH, 5)
+    assert (manifest.steps, manifest.save_steps, manifest.recon_steps) == (10, 5, 5)
+    assert manifest.timesteps == SAVED
+    assert Fraction(manifest.fps) == Fraction(25, 2)
+    assert (manifest.inversion_prompt, manifest.dtype) == (PROMPT, "float32")
+    assert (manifest.sd_version, manifest.model_key) == ("2.1", str(tiny_model))
+    assert (manifest.control, manifest.depth_model) == (None, None)
+    recorded = {name: entry["sha256"] for name, entry in manifest.files.items()}
+    assert recorded == {
+        path.relative_to(cache).as_posix(): sha256_file(path)
+        for path in cache.rglob("*")
+        if path.is_file() and path.name != "manifest.yaml"
+    }
+
+
+def test_frames_are_the_clip_s(cache, clip):
+    frames = read_clip(clip, 5, size=(HEIGHT, WIDTH)).frames
+    assert np.array_equal(load_frames(cache / "frames"), frames)
+
+
+@torch.inference_mode()
+def test_latents_are_ddim_s(cache, tiny_model):
+    """Against a plain loop over single frames with DDIM's formula written out."""
+    models = load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
+    opened = open_cache(cache)
+    clean = encode_frames(models, opened.frames(5), batch_size=5)
+    torch.testing.assert_close(opened.latents(CLEAN_LATENTS, 5), clean, rtol=1e-4, atol=1e-5)
+
+    text = encode_prompts(models, [PROMPT])
+    levels = models.schedule.alphas_cumprod
+    for frame in (0, 4):  # the last one is a chunk of its own
+        x, have = clean[frame : frame + 1], levels[0]  # SD takes its first level for clean
+        for t in range(1, 1000, 100):
+            eps = models.unet(x, t, encoder_hidden_states=text).sample
+            x0 = (x - (1 - have) ** 0.5 * eps) / have**0.5
+            x, have = levels[t] ** 0.5 * x0 + (1 - levels[t]) ** 0.5 * eps, levels[t]
+            if t in SAVED:
+                found = opened.latents(t, 5)
+                assert found.dtype == torch.float32
+                assert found.shape == (5, 4, HEIGHT // 8, WIDTH // 8)
+                torch.testing.assert_close(found[frame : frame + 1], x, rtol=1e-3, atol=1e-3)
+
+
+def test_inverted_video_is_the_reconstruction_at_the_clip_s_rate(cache):
+    assert video_facts(cache / "inverted.mp4") == (5, Fraction(25, 2), (HEIGHT, WIDTH))
+    shown = read_clip(cache / "inverted.mp4", 5, size=(HEIGHT, WIDTH)).frames
+    found = psnr(shown, load_frames(cache / "frames"))
+    assert found == pytest.approx(reconstruction_db(cache), abs=1.0)  # H.264 loses a little
+
+
+def test_main_prints_where_the_cache_is(cache, clip, tiny_model, capsys):
+    options = {"data_path": clip, "save_dir": save_dir_of(cache), "model_key": tiny_model}
+    options |= {"n_frames": 5, "H": HEIGHT, "W": WIDTH, "steps": 10, "save_steps": 5}
+    preprocess.main(arguments({**options, "inversion_prompt": PROMPT, "device": "cpu"}))
+    assert capsys.readouterr().out == f"cache: {cache}\n"
+
+
+# ---------------------------------------------------------------- how good it is
+
+
+def test_the_reconstruction_is_reported_beside_its_bound(clip, tiny_model, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    manifest = read_manifest(invert(clip, tmp_path, tiny_model))
+    expected = (
+        f"reconstruction: {manifest.psnr:.2f} dB PSNR; the VAE alone, which bounds it: "
+        f"{manifest.vae_psnr:.2f} dB"
+    )
+    assert expected in caplog.text
+    assert "below the VAE's" not in caplog.text
+
+
+def test_a_bad_inversion_is_warned_of_and_iterations_mend_it(tiny_model, tmp_path, caplog):
+    """Two steps through all noise levels are far too few, even for a ramp of greys."""
+    (tmp_path / "ramp").mkdir()
+    ramp = np.tile(np.linspace(0, 237, WIDTH).astype(np.uint8), (HEIGHT, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp" / "0.png")
+    found = []
+    for iters in (1, 2, 3):
+        options = {"n_frames": 1, "steps": 2, "save_steps": 2, "inversion_iters": iters}
+        folder = invert(tmp_path / "ramp", tmp_path / str(iters), tiny_model, **options)
+        found.append(reconstruction_db(folder))
+        if iters == 1:
+            gap = read_manifest(folder).vae_psnr - found[0]
+            assert gap > preprocess.WARN_GAP_DB
+            assert f"{gap:.1f} dB below the VAE's" in caplog.text
+            assert "--inversion_iters 3" in caplog.text
+    assert found[0] < found[1] < found[2]
+
+
+def test_a_nan_stops_the_inversion_and_names_the_step(clip, tiny_model, tmp_path):
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_tensors(weights)
+    tensors["conv_out.bias"][0] = torch.nan
+    save_tensors(weights, tensors)
+    with pytest.raises(UserError, match=r"timestep 1 is not finite .*--dtype bfloat16 or float32"):
+        invert(clip, tmp_path / "latents", broken)
+    assert not list(tmp_path.glob("latents/**/manifest.yaml"))
+
+
+# ---------------------------------------------------------------- a second run
+
+
+def test_a_second_run_computes_nothing(cache, clip, tiny_model, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    before = contents(cache)
+    again = invert(clip, save_dir_of(cache), tiny_model, inversion_prompt=PROMPT, batch_size=5)
+    assert again == cache
+    assert contents(cache) == before
+    assert "is there already, made with these settings" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "difference"),
+    [
+        ("inversion_prompt", "a disc", r"inversion_prompt is 'a star,.*' there, 'a disc' here"),
+        ("inversion_iters", 2, "inversion_iters is 1 there, 2 here"),
+        ("save_steps", 2, "save_steps is 5 there, 2 here"),
+        ("recon_steps", 10, "recon_steps is 5 there, 10 here"),
+        ("frame_start", 1, "frame_start is 0 there, 1 here"),
+        ("H", 64, "height is 48 there, 64 here"),
+        ("W", 64, "width is 80 there, 64 here"),
+        ("fit", "crop", "fit is 'stretch' there, 'crop' here"),
+        ("fps", 5, "fps is '25/2' there, '5' here"),
+        ("dtype", "bfloat16", "dtype is 'float32' there, 'bfloat16' here"),
+    ],
+)
+def test_other_settings_are_refused(
+    cache, clip, tiny_model, monkeypatch, option, value, difference
+):
+    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    before = contents(cache)
+    options = {"inversion_prompt": PROMPT, option: value}
+    with pytest.raises(UserError, match=rf"made with other settings \({difference}.*--overwrite"):
+        invert(clip, save_dir_of(cache), tiny_model, **options)
+    assert contents(cache) == before
+
+
+def test_another_clip_or_model_is_refused(cache, clip, tiny_model, tiny_v_model, tmp_path):
+    save_dir, prompt = save_dir_of(cache), {"inversion_prompt": PROMPT}
+    other = make_clip(tmp_path / "star.mp4", seed=1)
+    with pytest.raises(UserError, match=r"source_sha256 is '\w+' there, '\w+' here"):
+        invert(other, save_dir, tiny_model, **prompt)
+    with pytest.raises(UserError, match=r"model_revision is '\w+' there, '\w+' here"):
+        invert(clip, save_dir, tiny_v_model, **prompt)
+
+
+def test_overwrite_leaves_nothing_of_the_other_cache(cache, clip, tiny_model, tmp_path):
+    shutil.copytree(save_dir_of(cache), tmp_path, dirs_exist_ok=True)
+    folder = invert(clip, tmp_path, tiny_model, save_steps=2, overwrite="")
+    assert folder.relative_to(tmp_path) == cache.relative_to(save_dir_of(cache))
+    assert sorted(path.stem for path in (folder / "latents").iterdir()) == sorted(
+        ["clean", *(f"noisy_latents_{t}" for t in (901, 501, 1))]
+    )
+    assert read_manifest(folder).inversion_prompt == ""
+    open_cache(folder)
+
+
+def test_an_interrupted_run_is_unfinished_and_the_next_completes_it(
+    cache, clip, tiny_model, tmp_path, monkeypatch
+):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "reconstruct", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            invert(clip, tmp_path, tiny_model, inversion_prompt=PROMPT, batch_size=2)
+    assert list(tmp_path.rglob("noisy_latents_*"))  # it was in the middle
+    assert not list(tmp_path.rglob("manifest.yaml"))
+    with pytest.raises(MissingFileError, match=r"only an unfinished cache .*; run: make it"):
+        find_cache(tmp_path, "2.1", "star", 10, 5, "make it")
+
+    folder = invert(clip, tmp_path, tiny_model, inversion_prompt=PROMPT, batch_size=2)
+    assert read_manifest(folder).files == read_manifest(cache).files  # bit by bit the same
+
+
+def test_an_interrupted_overwrite_leaves_no_manifest(
+    cache, clip, tiny_model, tmp_path, monkeypatch
+):
+    shutil.copytree(save_dir_of(cache), tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(preprocess, "invert", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        invert(clip, tmp_path, tiny_model, overwrite="")
+    assert not list(tmp_path.rglob("manifest.yaml"))
+
+
+# ---------------------------------------------------------------- kinds of clips
+
+
+def test_a_davis_folder(tiny_model, tmp_path):
+    images = make_image_folder(tmp_path / "JPEGImages" / "480p" / "bear", n_frames=3)
+    folder = invert(images, tmp_path / "latents", tiny_model, n_frames=3)
+    assert folder.relative_to(tmp_path).as_posix() == "latents/sd_2.1/bear/steps_10/nframes_3"
+    assert read_manifest(folder).fps == "24"
+    first = np.asarray(Image.open(images / "00000.jpg"))
+    assert np.array_equal(load_frames(folder / "frames", 1)[0], first)
+
+
+def test_a_short_clip_uses_what_there_is(clip, tiny_model, tmp_path, caplog):
+    folder = invert(clip.with_suffix(""), tmp_path, tiny_model, n_frames=40, steps=5)
+    assert folder.name == "nframes_6"
+    assert "40 frames asked for, using the 6 there are" in caplog.text
+    manifest = read_manifest(folder)
+    assert (manifest.n_frames, manifest.frames_asked) == (6, 40)
+
+
+def test_start_stride_and_frame_rate(clip, tiny_model, tmp_path):
+    options = {"frame_start": 1, "frame_stride": 2, "n_frames": 2, "steps": 5}
+    folder = invert(clip, tmp_path, tiny_model, **options)
+    every = read_clip(clip, 6, size=(HEIGHT, WIDTH)).frames
+    assert np.array_equal(load_frames(folder / "frames"), every[[1, 3]])
+    assert video_facts(folder / "inverted.mp4")[:2] == (2, Fraction(25, 4))
+
+    folder = invert(clip, tmp_path / "slow", tiny_model, **options, fps="30000/1001")
+    assert video_facts(folder / "inverted.mp4")[:2] == (2, Fraction(30000, 1001))
+
+
+# ---------------------------------------------------------------- kinds of models
+
+
+def noisiest(folder):
+    return open_cache(folder).latents(901, 5)
+
+
+def test_canny_conditions_the_inversion(cache, clip, tiny_model, tmp_path):
+    def inverted(scale):
+        return invert(
+            clip,
+            tmp_path / str(scale),
+            tiny_model,
+            sd_version="ControlNet",
+            controlnet_key=tiny_model / "controlnet",
+            controlnet_scale=scale,
+            inversion_prompt=PROMPT,
+        )
+
+    folder = inverted(1.0)
+    assert folder.relative_to(tmp_path / "1.0").parts[0] == "sd_ControlNet"
+    control = read_manifest(folder).control
+    assert (control.kind, control.scale, control.low, control.high) == ("canny", 1.0, 100, 200)
+    assert not (folder / "depth.safetensors").exists()
+    plain = noisiest(cache)
+    assert (noisiest(folder) - plain).abs().max() > 1e-2
+    torch.testing.assert_close(noisiest(inverted(0.0)), plain, rtol=1e-3, atol=1e-3)
+
+
+def test_depth_control_keeps_the_depth(clip, tiny_model, tmp_path):
+    folder = invert(
+        clip,
+        tmp_path,
+        tiny_model,
+        sd_version="ControlNet",
+        control="depth",
+        controlnet_key=tiny_model / "controlnet",
+        depth_model=tiny_model / "depth_estimator",
+    )
+    manifest = read_manifest(folder)
+    assert manifest.control.kind == "depth"
+    assert manifest.depth_model == str(tiny_model / "depth_estimator")
+    assert open_cache(folder).depth(3).shape == (3, 1, HEIGHT, WIDTH)
+
+
+def test_the_depth_model_gets_depth_normalised_over_the_clip(tiny_depth_model, tmp_path):
+    frames = make_image_folder(tmp_path / "clip", n_frames=3)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(frames / "00001.jpg")  # one of another range
+    estimator = tiny_depth_model / "depth_estimator"
+    folder = invert(frames, tmp_path / "latents", tiny_depth_model, depth_model=estimator)
+    depth = open_cache(folder).depth(3)
+    assert depth.shape == (3, 1, HEIGHT, WIDTH)
+    assert (depth.min(), depth.max()) == (0, 1)
+    spans = depth.amax((1, 2, 3)) - depth.amin((1, 2, 3))
+    assert spans.min() < 0.99  # per frame, each would be 1
+    assert read_manifest(folder).depth_model == str(estimator)
+
+
+def test_a_v_prediction_model_inverts(clip, tiny_v_model, tmp_path):
+    folder = invert(clip, tmp_path, tiny_v_model)
+    manifest = read_manifest(folder)
+    assert manifest.vae_psnr - manifest.psnr < preprocess.WARN_GAP_DB
+    assert noisiest(folder).std() == pytest.approx(1.0, abs=0.3)
+
+
+def test_bfloat16(cache, clip, tiny_model, tmp_path):
+    folder = invert(clip, tmp_path, tiny_model, dtype="bfloat16", inversion_prompt=PROMPT)
+    assert read_manifest(folder).dtype == "bfloat16"
+    difference = (noisiest(folder) - noisiest(cache)).abs().mean()
+    assert 1e-4 < difference < 0.2  # of latents of unit variance: near, and not float32
+
+
+# ---------------------------------------------------------------- bad command lines
+
+
+@pytest.fixture
+def bad(tmp_path, monkeypatch, clip, tiny_model):
+    """A folder with things that cannot be edited, and nothing that loads a model."""
+    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "notes.mp4").write_text("no video")
+    (tmp_path / "empty").mkdir()
+    sizes = make_image_folder(tmp_path / "sizes", n_frames=2)
+    Image.new("RGB", (WIDTH, WIDTH)).save(sizes / "00002.jpg")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        container.add_stream("aac", rate=8000, layout="mono")
+        container.start_encoding()
+    half = shutil.copytree(tiny_model, tmp_path / "half_model")
+    (half / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    edit_json(tiny_model, tmp_path / "inpainting", "unet/config.json", in_channels=9)
+    scheduler = "scheduler/scheduler_config.json"
+    edit_json(tiny_model, tmp_path / "sampler", scheduler, prediction_type="sample")
+    edit_json(
+        tiny_model,
+        tmp_path / "zero_snr",
+        scheduler,
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+    monkeypatch.chdir(tmp_path)
+    return {"data_path": clip, "model_key": tiny_model, "device": "cpu", "save_dir": "latents"}
+
+
+def edit_json(model, folder, name, **values):
+    """Copy a checkpoint with some values of one of its JSON files changed."""
+    path = shutil.copytree(model, folder) / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+CONTROL = {"sd_version": "ControlNet"}
+
+BAD_OPTIONS = [
+    ({"data_path": None}, "--data_path"),
+    ({"data_path": "nowhere/clip.mp4"}, r"nowhere/clip\.mp4: no such video"),
+    ({"data_path": "notes.mp4"}, r"notes\.mp4: not a video"),
+    ({"data_path": "sound.mp4"}, r"sound\.mp4: (has no|not a) video"),
+    ({"data_path": "empty"}, "empty: holds no images"),
+    ({"data_path": "sizes"}, r"images of different sizes: .*80x48.* and .*80x80"),
+    ({"n_frames": 0}, "--n_frames: 0, expected .* at least 1"),
+    ({"n_frames": -3}, "--n_frames: -3, expected .* at least 1"),
+    ({"n_frames": "many"}, "--n_frames.*'many'"),
+    ({"frame_start": -1}, "--frame_start: -1"),
+    ({"frame_start": 6}, r"star\.mp4: start 6 is beyond the end: the clip has 6 frames"),
+    ({"frame_stride": 0}, "--frame_stride: 0"),
+    ({"H": 65, "W": 80}, "--H: 65 is not a multiple of 8; the nearest is 64"),
+    ({"H": 64, "W": 4}, "--W: 4 is not a multiple of 8; the nearest is 8"),
+    ({"H": 64}, "--H and --W: give both or neither"),
+    ({"fit": "pad"}, "--fit.*'pad'.*stretch.*crop"),
+    ({"fps": 0}, "--fps: '0', expected"),
+    ({"fps": "fast"}, "--fps.*'fast'"),
+    ({"fps": "1/0"}, "--fps.*'1/0'"),
+    ({"fps": "inf"}, "--fps.*'inf'"),
+    ({"steps": 0}, "--steps: 0"),
+    ({"steps": 2000, "save_steps": 5}, "2000 steps are more than the model's 1000"),
+    ({"save_steps": 0}, "--save_steps: 0"),
+    ({"steps": 500, "save_steps": 3}, "--save_steps: 3 does not divide --steps 500"),
+    ({"steps": 300, "save_steps": 50}, "--save_steps: 50: its timesteps are not among"),
+    ({"recon_steps": 0}, "--recon_steps: 0"),
+    ({"recon_steps": 7}, "--recon_steps: 7 does not divide --steps 500"),
+    ({"inversion_iters": 0}, "--inversion_iters: 0"),
+    ({"batch_size": 0}, "--batch_size: 0"),
+    ({"sd_version": "3"}, "--sd_version.*'3'.*2.1"),
+    ({"model_key": "nowhere"}, "nowhere: no such folder.*--model_key"),
+    ({"model_key": "no/such/folder"}, "no/such/folder: no such folder, and not a hub id"),
+    ({"model_key": "half_model"}, r"half_model: .*vae/diffusion_pytorch_model\.safetensors"),
+    ({"model_key": "inpainting"}, "inpainting: .* 9 channels"),
+    ({"model_key": "sampler"}, "prediction_type sample"),
+    ({"model_key": "zero_snr"}, "--steps: 500 reaches timestep 999.*pure noise"),
+    ({"device": "cuda:99"}, "device: cuda:99 was asked for.*--device cpu"),
+    ({"device": "toaster"}, "device: toaster is unknown, expected auto, cpu, cuda"),
+    ({"device": "meta"}, "device: meta is unknown, expected auto, cpu, cuda"),
+    ({"dtype": "int8"}, "--dtype.*'int8'"),
+    ({**CONTROL, "controlnet_key": "nowhere"}, "nowhere: no such folder"),
+    ({**CONTROL, "controlnet_key": "empty"}, r"empty: config\.json is missing"),
+    ({**CONTROL, "controlnet_scale": -1}, "--controlnet_scale: -1.0"),
+    ({**CONTROL, "controlnet_scale": "nan"}, "--controlnet_scale: nan"),
+    ({**CONTROL, "canny_low": 201}, "--canny_low 201 and --canny_high 200"),
+    ({**CONTROL, "canny_high": 256}, "--canny_low 100 and --canny_high 256"),
+    ({**CONTROL, "control": "depth", "depth_model": "nowhere"}, "nowhere: no such folder"),
+    ({"save_dir": "notes.mp4"}, r"--save_dir: .*notes\.mp4"),
+    ({"n_frame": 3}, "--n_frame"),  # no abbreviations
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), BAD_OPTIONS, ids=[" ".join(arguments(o)) for o, _ in BAD_OPTIONS]
+)
+def test_a_bad_command_line_is_one_line_and_writes_nothing(
+    bad, tmp_path, tiny_model, options, message
+):
+    if "controlnet_key" not in options and options.get("sd_version") == "ControlNet":
+        options = {"controlnet_key": tiny_model / "controlnet", **options}
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        preprocess.main(arguments({**bad, **options}))
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_cuda_is_refused_where_there_is_none(bad, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"device: cuda was asked for.* 0 CUDA.*--device cpu"):
+        preprocess.main(arguments({**bad, "device": "cuda"}))
+    assert contents(tmp_path) == before

@@ -1,0 +1,317 @@
+"""The method's functions against a loop-written float64 reference, and the UNet patch."""
+
+import pytest
+import reference
+import torch
+from diffusers import UNet2DConditionModel
+
+from tokenflow_utils import (
+    ATTENTION_LAYERS,
+    FEATURE_LAYER,
+    Correspondence,
+    Pass,
+    TokenFlowContext,
+    attend,
+    blend,
+    extended_attention,
+    fixed_keyframes,
+    flow_tokens,
+    keyframe_schedule,
+    missing_injection_layers,
+    nearest_tokens,
+    neighbours,
+    propagate,
+    released_neighbours,
+    sample_keyframes,
+    self_attention_layers,
+    tokenflow_patch,
+)
+
+
+@pytest.fixture
+def unet(tiny_model):
+    return UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet").eval()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- keyframes
+
+
+@pytest.mark.parametrize(("n_frames", "interval"), [(40, 8), (10, 4), (3, 8), (5, 1), (1, 1)])
+def test_one_keyframe_in_each_interval(n_frames, interval):
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(60):
+        keyframes = sample_keyframes(n_frames, interval, generator)
+        assert torch.equal(keyframes // interval, torch.arange(-(-n_frames // interval)))
+        assert keyframes.max() < n_frames
+        seen |= set(keyframes.tolist())
+    assert seen == set(range(n_frames))  # every frame is drawn sooner or later, the last too
+
+
+def test_whole_intervals_draw_as_the_released_code_does():
+    ours = sample_keyframes(40, 8, torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    assert torch.equal(ours, torch.randint(8, (5,)) + torch.arange(0, 40, 8))
+
+
+def test_fixed_keyframes_are_interval_middles():
+    assert fixed_keyframes(19, 8).tolist() == [4, 12, 17]
+
+
+def test_keyframe_schedule_is_a_function_of_its_arguments():
+    schedule = keyframe_schedule(20, 8, 50, seed=3)
+    assert schedule.shape == (50, 3)
+    assert torch.equal(schedule, keyframe_schedule(20, 8, 50, seed=3))
+    assert not torch.equal(schedule, keyframe_schedule(20, 8, 50, seed=4))
+    assert len(schedule.unique(dim=0)) > 1  # drawn anew at each step
+    assert len(keyframe_schedule(20, 8, 50, 3, "fixed").unique(dim=0)) == 1
+
+
+# ---------------------------------------------------------------- neighbours and weights
+
+
+def weights_by_keyframe(near, i):
+    """{keyframe: weight} of frame i, however the two are ordered."""
+    weight = float(near.weight[i])
+    found = {int(near.previous[i]): 1.0 - weight}
+    found[int(near.next[i])] = found.get(int(near.next[i]), 0.0) + weight
+    return {keyframe: w for keyframe, w in found.items() if w != 0.0}
+
+
+def test_weights_of_a_worked_example():
+    # Keyframes 2 and 6; frame 3 is 1 after the one and 3 before the other: sigmoid(1/4).
+    near = neighbours(torch.arange(8), torch.tensor([2, 6]))
+    assert weights_by_keyframe(near, 0) == {0: 1.0}
+    assert weights_by_keyframe(near, 2) == {0: 0.5, 1: 0.5}
+    assert weights_by_keyframe(near, 3)[1] == pytest.approx(0.5621765, abs=1e-6)
+    assert weights_by_keyframe(near, 7) == {1: 1.0}
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "linear"])
+@pytest.mark.parametrize("keyframes", [[0], [7], [3, 9], [0, 8, 18], [7, 8, 16]])
+def test_neighbours_match_the_reference(kind, keyframes):
+    frames = torch.arange(5, 19)
+    near = neighbours(frames, torch.tensor(keyframes), kind)
+    for i, frame in enumerate(frames.tolist()):
+        expected = dict(reference.paper_neighbours(frame, keyframes, kind))
+        expected = {keyframe: w for keyframe, w in expected.items() if w != 0.0}
+        assert weights_by_keyframe(near, i) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("interval", [1, 4, 5, 8])
+def test_released_neighbours_match_the_reference(interval):
+    frames = torch.arange(19)
+    near = released_neighbours(frames, interval)
+    for i, frame in enumerate(frames.tolist()):
+        expected = dict(reference.released_neighbours(frame, interval))
+        assert weights_by_keyframe(near, i) == pytest.approx(expected, abs=1e-6)
+
+
+# ---------------------------------------------------------------- correspondences and propagation
+
+
+@pytest.mark.parametrize("bound", [1, 100, 1 << 24])
+def test_nearest_tokens_match_the_reference(bound):
+    tokens, keys = randn(3, 21, 7, seed=1), randn(3, 13, 7, seed=2)
+    found = nearest_tokens(tokens, keys, max_similarities=bound)
+    expected = [
+        [reference.nearest(token.double(), key.double()) for token in frame]
+        for frame, key in zip(tokens, keys, strict=True)
+    ]
+    assert found.tolist() == expected
+
+
+def test_a_frame_against_itself_is_the_identity():
+    tokens = randn(2, 33, 16)
+    assert torch.equal(nearest_tokens(tokens, tokens), torch.arange(33).expand(2, -1))
+
+
+def test_similarity_is_the_cosine_not_the_product():
+    token = torch.tensor([[[1.0, 0.0]]])
+    keys = torch.tensor([[[100.0, 100.0], [0.1, 0.0]]])
+    assert nearest_tokens(token, keys).tolist() == [[1]]
+
+
+def test_close_tokens_are_told_apart_in_half_precision():
+    # Cosines of 1 and 0.99998 are one number in float16.
+    keys = torch.tensor([[[1.0, 0.00625], [1.0, 0.0]]])
+    tokens = torch.tensor([[[1.0, 0.0]]])
+    assert nearest_tokens(tokens.half(), keys.half()).tolist() == [[1]]
+
+
+def test_blend_weighs_the_next_keyframe():
+    previous, next_ = torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4, 5)
+    mixed = blend(previous, next_, torch.tensor([0.0, 0.25, 1.0]))
+    assert torch.equal(mixed, torch.tensor([0.0, 0.25, 1.0])[:, None, None].expand(2, 3, 4, 5))
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_propagation_matches_the_reference(mode):
+    branches, n_frames, n_tokens, channels, interval = 2, 11, 12, 6, 4
+    frames = torch.arange(n_frames)
+    keyframes = [1, 7, 9]
+    source = randn(n_frames, n_tokens, channels, seed=1)
+    source_keyframes = randn(3, n_tokens, channels, seed=2)
+    base = randn(branches, 3, n_tokens, channels, seed=3)
+    if mode == "paper":
+        near = neighbours(frames, torch.tensor(keyframes))
+        mixes = [reference.paper_neighbours(i, keyframes) for i in range(n_frames)]
+    else:
+        near = released_neighbours(frames, interval)
+        mixes = [reference.released_neighbours(i, interval) for i in range(n_frames)]
+    where = Correspondence(
+        nearest_tokens(source, source_keyframes[near.previous]),
+        nearest_tokens(source, source_keyframes[near.next]),
+    )
+    found = propagate(base, where, near)
+    for i, mix in enumerate(mixes):
+        expected = reference.propagate(
+            source[i].double(), source_keyframes.double(), base.double(), mix
+        )
+        assert torch.allclose(found[:, i].double(), expected, atol=1e-6)
+
+
+def test_flow_moves_tokens_right_and_down():
+    h, w = 3, 5
+    flow = torch.zeros(1, 2, 24, 40)
+    flow[:, 0], flow[:, 1] = 8.0, 16.0  # one cell right, two down
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    expected = ((y + 2).clamp(max=h - 1) * w + (x + 1).clamp(max=w - 1)).flatten()
+    assert torch.equal(flow_tokens(flow, (h, w))[0], expected)
+    assert torch.equal(flow_tokens(flow * 0, (h, w))[0], torch.arange(h * w))
+
+
+# ---------------------------------------------------------------- attention
+
+
+def test_extended_attention_matches_the_reference():
+    branches, frames, n_tokens, heads, dim = 2, 3, 5, 2, 4
+    query, key, value = (randn(branches, frames, n_tokens, heads, dim, seed=s) for s in (1, 2, 3))
+    found = extended_attention(query, key, value).flatten(-2).double()
+    for b in range(branches):
+        keys, values = (x[b].flatten(0, 1).flatten(-2).double() for x in (key, value))
+        for f in range(frames):
+            expected = reference.attention(query[b, f].flatten(-2).double(), keys, values, heads)
+            assert torch.allclose(found[b, f], expected, atol=1e-6)
+
+
+def test_one_frame_alone_attends_as_the_unpatched_layer_does(unet):
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    tokens = randn(4, 9, layer.to_q.in_features)
+    found = attend(layer, tokens[:, None], tokens[:, None])[:, 0]
+    assert torch.allclose(found, layer(tokens), atol=1e-6)
+
+
+# ---------------------------------------------------------------- the patch
+
+
+def forward(unet, frames=2, seed=0):
+    x = randn(frames, 4, 6, 10, seed=seed)
+    text = randn(frames, 77, unet.config.cross_attention_dim, seed=seed + 1)
+    with torch.no_grad():
+        return unet(x, 500, encoder_hidden_states=text).sample
+
+
+def state_of(unet):
+    hooks = {name: len(m._forward_hooks) for name, m in unet.named_modules()}
+    return dict(unet.attn_processors), hooks
+
+
+def test_a_source_pass_predicts_what_the_unpatched_unet_does(unet):
+    plain = forward(unet)
+    context = TokenFlowContext()
+    with tokenflow_patch(unet, context):
+        assert torch.allclose(forward(unet), plain, atol=1e-5)
+    assert set(context.tokens) == set(self_attention_layers(unet))
+    assert len(context.tokens) == 16
+
+
+def test_leaving_the_patch_restores_the_unet_bit_for_bit(unet):
+    before, plain = state_of(unet), forward(unet)
+    with tokenflow_patch(unet, TokenFlowContext()):
+        forward(unet)
+        assert state_of(unet) != before
+    assert state_of(unet) == before
+    assert torch.equal(forward(unet), plain)
+
+
+def test_an_exception_inside_restores_the_unet(unet):
+    before = state_of(unet)
+    with pytest.raises(ZeroDivisionError), tokenflow_patch(unet, TokenFlowContext()):
+        raise ZeroDivisionError
+    assert state_of(unet) == before
+
+
+def test_a_failure_while_patching_restores_the_unet(unet, monkeypatch):
+    before = state_of(unet)
+    conv = unet.get_submodule(FEATURE_LAYER)
+
+    def fail(hook):
+        raise MemoryError
+
+    monkeypatch.setattr(conv, "register_forward_hook", fail)
+    with pytest.raises(MemoryError), tokenflow_patch(unet, TokenFlowContext()):
+        pass
+    assert state_of(unet) == before
+
+
+def test_patching_twice_is_refused_and_leaves_the_first_patch(unet):
+    before = state_of(unet)
+    with tokenflow_patch(unet, TokenFlowContext()):
+        patched = state_of(unet)
+        with (
+            pytest.raises(RuntimeError, match="already patched"),
+            tokenflow_patch(unet, TokenFlowContext()),
+        ):
+            pass
+        assert state_of(unet) == patched
+    assert state_of(unet) == before
+
+
+def test_an_unusable_backend_leaves_the_unet_as_it_was(unet):
+    before = state_of(unet)
+    with (
+        pytest.raises((RuntimeError, ValueError)),
+        tokenflow_patch(unet, TokenFlowContext(), "no_such_backend"),
+    ):
+        pass
+    assert state_of(unet) == before
+
+
+def test_injection_layers_are_the_paper_s(unet):
+    assert missing_injection_layers(unet) == []
+    decoder = [layer for layer in self_attention_layers(unet) if layer.startswith("up_blocks")]
+    assert list(ATTENTION_LAYERS) == decoder[1:]  # all but the first of the decoder's nine
+
+
+def test_a_unet_of_other_blocks_lacks_them():
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    missing = missing_injection_layers(unet)
+    assert "up_blocks.3.attentions.2.transformer_blocks.0.attn1.processor" in missing
+    assert FEATURE_LAYER not in missing
+
+
+def test_features_and_attention_of_the_source_replace_both_branches(unet):
+    context = TokenFlowContext(branches=2, inject_features=True, inject_attention=True)
+    conv, outputs = unet.get_submodule(FEATURE_LAYER), []
+    with tokenflow_patch(unet, context):
+        conv.register_forward_hook(lambda module, args, output: outputs.append(output))
+        forward(unet, frames=2)
+        source, source_tokens = context.features, dict(context.tokens)
+        context.mode = Pass.PER_FRAME
+        forward(unet, frames=4, seed=9)
+    assert torch.equal(outputs[1], source.repeat(2, 1, 1, 1))
+    assert all(context.tokens[layer] is source_tokens[layer] for layer in source_tokens)
+    conv._forward_hooks.clear()
