@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from checkpoints import frozen
-from conditions import Control
+from conditions import Control, ControlSettings, depth_latents, load_control
 from util import UserError
 
 log = logging.getLogger("tokenflow")
@@ -281,6 +281,29 @@ class Denoiser:
 
     def _of(self, condition: Tensor, frames: Tensor) -> Tensor:
         return condition[frames].to(self.models.device, self.models.dtype)
+
+
+def make_denoiser(
+    models: StableDiffusion,
+    frames: np.ndarray,
+    prompt: str,
+    control: ControlSettings | None,
+    depth: Tensor | None,
+) -> Denoiser:
+    """The noise prediction under an inversion's conditions: its prompt, depth maps, ControlNet.
+
+    Args:
+        frames: (n, H, W, 3) uint8 source frames.
+        control: the ControlNet of the inversion, if any.
+        depth: (n, 1, H, W) of `estimate_depth`, where the model or the ControlNet wants it.
+    """
+    grid = tuple(size // models.vae_factor for size in frames.shape[1:3])
+    return Denoiser(
+        models,
+        encode_prompts(models, [prompt]),
+        depth_latents(depth, grid) if models.takes_depth else None,
+        control and load_control(control, frames, depth, models.device, models.dtype),
+    )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from conditions import Control, depth_latents, load_control, optical_flow
+from conditions import Control, optical_flow
 from diffusion import (
     CLEAN,
     Denoiser,
@@ -30,6 +30,7 @@ from diffusion import (
     decode_latents,
     encode_prompts,
     load_stable_diffusion,
+    make_denoiser,
 )
 from edit_inputs import EditConfig, EditInputs
 from run_info import Stopwatch, device_name, peak_memory_bytes, versions
@@ -214,7 +215,10 @@ class _Loop:
     def __init__(self, session: EditSession, plan: EditPlan) -> None:
         config, models = session.config, session.models
         self.config, self.device = config, models.device
-        self.source = source_denoiser(session)
+        manifest = session.cache.manifest
+        self.source = make_denoiser(
+            models, session.frames, manifest.inversion_prompt, manifest.control, session.depth
+        )
         prompts = [config.negative_prompt, config.prompt]
         if config.guidance_scale == 1.0:  # the unconditional branch would have weight 0
             prompts = [config.prompt]
@@ -318,21 +322,6 @@ class FlowField:
             flow = optical_flow(self.frames[pair[0]], self.frames[pair[1]])[None]
             self._tokens[pair] = {h * w: flow_tokens(flow, (h, w))[0] for h, w in self.grids}
         return self._tokens[pair]
-
-
-def source_denoiser(session: EditSession) -> Denoiser:
-    """The noise prediction that the inversion used: its prompt, its depth maps, its ControlNet."""
-    manifest, models = session.cache.manifest, session.models
-    control = None
-    if manifest.control is not None:
-        control = load_control(
-            manifest.control, session.frames, session.depth, models.device, models.dtype
-        )
-    depth = None
-    if models.takes_depth:
-        grid = [size // models.vae_factor for size in session.frames.shape[1:3]]
-        depth = depth_latents(session.depth, grid)
-    return Denoiser(models, encode_prompts(models, [manifest.inversion_prompt]), depth, control)
 
 
 def result_folder(config: EditConfig, technique: str) -> Path:

@@ -30,18 +30,17 @@ from checkpoints import (
     model_key_for,
     single_model_folder,
 )
-from conditions import ControlSettings, depth_latents, estimate_depth, load_control
+from conditions import ControlSettings, estimate_depth
 from diffusion import (
     CLEAN,
     Denoiser,
     NoiseSchedule,
-    StableDiffusion,
     ddim_inversion_step,
     ddim_step,
     decode_latents,
     encode_frames,
-    encode_prompts,
     load_stable_diffusion,
+    make_denoiser,
     psnr,
     resolve_device,
     resolve_dtype,
@@ -279,76 +278,52 @@ def reconstruct(
 # ---------------------------------------------------------------------------------------------
 
 
-def control_settings(args: argparse.Namespace) -> ControlSettings | None:
-    """The ControlNet of the inversion: with --sd_version ControlNet, else none."""
-    if args.sd_version != "ControlNet":
-        return None
-    key = controlnet_key_for(args.sd_version, args.control, args.controlnet_key)
-    return ControlSettings(
-        args.control, key, args.controlnet_scale, args.canny_low, args.canny_high
-    )
+@dataclass(frozen=True)
+class PreprocessInputs:
+    """A checked command line with what it refers to.
+
+    Attributes:
+        control: the ControlNet of the inversion, if any.
+        depth_model: where depth maps come from, if any are wanted.
+        manifest: the cache's, but for the figures of its making.
+        folder: the cache's.
+    """
+
+    clip: Clip
+    checkpoint: Path
+    timesteps: InversionTimesteps
+    control: ControlSettings | None
+    depth_model: str | None
+    device: torch.device
+    dtype: torch.dtype
+    manifest: Manifest
+    folder: Path
 
 
-def make_denoiser(
-    models: StableDiffusion,
-    clip: Clip,
-    prompt: str,
-    control: ControlSettings | None,
-    depth: Tensor | None,
-) -> Denoiser:
-    """The model under the inversion's conditions."""
-    height, width = clip.frames.shape[1:3]
-    grid = (height // models.vae_factor, width // models.vae_factor)
-    return Denoiser(
-        models,
-        encode_prompts(models, [prompt]),
-        depth_latents(depth, grid) if models.takes_depth else None,
-        control and load_control(control, clip.frames, depth, models.device, models.dtype),
-    )
-
-
-def preprocess(args: argparse.Namespace) -> Path:
-    """Makes the cache of one clip, or finds it made.
-
-    Returns:
-        the cache's folder.
+def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
+    """Reads the clip, and checks all that can go wrong before a model is loaded.
 
     Raises:
-        UserError: see `parse_args`, `read_clip`; or if a cache made with other settings is there.
+        UserError: naming what is missing or does not fit, and what mends it.
     """
-    # All that can go wrong without a model comes first.
     device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
     source = resolve_clip(args.data_path)
     checkpoint = checkpoint_folder(model_key_for(args.sd_version, args.model_key))
     scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
     schedule = NoiseSchedule.from_scheduler(scheduler)
     timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
-    in_channels = load_unet_skeleton(checkpoint).config.in_channels
-    if in_channels not in (4, 5):
-        raise UserError(
-            f"{checkpoint}: its UNet takes {in_channels} channels, expected 4, or 5 with depth; an "
-            "inpainting or upscaling checkpoint cannot be inverted"
-        )
-    takes_depth = in_channels == 5
-    control = control_settings(args)
-    if control is not None:
-        check_controlnet_fits(checkpoint, control.key)
-    wants_depth = takes_depth or (control is not None and control.kind == "depth")
-    if wants_depth:
-        single_model_folder(args.depth_model)
-    watch = Stopwatch(device)
-    with watch("read"):
-        clip = read_clip(
-            source,
-            args.n_frames,
-            start=args.frame_start,
-            stride=args.frame_stride,
-            size=(args.H, args.W) if args.H else None,
-            fit=args.fit,
-            fps=args.fps,
-        )
+    control, depth_model = _conditions(args, checkpoint)
+    clip = read_clip(
+        source,
+        args.n_frames,
+        start=args.frame_start,
+        stride=args.frame_stride,
+        size=(args.H, args.W) if args.H else None,
+        fit=args.fit,
+        fps=args.fps,
+    )
     n_frames, height, width, _ = clip.frames.shape
-    dtype = resolve_dtype(args.dtype, device)
     manifest = Manifest(
         clip=clip_name(source),
         source_name=source.name,
@@ -372,72 +347,137 @@ def preprocess(args: argparse.Namespace) -> Path:
         timesteps=timesteps.saved,
         dtype=str(dtype).removeprefix("torch."),
         control=control,
-        depth_model=args.depth_model if wants_depth else None,
+        depth_model=depth_model,
     )
     folder = cache_folder(args.save_dir, args.sd_version, manifest.clip, args.steps, n_frames)
     check_writable(folder, "--save_dir")
-    if (folder / MANIFEST).is_file() and not args.overwrite:
-        found = read_manifest(folder)
-        difference = describe_difference(identity(found), identity(manifest))
-        if difference:
-            raise UserError(f"{folder}: made with other settings ({difference}); add --overwrite")
-        log.info("%s is there already, made with these settings", folder)
-        return folder
+    return PreprocessInputs(
+        clip, checkpoint, timesteps, control, depth_model, device, dtype, manifest, folder
+    )
 
+
+def _conditions(
+    args: argparse.Namespace, checkpoint: Path
+) -> tuple[ControlSettings | None, str | None]:
+    """The inversion's ControlNet (with --sd_version ControlNet) and depth estimator, if any."""
+    in_channels = load_unet_skeleton(checkpoint).config.in_channels
+    if in_channels not in (4, 5):
+        raise UserError(
+            f"{checkpoint}: its UNet takes {in_channels} channels, expected 4, or 5 with depth; an "
+            "inpainting or upscaling checkpoint cannot be inverted"
+        )
+    control = None
+    if args.sd_version == "ControlNet":
+        key = controlnet_key_for(args.sd_version, args.control, args.controlnet_key)
+        check_controlnet_fits(checkpoint, key)
+        control = ControlSettings(
+            args.control, key, args.controlnet_scale, args.canny_low, args.canny_high
+        )
+    if in_channels == 5 or (control is not None and control.kind == "depth"):
+        single_model_folder(args.depth_model)
+        return control, args.depth_model
+    return control, None
+
+
+def is_made(inputs: PreprocessInputs) -> bool:
+    """Whether the cache is there already, made with the same settings.
+
+    Raises:
+        UserError: if it is there, made with others; names what differs.
+    """
+    if not (inputs.folder / MANIFEST).is_file():
+        return False
+    found = read_manifest(inputs.folder)
+    difference = describe_difference(identity(found), identity(inputs.manifest))
+    if difference:
+        raise UserError(
+            f"{inputs.folder}: made with other settings ({difference}); add --overwrite"
+        )
+    return True
+
+
+def make_cache(inputs: PreprocessInputs, batch_size: int) -> Manifest:
+    """Inverts the clip and writes its cache, the manifest last.
+
+    Args:
+        batch_size: frames evaluated at once.
+
+    Returns:
+        the manifest with the figures of the reconstruction.
+    """
+    clip, folder, timesteps = inputs.clip, inputs.folder, inputs.timesteps
+    watch = Stopwatch(inputs.device)
     with watch("load"):
-        models = load_stable_diffusion(checkpoint, device, dtype)
+        models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
     depth = None
-    if wants_depth:
+    if inputs.depth_model is not None:
         with watch("depth"):
-            depth = estimate_depth(clip.frames, args.depth_model, device, args.batch_size)
-    denoiser = make_denoiser(models, clip, args.inversion_prompt, control, depth)
+            depth = estimate_depth(clip.frames, inputs.depth_model, inputs.device, batch_size)
+    denoiser = make_denoiser(
+        models, clip.frames, inputs.manifest.inversion_prompt, inputs.control, depth
+    )
 
-    (folder / MANIFEST).unlink(missing_ok=True)  # from here on the folder is unfinished
-    if folder.exists():  # a file of another run's settings would pass for one of this run's
+    # From here on the folder is unfinished. No file of an earlier run may pass for one of this.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.exists():
         shutil.rmtree(folder)
-    save_source(folder, clip.frames, args.inversion_prompt, depth)
+    save_source(folder, clip.frames, inputs.manifest.inversion_prompt, depth)
     with watch("vae"):
-        clean = encode_frames(models, clip.frames, args.batch_size)
-        vae_psnr = psnr(decode_latents(models, clean, args.batch_size), clip.frames)
+        clean = encode_frames(models, clip.frames, batch_size)
+        vae_psnr = psnr(decode_latents(models, clean, batch_size), clip.frames)
     save_latents(folder, CLEAN_LATENTS, clean)
     with watch("inversion"):
         keep = {*timesteps.saved, timesteps.reconstruction[0]}
-        inverted = invert(
-            denoiser, clean, timesteps.inversion, args.inversion_iters, args.batch_size, keep
-        )
+        iterations = inputs.manifest.inversion_iters
+        inverted = invert(denoiser, clean, timesteps.inversion, iterations, batch_size, keep)
     for t in timesteps.saved:
         save_latents(folder, t, inverted[t])
     with watch("reconstruction"):
         start = inverted[timesteps.reconstruction[0]]
-        latents = reconstruct(denoiser, start, timesteps.reconstruction, args.batch_size)
-        frames = decode_latents(models, latents, args.batch_size)
+        latents = reconstruct(denoiser, start, timesteps.reconstruction, batch_size)
+        frames = decode_latents(models, latents, batch_size)
     save_video(folder / "inverted.mp4", frames, clip.fps)
-    ours = psnr(frames, clip.frames)
-    finish_cache(
+    return finish_cache(
         folder,
-        manifest,
-        psnr=round(ours, 3),
+        inputs.manifest,
+        psnr=round(psnr(frames, clip.frames), 3),
         vae_psnr=round(vae_psnr, 3),
         seconds=watch.seconds,
         versions=versions(),
     )
-    report_reconstruction(ours, vae_psnr, args)
-    return folder
 
 
-def report_reconstruction(psnr_db: float, vae_psnr_db: float, args: argparse.Namespace) -> None:
+def preprocess(args: argparse.Namespace) -> Path:
+    """Makes the cache of one clip, or finds it made.
+
+    Returns:
+        the cache's folder.
+
+    Raises:
+        UserError: see `parse_args`, `open_inputs` and `is_made`.
+    """
+    inputs = open_inputs(args)
+    if not args.overwrite and is_made(inputs):
+        log.info("%s is there already, made with these settings", inputs.folder)
+    else:
+        report_reconstruction(make_cache(inputs, args.batch_size))
+    return inputs.folder
+
+
+def report_reconstruction(manifest: Manifest) -> None:
     """Says how good the inversion is, and what to do where it is not."""
     log.info(
         "reconstruction: %.2f dB PSNR; the VAE alone, which bounds it: %.2f dB",
-        psnr_db,
-        vae_psnr_db,
+        manifest.psnr,
+        manifest.vae_psnr,
     )
-    if vae_psnr_db - psnr_db > WARN_GAP_DB:
+    gap = manifest.vae_psnr - manifest.psnr
+    if gap > WARN_GAP_DB:
         log.warning(
             "the reconstruction is %.1f dB below the VAE's: edits will be worse for it; try "
             "--inversion_iters %d, or an --inversion_prompt that says what the clip shows",
-            vae_psnr_db - psnr_db,
-            args.inversion_iters + 2,
+            gap,
+            manifest.inversion_iters + 2,
         )
 
 

@@ -149,12 +149,15 @@ def save_source(folder: Path, frames: np.ndarray, prompt: str, depth: Tensor | N
         save_tensors(folder / DEPTH_FILE, {"depth": depth})
 
 
-def finish_cache(folder: Path, manifest: Manifest, **figures: object) -> None:
+def finish_cache(folder: Path, manifest: Manifest, **figures: object) -> Manifest:
     """Records the folder's files in the manifest and writes it: from now on the cache is whole.
 
     Args:
         manifest: what the cache depends on.
         figures: the fields of the manifest that say how its making went.
+
+    Returns:
+        the manifest as written.
     """
     files = {
         path.relative_to(folder).as_posix(): {
@@ -164,7 +167,9 @@ def finish_cache(folder: Path, manifest: Manifest, **figures: object) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    save_yaml(folder / MANIFEST, asdict(replace(manifest, files=files, **figures)))
+    manifest = replace(manifest, files=files, **figures)
+    save_yaml(folder / MANIFEST, asdict(manifest))
+    return manifest
 
 
 # ---------------------------------------------------------------------------------------------

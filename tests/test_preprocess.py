@@ -23,7 +23,7 @@ from helpers import (
 from PIL import Image
 
 import preprocess
-from diffusion import encode_frames, encode_prompts, load_stable_diffusion, psnr
+from diffusion import decode_latents, encode_frames, encode_prompts, load_stable_diffusion, psnr
 from source_cache import CLEAN_LATENTS, find_cache, open_cache, read_manifest
 from util import MissingFileError, UserError, load_tensors, save_tensors, sha256_file
 from video import load_frames, read_clip
@@ -117,11 +117,16 @@ def test_latents_are_ddim_s(cache, tiny_model):
                 torch.testing.assert_close(found[frame : frame + 1], x, rtol=1e-3, atol=1e-3)
 
 
-def test_inverted_video_is_the_reconstruction_at_the_clip_s_rate(cache):
+def test_inverted_video_is_the_reconstruction_at_the_clip_s_rate(cache, tiny_model):
     assert video_facts(cache / "inverted.mp4") == (5, Fraction(25, 2), (HEIGHT, WIDTH))
     shown = read_clip(cache / "inverted.mp4", 5, size=(HEIGHT, WIDTH)).frames
     found = psnr(shown, load_frames(cache / "frames"))
     assert found == pytest.approx(reconstruction_db(cache), abs=1.0)  # H.264 loses a little
+
+    models = load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
+    bound = decode_latents(models, open_cache(cache).latents(CLEAN_LATENTS, 5))
+    closeness = np.array([[psnr(ours, best) for best in bound] for ours in shown])
+    assert (closeness[0].argmax(), closeness[-1].argmax()) == (0, 4)  # in order
 
 
 def test_main_prints_where_the_cache_is(cache, clip, tiny_model, capsys):
