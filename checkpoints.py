@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 
 from util import MissingFileError, UserError
 
@@ -77,6 +80,7 @@ def checkpoint_folder(key: str) -> Path:
     Raises:
         MissingFileError: if the folder or one of its files is missing, or the hub has no such
             checkpoint, or it cannot be reached and no copy is cached.
+        UserError: if one of its files is damaged.
     """
     if key == MODELS["tiny"] and not Path(key).is_dir():
         raise MissingFileError(
@@ -97,6 +101,7 @@ def checkpoint_folder(key: str) -> Path:
                     f"{key}: not a whole Stable Diffusion checkpoint in diffusers' format: "
                     f"{part}/{name} is missing"
                 )
+        _check_files(folder / part)
     return folder
 
 
@@ -108,6 +113,7 @@ def single_model_folder(key: str) -> Path:
         raise MissingFileError(f"{key}: config.json is missing from this model's folder")
     if not any(folder.glob("*.safetensors")):
         raise MissingFileError(f"{key}: this model's folder has no safetensors weights")
+    _check_files(folder)
     return folder
 
 
@@ -136,17 +142,21 @@ def check_controlnet_fits(checkpoint: Path, key: str) -> None:
 def checkpoint_revision(folder: Path) -> str:
     """A short fingerprint of a checkpoint: equal for copies of it, whatever their path.
 
-    It covers the UNet's configuration and the head (the tensors' names, shapes and offsets) and
-    tail of its weights file: cheap, and different for any two checkpoints that differ in training.
+    It covers the configurations, and of each weights file the head (its tensors' names, shapes
+    and offsets) and the tail: cheap, and different for checkpoints that differ in training.
     """
-    digest = hashlib.sha256((folder / "unet" / "config.json").read_bytes())
-    for path in sorted((folder / "unet").glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(size - (1 << 20), 0))
-            digest.update(file.read())
-        digest.update(str(size).encode())
+    digest = hashlib.sha256()
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        for path in sorted((folder / part).glob("*config.json")):
+            digest.update(path.read_bytes())
+        for path in sorted((folder / part).glob("*.safetensors")):
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                digest.update(file.read(1 << 20))
+                file.seek(max(size - (1 << 20), 0))
+                digest.update(file.read())
+            digest.update(str(size).encode())
     return digest.hexdigest()[:16]
 
 
@@ -183,3 +193,18 @@ def _local_or_hub(key: str, patterns: Sequence[str]) -> Path:
 def _has_weights(path: Path) -> bool:
     # Large weights may come in shards beside an index.
     return path.is_file() or path.with_name(f"{path.name}.index.json").is_file()
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses damaged JSON, and weights whose header or length is wrong; reads no weights."""
+    for path in folder.glob("*.json"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path}: damaged, not JSON ({error}); fetch the model anew") from error
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged ({error}); fetch the model anew") from error

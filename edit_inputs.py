@@ -10,10 +10,11 @@ from typing import TypeVar
 
 import torch
 from diffusers import DDIMScheduler
+from diffusers.models.attention_dispatch import attention_backend
 
 from checkpoints import MODELS, checkpoint_folder, checkpoint_revision, model_key_for
 from diffusion import NoiseSchedule, resolve_device, resolve_dtype
-from source_cache import SourceCache, find_cache, preprocess_command
+from source_cache import Manifest, SourceCache, find_cache, preprocess_command
 from util import (
     ArgumentParser,
     MissingFileError,
@@ -50,7 +51,7 @@ class EditConfig:
     n_frames: int = option(40, low=1)
     H: int | None = option(None, low=8)
     W: int | None = option(None, low=8)
-    fps: float | None = option(None, above=0, high=MAX_FPS)
+    fps: float | None = option(None, low=0.1, high=MAX_FPS)
     # model
     sd_version: str = option("2.1", choices=tuple(MODELS))
     model_key: str | None = option(None)
@@ -143,36 +144,20 @@ def open_inputs(config: EditConfig) -> EditInputs:
         UserError: naming what is missing or does not fit, and the command that mends it.
     """
     device = resolve_device(config.device)
-    if config.attention_backend in CUDA_BACKENDS and device.type != "cuda":
-        raise UserError(
-            f"attention_backend: {config.attention_backend} needs a CUDA device, not {device}; "
-            "use native"
-        )
+    _check_backend(config.attention_backend, device)
     check_writable(config.output_path, "output_path")
-    command = preprocess_command(
-        data_path=config.data_path,
-        sd_version=config.sd_version,
-        model_key=config.model_key,
-        steps=config.n_inversion_steps,
-        save_steps=config.n_timesteps,
-        n_frames=config.n_frames,
-        H=config.H,
-        W=config.W,
-        save_dir=config.latents_path,
-    )
-    clip = clip_name(config.data_path)
     cache = find_cache(
         config.latents_path,
         config.sd_version,
-        clip,
+        clip_name(config.data_path),
         config.n_inversion_steps,
         config.n_frames,
-        command,
+        _preprocess_command(config),
     )
-    remake = f"run: {command} --overwrite"
+    manifest = cache.manifest
+    remake = f"run: {_preprocess_command(config, manifest)} --overwrite"
     _check_source(config, cache, remake)
     checkpoint = checkpoint_folder(model_key_for(config.sd_version, config.model_key))
-    manifest = cache.manifest
     if checkpoint_revision(checkpoint) != manifest.model_revision:
         raise UserError(
             f"{cache.folder}: made with another model ({manifest.model_key}) than {checkpoint}; "
@@ -193,6 +178,48 @@ def open_inputs(config: EditConfig) -> EditInputs:
         timesteps=timesteps,
         device=device,
         dtype=resolve_dtype(config.dtype, device),
+    )
+
+
+def _check_backend(name: str, device: torch.device) -> None:
+    if name in CUDA_BACKENDS and device.type != "cuda":
+        raise UserError(f"attention_backend: {name} needs a CUDA device, not {device}; use native")
+    try:
+        with attention_backend(name):
+            pass
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise UserError(
+            f"attention_backend: {name} cannot be used here ({error}); use native, or install it "
+            "(requirements-optional.txt)"
+        ) from error
+
+
+def _preprocess_command(config: EditConfig, manifest: Manifest | None = None) -> str:
+    """The command that makes the cache that a config needs, as far as the config says.
+
+    Args:
+        manifest: of a cache that does not fit; what the config leaves open is taken from it.
+    """
+    frames = {}
+    if manifest is not None:
+        frames = {
+            "frame_start": manifest.frame_start or None,
+            "frame_stride": manifest.frame_stride if manifest.frame_stride > 1 else None,
+            "fit": manifest.fit,
+            "inversion_prompt": manifest.inversion_prompt or None,
+            "inversion_iters": manifest.inversion_iters,
+        }
+    return preprocess_command(
+        data_path=config.data_path,
+        sd_version=config.sd_version,
+        model_key=config.model_key,
+        steps=config.n_inversion_steps,
+        save_steps=config.n_timesteps,
+        n_frames=config.n_frames,
+        H=config.H,
+        W=config.W,
+        save_dir=config.latents_path,
+        **frames,
     )
 
 

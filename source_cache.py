@@ -37,6 +37,7 @@ from video import load_frames, save_frames
 
 FORMAT = 1
 MANIFEST = "manifest.yaml"
+REMEDY = "make the cache anew by preprocess.py with --overwrite"
 CLEAN_LATENTS = "clean"
 DEPTH_FILE = "depth.safetensors"
 
@@ -207,9 +208,6 @@ class SourceCache:
         return load_tensors(self.folder / DEPTH_FILE)["depth"][:n_frames]
 
 
-_REMAKE = "make the cache anew by preprocess.py with --overwrite"
-
-
 def find_cache(
     save_dir: str | Path, sd_version: str, clip: str, steps: int, n_frames: int, command: str
 ) -> SourceCache:
@@ -234,32 +232,39 @@ def find_cache(
         hint = f" (there is {', '.join(others)})" if others else ""
         state = "only an unfinished cache" if any(folder.glob("nframes_*")) else "no cache"
         raise MissingFileError(f"{folder}: {state} for this clip{hint}; run: {command}")
-    return open_cache(finished.get(n_frames, finished[max(finished)]))
+    remedy = f"run: {command} --overwrite"
+    return open_cache(finished.get(n_frames, finished[max(finished)]), remedy)
 
 
-def open_cache(folder: Path) -> SourceCache:
+def open_cache(folder: Path, remedy: str = REMEDY) -> SourceCache:
     """Opens a finished cache after checking that its files are all there and undamaged.
+
+    Args:
+        remedy: what to do about a damaged cache, for the error.
 
     Raises:
         UserError: if the manifest is not one of this format, or a file is missing or damaged.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, remedy)
     for name, recorded in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise MissingFileError(f"{path}: missing from the cache; {_REMAKE}")
+            raise MissingFileError(f"{path}: missing from the cache; {remedy}")
         if path.stat().st_size != recorded["bytes"]:
             raise UserError(
                 f"{path}: {path.stat().st_size} bytes, the manifest says {recorded['bytes']}; "
-                + _REMAKE
+                + remedy
             )
         if sha256_file(path) != recorded["sha256"]:
-            raise UserError(f"{path}: damaged (its checksum is not the manifest's); {_REMAKE}")
+            raise UserError(f"{path}: damaged (its checksum is not the manifest's); {remedy}")
     return SourceCache(folder, manifest)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, remedy: str = REMEDY) -> Manifest:
     """Reads a cache's manifest.
+
+    Args:
+        remedy: what to do about a damaged one, for the error.
 
     Raises:
         UserError: if it is damaged, of another format or lacks a field.
@@ -268,10 +273,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = load_yaml(path)
     except UserError as error:
-        raise type(error)(f"{error}; {_REMAKE}") from error
+        raise type(error)(f"{error}; {remedy}") from error
     expected = {f.name for f in fields(Manifest)}
     if data.get("format") != FORMAT or set(data) != expected:
-        raise UserError(f"{path}: not a manifest of format {FORMAT}; {_REMAKE}")
+        raise UserError(f"{path}: not a manifest of format {FORMAT}; {remedy}")
     if data["control"] is not None:
         data["control"] = ControlSettings(**data["control"])
     return Manifest(**data)
