@@ -196,11 +196,6 @@ def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     source = resolve_clip(args.data_path)
-    checkpoint = checkpoint_folder(model_key_for(args.sd_version, args.model_key))
-    scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-    schedule = NoiseSchedule.from_scheduler(scheduler)
-    timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
-    control, depth_model = _conditions(args, checkpoint)
     clip = read_clip(
         source,
         args.n_frames,
@@ -210,6 +205,11 @@ def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
         fit=args.fit,
         fps=args.fps,
     )
+    checkpoint = checkpoint_folder(model_key_for(args.sd_version, args.model_key))
+    scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
+    control, depth_model = _conditions(args, checkpoint)
     n_frames, height, width, _ = clip.frames.shape
     manifest = Manifest(
         clip=clip_name(source),
