@@ -62,8 +62,8 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
         sys.exit(2)
     except torch.OutOfMemoryError:
         print(
-            "error: the GPU's memory does not suffice; lower --batch_size (batch_size in the"
-            " config), chunk_size, n_frames, or --H/--W",
+            "error: the GPU's memory does not suffice; lower chunk_size or n_frames in the config"
+            " of an edit, --batch_size of preprocess.py, or the frames' --H and --W",
             file=sys.stderr,
         )
         sys.exit(2)
