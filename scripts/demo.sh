@@ -14,9 +14,15 @@ if [ ! -f data/demo.mp4 ]; then
 fi
 
 echo "== inversion"
-"$PY" preprocess.py --data_path data/demo.mp4 --sd_version tiny --steps 100 --save_steps 20 \
-    --H 128 --W 128 --inversion_prompt "a yellow star over a wall"
+line=$("$PY" preprocess.py --data_path data/demo.mp4 --sd_version tiny --n_frames 16 \
+    --H 128 --W 128 --steps 100 --save_steps 20 --inversion_prompt "a yellow star over a wall")
+echo "$line"
+set -- "source=data/demo.mp4" "inversion=${line#cache: }/inverted.mp4"
 for technique in pnp sdedit controlnet; do
     echo "== edit by $technique"
-    "$PY" "run_tokenflow_$technique.py" --config "configs/demo_$technique.yaml"
+    line=$("$PY" "run_tokenflow_$technique.py" --config "configs/demo_$technique.yaml")
+    echo "$line"
+    set -- "$@" "$technique=${line#result: }/edited.mp4"
 done
+echo "== a picture of it all"
+"$PY" scripts/strip.py tokenflow-results/demo.png --size 80 "$@"
