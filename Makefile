@@ -2,7 +2,7 @@
 # make test     set up, then run the tests
 # make lint     set up, then check the style
 # make setup    only the environment, .venv
-# make clean    remove what the demo made (caches, results, model, clip); .venv stays
+# make clean    remove what the demo made and nothing else; .venv stays
 
 PYTHON ?= python3
 VENV := .venv
@@ -29,4 +29,5 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf latents tokenflow-results models/tiny data/demo.mp4
+	rm -rf latents/sd_tiny/demo tokenflow-results/*/demo tokenflow-results/demo.png
+	rm -rf models/tiny data/demo.mp4

@@ -85,12 +85,12 @@ def checkpoint_folder(key: str) -> Path:
     if key == MODELS["tiny"] and not Path(key).is_dir():
         raise MissingFileError(
             "sd_version: tiny is not made yet; "
-            "run: python scripts/make_tiny_model.py models/tiny --controlnet"
+            f"run: python scripts/make_tiny_model.py {MODELS['tiny']} --controlnet"
         )
     patterns = [f"{part}/*.json" for part in PIPELINE_FILES]
     patterns += [f"{part}/{name}" for part, names in PIPELINE_FILES.items() for name in names]
     patterns += ["model_index.json", "tokenizer/merges.txt"]
-    folder = _local_or_hub(key, patterns)
+    folder = _local_or_hub(key, patterns, "model_key")
     required = dict(PIPELINE_FILES)
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         required["tokenizer"] += ("vocab.json", "merges.txt")
@@ -105,10 +105,14 @@ def checkpoint_folder(key: str) -> Path:
     return folder
 
 
-def single_model_folder(key: str) -> Path:
-    """The local folder of one model (a ControlNet, a depth estimator): as `checkpoint_folder`."""
+def single_model_folder(key: str, option: str) -> Path:
+    """The local folder of one model (a ControlNet, a depth estimator): as `checkpoint_folder`.
+
+    Args:
+        option: what names it, for the error: controlnet_key or depth_model.
+    """
     weights = ["diffusion_pytorch_model.safetensors", "model.safetensors"]
-    folder = _local_or_hub(key, ["*.json", *weights])
+    folder = _local_or_hub(key, ["*.json", *weights], option)
     if not (folder / "config.json").is_file():
         raise MissingFileError(f"{key}: config.json is missing from this model's folder")
     if not any(folder.glob("*.safetensors")):
@@ -129,7 +133,7 @@ def check_controlnet_fits(checkpoint: Path, key: str) -> None:
         UserError: naming what does not fit.
     """
     unet = UNet2DConditionModel.load_config(checkpoint, subfolder="unet")
-    controlnet = ControlNetModel.load_config(single_model_folder(key))
+    controlnet = ControlNetModel.load_config(single_model_folder(key, "controlnet_key"))
     for field in ("in_channels", "cross_attention_dim"):
         if controlnet[field] != unet[field]:
             raise UserError(
@@ -149,7 +153,8 @@ def checkpoint_revision(folder: Path) -> str:
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         for path in sorted((folder / part).glob("*config.json")):
             digest.update(path.read_bytes())
-        for path in sorted((folder / part).glob("*.safetensors")):
+        weights = [folder / part / n for n in PIPELINE_FILES[part] if n.endswith(".safetensors")]
+        for path in (path for path in weights if path.is_file()):
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)
@@ -172,7 +177,7 @@ def frozen(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return model.to(device).eval().requires_grad_(False)
 
 
-def _local_or_hub(key: str, patterns: Sequence[str]) -> Path:
+def _local_or_hub(key: str, patterns: Sequence[str], option: str) -> Path:
     folder = Path(key).expanduser()
     if folder.is_dir():
         return folder
@@ -186,7 +191,7 @@ def _local_or_hub(key: str, patterns: Sequence[str]) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise MissingFileError(
             f"{key}: no such folder, and the Hugging Face hub does not give it ({reason}); "
-            "name a local folder in diffusers' format with --model_key (model_key in a config)"
+            f"name a local folder of it with --{option} ({option} in a config)"
         ) from error
 
 

@@ -70,7 +70,7 @@ def load_control(
     Raises:
         MissingFileError: if the ControlNet cannot be found.
     """
-    folder = single_model_folder(settings.key)
+    folder = single_model_folder(settings.key, "controlnet_key")
     model = ControlNetModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     if settings.kind == "canny":
         images = canny_edges(frames, settings.low, settings.high)
@@ -112,7 +112,7 @@ def estimate_depth(
     Raises:
         MissingFileError: if the model cannot be found.
     """
-    folder = single_model_folder(key)
+    folder = single_model_folder(key, "depth_model")
     processor = DPTImageProcessor.from_pretrained(folder)
     model = frozen(DPTForDepthEstimation.from_pretrained(folder, use_safetensors=True), device)
     depth = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +13,13 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention_dispatch import attention_backend
 
-from checkpoints import MODELS, checkpoint_folder, checkpoint_revision, model_key_for
+from checkpoints import (
+    MODELS,
+    check_controlnet_fits,
+    checkpoint_folder,
+    checkpoint_revision,
+    model_key_for,
+)
 from diffusion import NoiseSchedule, resolve_device, resolve_dtype
 from source_cache import Manifest, SourceCache, find_cache, preprocess_command
 from util import (
@@ -73,6 +80,8 @@ class EditConfig:
     correspondence: str = option("nn", choices=("nn", "flow"))
 
     def __post_init__(self) -> None:
+        if (self.H is None) != (self.W is None) or (self.H or 0) % 8 or (self.W or 0) % 8:
+            raise UserError(f"H: {self.H}, W: {self.W}; expected both or neither, multiples of 8")
         if self.propagation == "released" and self.blend != "sigmoid":
             raise UserError("blend: linear goes with propagation: paper; released has its own")
         if self.n_inversion_steps % self.n_timesteps:
@@ -104,7 +113,10 @@ def read_config(
     """
     parser = ArgumentParser(description=about)
     parser.add_argument(
-        "--config", "--config_path", default=default, help=f"YAML file (default: {default})"
+        "--config",
+        "--config_path",
+        default=Path(__file__).parent / default,
+        help=f"YAML file (default: {default})",
     )
     parser.add_argument(
         "--set",
@@ -152,10 +164,10 @@ def open_inputs(config: EditConfig) -> EditInputs:
         clip_name(config.data_path),
         config.n_inversion_steps,
         config.n_frames,
-        _preprocess_command(config),
+        partial(_remedy, config),
     )
     manifest = cache.manifest
-    remake = f"run: {_preprocess_command(config, manifest)} --overwrite"
+    remake = f"{_remedy(config, manifest)} --overwrite"
     _check_source(config, cache, remake)
     checkpoint = checkpoint_folder(model_key_for(config.sd_version, config.model_key))
     if checkpoint_revision(checkpoint) != manifest.model_revision:
@@ -163,6 +175,8 @@ def open_inputs(config: EditConfig) -> EditInputs:
             f"{cache.folder}: made with another model ({manifest.model_key}) than {checkpoint}; "
             + remake
         )
+    if manifest.control is not None:  # the source pass runs under the inversion's ControlNet
+        check_controlnet_fits(checkpoint, manifest.control.key)
     scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
     timesteps = NoiseSchedule.from_scheduler(scheduler).timesteps(config.n_timesteps)
     if not set(timesteps) <= set(manifest.timesteps):
@@ -194,21 +208,40 @@ def _check_backend(name: str, device: torch.device) -> None:
         ) from error
 
 
-def _preprocess_command(config: EditConfig, manifest: Manifest | None = None) -> str:
-    """The command that makes the cache that a config needs, as far as the config says.
+def _remedy(config: EditConfig, manifest: Manifest | None) -> str:
+    """The preprocess command that makes the cache that a config needs, as advice.
 
     Args:
         manifest: of a cache that does not fit; what the config leaves open is taken from it.
     """
-    frames = {}
-    if manifest is not None:
-        frames = {
-            "frame_start": manifest.frame_start or None,
-            "frame_stride": manifest.frame_stride if manifest.frame_stride > 1 else None,
-            "fit": manifest.fit,
-            "inversion_prompt": manifest.inversion_prompt or None,
-            "inversion_iters": manifest.inversion_iters,
+    if manifest is None:
+        there = _source(config) is not None
+        command = _preprocess_command(config, {"H": config.H, "W": config.W})
+        return f"run: {command}" if there else f"data_path is not there either; {command}"
+    control = manifest.control
+    settings = {
+        "H": config.H or manifest.height,
+        "W": config.W or manifest.width,
+        "frame_start": manifest.frame_start,
+        "frame_stride": manifest.frame_stride,
+        "fit": manifest.fit,
+        "inversion_prompt": manifest.inversion_prompt,
+        "inversion_iters": manifest.inversion_iters,
+        "dtype": manifest.dtype,
+        "depth_model": manifest.depth_model,
+    }
+    if control is not None:
+        settings |= {
+            "control": control.kind,
+            "controlnet_key": control.key,
+            "controlnet_scale": control.scale,
+            "canny_low": control.low,
+            "canny_high": control.high,
         }
+    return f"run: {_preprocess_command(config, settings)}"
+
+
+def _preprocess_command(config: EditConfig, settings: dict[str, object]) -> str:
     return preprocess_command(
         data_path=config.data_path,
         sd_version=config.sd_version,
@@ -216,11 +249,17 @@ def _preprocess_command(config: EditConfig, manifest: Manifest | None = None) ->
         steps=config.n_inversion_steps,
         save_steps=config.n_timesteps,
         n_frames=config.n_frames,
-        H=config.H,
-        W=config.W,
         save_dir=config.latents_path,
-        **frames,
+        **settings,
     )
+
+
+def _source(config: EditConfig) -> Path | None:
+    """The clip, where it still is."""
+    try:
+        return resolve_clip(config.data_path)
+    except MissingFileError:
+        return None
 
 
 def _check_source(config: EditConfig, cache: SourceCache, remake: str) -> None:
@@ -238,9 +277,8 @@ def _check_source(config: EditConfig, cache: SourceCache, remake: str) -> None:
             manifest.n_frames,
             reason,
         )
-    try:
-        source = resolve_clip(config.data_path)
-    except MissingFileError:
+    source = _source(config)
+    if source is None:
         log.warning(
             "data_path: %s is not there to compare; using the frames of %s",
             config.data_path,

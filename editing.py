@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from diffusion import (
     load_stable_diffusion,
     make_denoiser,
 )
-from edit_inputs import EditConfig, EditInputs
+from edit_inputs import EditInputs
 from run_info import Stopwatch, device_name, peak_memory_bytes, versions
 from source_cache import CLEAN_LATENTS, MANIFEST
 from tokenflow_utils import (
@@ -46,10 +45,19 @@ from tokenflow_utils import (
     released_neighbours,
     tokenflow_patch,
 )
-from util import load_yaml, save_tensors, save_yaml, sha256_file, slug
+from util import load_yaml, replacing_folder, save_tensors, save_yaml, sha256_file, slug
 from video import MAX_FPS_DENOMINATOR, clip_name, save_frames, save_video
 
 log = logging.getLogger("tokenflow")
+
+RESULT_FILES = (
+    "edited.mp4",
+    "side_by_side.mp4",
+    "frames",
+    "edited_latents.safetensors",
+    "config.yaml",
+    "run.yaml",
+)
 
 
 @dataclass(frozen=True)
@@ -137,23 +145,18 @@ class EditSession:
             latents = self.edit_latents(plan)
         with self.watch("decode"):
             edited = decode_latents(self.models, latents, self.chunk_size)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         fps = self.cache.fps
         if self.config.fps is not None:
             fps = Fraction(self.config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
-        with self.watch("write"):
-            save_frames(partial / "frames", edited)
-            save_video(partial / "edited.mp4", edited, fps)
-            both = np.concatenate([self.frames, edited], axis=2)
-            save_video(partial / "side_by_side.mp4", both, fps)
-            save_tensors(partial / "edited_latents.safetensors", {"latents": latents})
-        save_yaml(partial / "config.yaml", asdict(self.config))
-        save_yaml(partial / "run.yaml", self._run_record(technique))
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        with replacing_folder(folder) as partial:
+            with self.watch("write"):
+                save_frames(partial / "frames", edited)
+                save_video(partial / "edited.mp4", edited, fps)
+                both = np.concatenate([self.frames, edited], axis=2)
+                save_video(partial / "side_by_side.mp4", both, fps)
+                save_tensors(partial / "edited_latents.safetensors", {"latents": latents})
+            save_yaml(partial / "config.yaml", asdict(self.config))
+            save_yaml(partial / "run.yaml", self._run_record(technique))
 
     @property
     def chunk_size(self) -> int:
@@ -167,6 +170,8 @@ class EditSession:
             "technique": technique,
             "cache": str(self.cache.folder),
             "cache_sha256": sha256_file(self.cache.folder / MANIFEST),
+            "checkpoint": str(self.inputs.checkpoint),
+            "checkpoint_revision": self.cache.manifest.model_revision,
             "n_frames": len(self.frames),
             "device": device_name(self.inputs.device),
             "dtype": self.models.dtype_name,
@@ -191,13 +196,10 @@ def run_edit(
 
     Returns:
         the result's folder: edited.mp4, frames/, side_by_side.mp4, edited_latents.safetensors,
-        config.yaml (resolved), run.yaml (how it went).
+        config.yaml (every key), run.yaml (what it resolved to, and how it went).
     """
-    folder = result_folder(inputs.config, technique)
-    record = folder / "run.yaml"
-    cache_sha256 = sha256_file(inputs.cache.folder / MANIFEST)
-    finished = not overwrite and record.is_file()
-    if finished and load_yaml(record).get("cache_sha256") == cache_sha256:
+    folder = result_folder(inputs, technique)
+    if not overwrite and _is_finished(folder, sha256_file(inputs.cache.folder / MANIFEST)):
         log.info("%s is there already, made with these settings; --overwrite makes it anew", folder)
         return folder
     session = EditSession(inputs)
@@ -324,9 +326,18 @@ class FlowField:
         return self._tokens[pair]
 
 
-def result_folder(config: EditConfig, technique: str) -> Path:
+def result_folder(inputs: EditInputs, technique: str) -> Path:
     """<output_path>/<technique>/<clip>/<prompt slug>-<8 hex of what the result depends on>."""
-    settings = asdict(replace(config, device="", output_path=""))
+    config = inputs.config
+    settings = asdict(config) | {"dtype": str(inputs.dtype), "device": inputs.device.type}
+    for key in ("output_path", "latents_path", "data_path", "chunk_size"):
+        del settings[key]  # where things lie, and what changes no result
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{slug(config.prompt)}-{digest}"
-    return Path(config.output_path) / technique / clip_name(config.data_path) / name
+    clip = clip_name(config.data_path)
+    return Path(config.output_path) / technique / clip / f"{slug(config.prompt)}-{digest}"
+
+
+def _is_finished(folder: Path, cache_sha256: str) -> bool:
+    if not all((folder / name).exists() for name in RESULT_FILES):
+        return False
+    return load_yaml(folder / "run.yaml").get("cache_sha256") == cache_sha256

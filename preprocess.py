@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
+from torch import Tensor
 
 from checkpoints import (
     DEPTH_ESTIMATOR,
@@ -30,6 +30,7 @@ from checkpoints import (
 )
 from conditions import ControlSettings, estimate_depth
 from diffusion import (
+    Denoiser,
     NoiseSchedule,
     decode_latents,
     encode_frames,
@@ -49,11 +50,18 @@ from source_cache import (
     describe_difference,
     finish_cache,
     identity,
-    read_manifest,
+    open_cache,
     save_latents,
     save_source,
 )
-from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
+from util import (
+    ArgumentParser,
+    UserError,
+    check_writable,
+    command_line,
+    replacing_folder,
+    setup_logging,
+)
 from video import (
     MAX_FPS,
     MAX_FPS_DENOMINATOR,
@@ -69,6 +77,13 @@ log = logging.getLogger("tokenflow")
 
 # A reconstruction this far below the VAE's own makes visibly worse edits.
 WARN_GAP_DB = 3.0
+_CONTROL_DEFAULTS = {
+    "control": "canny",
+    "controlnet_key": None,
+    "controlnet_scale": 1.0,
+    "canny_low": 100,
+    "canny_high": 200,
+}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -103,16 +118,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto is float16 on CUDA, float32 elsewhere")  # fmt: skip
-    add("--control", choices=("canny", "depth"), default="canny",
+    add("--control", choices=("canny", "depth"),
         help="what the ControlNet of --sd_version ControlNet follows (default: canny)")  # fmt: skip
     add("--controlnet_key", help="hub id or local folder of that ControlNet")
-    add("--controlnet_scale", type=float, default=1.0, help="its strength (default: 1)")
-    add("--canny_low", type=int, default=100, help="lower Canny threshold (default: 100)")
-    add("--canny_high", type=int, default=200, help="upper Canny threshold (default: 200)")
+    add("--controlnet_scale", type=float, help="its strength (default: 1)")
+    add("--canny_low", type=int, help="lower Canny threshold (default: 100)")
+    add("--canny_high", type=int, help="upper Canny threshold (default: 200)")
     add("--depth_model", default=DEPTH_ESTIMATOR, help="DPT model (default: Intel/dpt-large)")
     add("--seed", type=int, default=1,
         help="for released command lines; nothing here is random")  # fmt: skip
     add("--overwrite", action="store_true", help="replace a cache made with other settings")
+    parser.set_defaults(**_CONTROL_DEFAULTS)
     args = parser.parse_args(argv)
     if args.recon_steps is None:
         args.recon_steps = args.save_steps
@@ -155,6 +171,10 @@ def _check_args(args: argparse.Namespace) -> None:
             )
     if not 0 <= args.controlnet_scale < math.inf:
         raise UserError(f"--controlnet_scale: {args.controlnet_scale}, expected 0 or more")
+    if args.sd_version != "ControlNet":
+        for name in ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high"):
+            if getattr(args, name) != _CONTROL_DEFAULTS[name]:
+                raise UserError(f"--{name}: goes with --sd_version ControlNet only")
     if not 0 <= args.canny_low <= args.canny_high <= 255:
         raise UserError(
             f"--canny_low {args.canny_low} and --canny_high {args.canny_high}: "
@@ -261,7 +281,7 @@ def _conditions(
             args.control, key, args.controlnet_scale, args.canny_low, args.canny_high
         )
     if in_channels == 5 or (control is not None and control.kind == "depth"):
-        single_model_folder(args.depth_model)
+        single_model_folder(args.depth_model, "depth_model")
         return control, args.depth_model
     return control, None
 
@@ -270,11 +290,11 @@ def is_made(inputs: PreprocessInputs) -> bool:
     """Whether the cache is there already, made with the same settings.
 
     Raises:
-        UserError: if it is there, made with others; names what differs.
+        UserError: if it is there, made with others (named) or damaged.
     """
     if not (inputs.folder / MANIFEST).is_file():
         return False
-    found = read_manifest(inputs.folder)
+    found = open_cache(inputs.folder).manifest
     difference = describe_difference(identity(found), identity(inputs.manifest))
     if difference:
         raise UserError(
@@ -292,7 +312,7 @@ def make_cache(inputs: PreprocessInputs, batch_size: int) -> Manifest:
     Returns:
         the manifest with the figures of the reconstruction.
     """
-    clip, folder, timesteps = inputs.clip, inputs.folder, inputs.timesteps
+    clip, folder = inputs.clip, inputs.folder
     watch = Stopwatch(inputs.device)
     with watch("load"):
         models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
@@ -304,10 +324,19 @@ def make_cache(inputs: PreprocessInputs, batch_size: int) -> Manifest:
         models, clip.frames, inputs.manifest.inversion_prompt, inputs.control, depth
     )
 
-    # From here on the folder is unfinished. No file of an earlier run may pass for one of this.
-    (folder / MANIFEST).unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)
+    with replacing_folder(folder) as partial:
+        return _fill_cache(partial, inputs, denoiser, depth, batch_size, watch)
+
+
+def _fill_cache(
+    folder: Path,
+    inputs: PreprocessInputs,
+    denoiser: Denoiser,
+    depth: Tensor | None,
+    batch_size: int,
+    watch: Stopwatch,
+) -> Manifest:
+    clip, timesteps, models = inputs.clip, inputs.timesteps, denoiser.models
     save_source(folder, clip.frames, inputs.manifest.inversion_prompt, depth)
     with watch("vae"):
         clean = encode_frames(models, clip.frames, batch_size)
@@ -354,7 +383,7 @@ def preprocess(args: argparse.Namespace) -> Path:
 def report_reconstruction(manifest: Manifest) -> None:
     """Says how good the inversion is, and what to do where it is not."""
     log.info(
-        "reconstruction: %.2f dB PSNR; the VAE alone, which bounds it: %.2f dB",
+        "reconstruction: %.2f dB PSNR; the VAE alone, which a good inversion reaches: %.2f dB",
         manifest.psnr,
         manifest.vae_psnr,
     )

@@ -8,9 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 
+import av
+import cv2
+import diffusers
+import numpy as np
 import torch
+import transformers
 
 
 class Stopwatch:
@@ -51,5 +55,6 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that results may depend on."""
-    packages = ("torch", "diffusers", "transformers", "numpy", "av", "opencv-python-headless")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    modules = (torch, diffusers, transformers, np, av, cv2)
+    found = {module.__name__: str(module.__version__) for module in modules}
+    return {"python": platform.python_version(), **found}

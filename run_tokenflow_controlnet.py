@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = open_inputs(config)
     check_controlnet_fits(inputs.checkpoint, settings.key)
     if config.control == "depth" and not inputs.cache.has_depth:
-        single_model_folder(config.depth_model)
+        single_model_folder(config.depth_model, "depth_model")
     make_plan = partial(plan, settings=settings)
     print(f"result: {run_edit(TECHNIQUE, inputs, make_plan, overwrite)}")
 

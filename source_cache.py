@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -37,7 +38,6 @@ from video import load_frames, save_frames
 
 FORMAT = 1
 MANIFEST = "manifest.yaml"
-REMEDY = "make the cache anew by preprocess.py with --overwrite"
 CLEAN_LATENTS = "clean"
 DEPTH_FILE = "depth.safetensors"
 
@@ -74,7 +74,7 @@ class Manifest:
     depth_model: str | None
     # How it went: set by `finish_cache`.
     psnr: float = math.nan  # of the reconstruction against the frames, dB
-    vae_psnr: float = math.nan  # of the VAE's own reconstruction, dB: the bound
+    vae_psnr: float = math.nan  # of the VAE's own reconstruction, dB
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict] = field(default_factory=dict)  # relative path -> bytes, sha256
@@ -174,7 +174,7 @@ def finish_cache(folder: Path, manifest: Manifest, **figures: object) -> Manifes
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading (editing.py)
+# Reading (edits, and preprocess.py before it makes a cache again)
 
 
 @dataclass(frozen=True)
@@ -208,13 +208,23 @@ class SourceCache:
         return load_tensors(self.folder / DEPTH_FILE)["depth"][:n_frames]
 
 
+def remake(manifest: Manifest | None) -> str:
+    """What to do about a damaged cache, where no more is known."""
+    return "make the cache anew: preprocess.py"
+
+
 def find_cache(
-    save_dir: str | Path, sd_version: str, clip: str, steps: int, n_frames: int, command: str
+    save_dir: str | Path,
+    sd_version: str,
+    clip: str,
+    steps: int,
+    n_frames: int,
+    remedy: Callable[[Manifest | None], str] = remake,
 ) -> SourceCache:
     """The cache of a clip for an edit of up to n_frames: that very one, else the longest.
 
     Args:
-        command: the preprocess command that would make it, for the error.
+        remedy: says what to do about a cache that is missing (None) or damaged (its manifest).
 
     Raises:
         MissingFileError: if there is none, or only unfinished ones.
@@ -228,43 +238,44 @@ def find_cache(
     ]
     finished = {int(path.parent.name[8:]): path.parent for path in manifests}
     if not finished:
-        others = sorted(p.name for p in folder.parent.glob("steps_*"))
+        others = [path for path in Path(save_dir).glob(f"*/{clip}/steps_*") if path != folder]
+        others = sorted(str(path.relative_to(save_dir)) for path in others)
         hint = f" (there is {', '.join(others)})" if others else ""
-        state = "only an unfinished cache" if any(folder.glob("nframes_*")) else "no cache"
-        raise MissingFileError(f"{folder}: {state} for this clip{hint}; run: {command}")
-    remedy = f"run: {command} --overwrite"
+        state = "only an unfinished cache" if any(folder.glob("*nframes_*")) else "no cache"
+        raise MissingFileError(f"{folder}: {state} for this clip{hint}; {remedy(None)}")
     return open_cache(finished.get(n_frames, finished[max(finished)]), remedy)
 
 
-def open_cache(folder: Path, remedy: str = REMEDY) -> SourceCache:
+def open_cache(folder: Path, remedy: Callable[[Manifest | None], str] = remake) -> SourceCache:
     """Opens a finished cache after checking that its files are all there and undamaged.
 
     Args:
-        remedy: what to do about a damaged cache, for the error.
+        remedy: as in `find_cache`.
 
     Raises:
         UserError: if the manifest is not one of this format, or a file is missing or damaged.
     """
     manifest = read_manifest(folder, remedy)
+    advice = f"{remedy(manifest)} --overwrite"
     for name, recorded in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise MissingFileError(f"{path}: missing from the cache; {remedy}")
-        if path.stat().st_size != recorded["bytes"]:
+            raise MissingFileError(f"{path}: missing from the cache; {advice}")
+        size = path.stat().st_size
+        if size != recorded["bytes"]:
             raise UserError(
-                f"{path}: {path.stat().st_size} bytes, the manifest says {recorded['bytes']}; "
-                + remedy
+                f"{path}: {size} bytes, the manifest says {recorded['bytes']}; {advice}"
             )
         if sha256_file(path) != recorded["sha256"]:
-            raise UserError(f"{path}: damaged (its checksum is not the manifest's); {remedy}")
+            raise UserError(f"{path}: damaged (its checksum is not the manifest's); {advice}")
     return SourceCache(folder, manifest)
 
 
-def read_manifest(folder: Path, remedy: str = REMEDY) -> Manifest:
+def read_manifest(folder: Path, remedy: Callable[[Manifest | None], str] = remake) -> Manifest:
     """Reads a cache's manifest.
 
     Args:
-        remedy: what to do about a damaged one, for the error.
+        remedy: as in `find_cache`.
 
     Raises:
         UserError: if it is damaged, of another format or lacks a field.
@@ -273,10 +284,10 @@ def read_manifest(folder: Path, remedy: str = REMEDY) -> Manifest:
     try:
         data = load_yaml(path)
     except UserError as error:
-        raise type(error)(f"{error}; {remedy}") from error
+        raise type(error)(f"{error}; {remedy(None)} --overwrite") from error
     expected = {f.name for f in fields(Manifest)}
     if data.get("format") != FORMAT or set(data) != expected:
-        raise UserError(f"{path}: not a manifest of format {FORMAT}; {remedy}")
+        raise UserError(f"{path}: not a manifest of format {FORMAT}; {remedy(None)} --overwrite")
     if data["control"] is not None:
         data["control"] = ControlSettings(**data["control"])
     return Manifest(**data)

@@ -13,6 +13,7 @@ import os
 import re
 import reprlib
 import secrets
+import shutil
 import sys
 import types
 import typing
@@ -113,6 +114,25 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the place of `folder`, old or missing.
+
+    On failure `folder` is as it was, and what was written stays beside it under a hidden name
+    until the next attempt.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_writable(folder: str | Path, name: str) -> None:
@@ -261,7 +281,8 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
         cls: a dataclass whose fields are str, int, float, bool, or one of these `| None`; its
             __post_init__ may raise UserError for rules between fields.
         path: the YAML file.
-        overrides: "key=value" strings that win over the file; values are YAML too.
+        overrides: "key=value" strings that win over the file. A text's value is taken as it
+            stands (but for quotes around it, and null where that is allowed); others are YAML.
 
     Returns:
         An instance of cls; whole numbers given for float fields are floats.
@@ -271,16 +292,17 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
         UserError: a key is unknown, missing or malformed; a value is of the wrong type, out of
             range or not among the choices. Begins with "<path>: <key>: " or "--set <key>: ".
     """
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
     given = {key: (value, f"{path}: {key}") for key, value in load_yaml(path).items()}
     for text in overrides:
         key, equals, value_text = text.partition("=")
-        if not equals or not key.strip():
+        key = key.strip()
+        if not equals or not key:
             raise UserError(f"--set {text}: expected key=value")
-        where = f"--set {key.strip()}"
-        given[key.strip()] = (_parse_yaml(value_text, where), where)
+        where = f"--set {key}"
+        given[key] = (_override(value_text, hints.get(key, str), where), where)
 
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    hints = typing.get_type_hints(cls)
     values = {}
     for key, (value, where) in given.items():
         if key not in fields:
@@ -296,6 +318,17 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
         return cls(**values)
     except UserError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def _override(text: str, hint: Any, where: str) -> Any:
+    """The value of an override; text is not read as YAML: a prompt may hold "#" or ": "."""
+    kind, optional = _kind(hint)
+    if kind is not str:
+        return _parse_yaml(text, where)
+    if optional and text.strip() in ("null", "~", ""):
+        return None
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
@@ -355,5 +388,4 @@ def _quote_hint(value: Any, where: str) -> str:
         return ""
     key = where.rpartition(" ")[2]
     text = value if isinstance(value, (int, float)) and not isinstance(value, bool) else "..."
-    mended = f"--set \"{key}='{text}'\"" if where.startswith("--set ") else f"{key}: '{text}'"
-    return f"; quote it: {mended}"
+    return f"; quote it: {key}: '{text}'"

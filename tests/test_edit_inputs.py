@@ -249,7 +249,10 @@ def test_an_unfinished_cache_is_none(place, keys, cache):
 def test_a_cache_of_another_number_of_steps_is_named(place, keys):
     keys["n_inversion_steps"] = 20
     message = refused(
-        place, r"steps_20: no cache for this clip \(there is steps_10\)", keys, error=UserError
+        place,
+        r"steps_20: no cache for this clip \(there is sd_2\.1/clip/steps_10\)",
+        keys,
+        error=UserError,
     )
     run_the_command_in(message)
     open_inputs(PnPConfig(**keys))

@@ -143,15 +143,18 @@ def test_the_reconstruction_is_reported_beside_its_bound(clip, tiny_model, tmp_p
     caplog.set_level(logging.INFO)
     manifest = read_manifest(invert(clip, tmp_path, tiny_model))
     expected = (
-        f"reconstruction: {manifest.psnr:.2f} dB PSNR; the VAE alone, which bounds it: "
-        f"{manifest.vae_psnr:.2f} dB"
+        f"reconstruction: {manifest.psnr:.2f} dB PSNR; "
+        f"the VAE alone, which a good inversion reaches: {manifest.vae_psnr:.2f} dB"
     )
     assert expected in caplog.text
     assert "below the VAE's" not in caplog.text
 
 
-def test_a_bad_inversion_is_warned_of_and_iterations_mend_it(tiny_model, tmp_path, caplog):
+def test_a_bad_inversion_is_warned_of_and_iterations_mend_it(
+    tiny_model, tmp_path, caplog, monkeypatch
+):
     """Two steps through all noise levels are far too few, even for a ramp of greys."""
+    monkeypatch.setattr(preprocess, "WARN_GAP_DB", 1.0)  # of a random model, 2 to 4 dB
     (tmp_path / "ramp").mkdir()
     ramp = np.tile(np.linspace(0, 237, WIDTH).astype(np.uint8), (HEIGHT, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp" / "0.png")
@@ -162,7 +165,7 @@ def test_a_bad_inversion_is_warned_of_and_iterations_mend_it(tiny_model, tmp_pat
         found.append(reconstruction_db(folder))
         if iters == 1:
             gap = read_manifest(folder).vae_psnr - found[0]
-            assert gap > preprocess.WARN_GAP_DB
+            assert gap > 1.0
             assert f"{gap:.1f} dB below the VAE's" in caplog.text
             assert "--inversion_iters 3" in caplog.text
     assert found[0] < found[1] < found[2]
@@ -251,20 +254,32 @@ def test_an_interrupted_run_is_unfinished_and_the_next_completes_it(
     assert list(tmp_path.rglob("noisy_latents_*"))  # it was in the middle
     assert not list(tmp_path.rglob("manifest.yaml"))
     with pytest.raises(MissingFileError, match=r"only an unfinished cache .*; run: make it"):
-        find_cache(tmp_path, "2.1", "star", 10, 5, "make it")
+        find_cache(tmp_path, "2.1", "star", 10, 5, lambda manifest: "run: make it")
 
     folder = invert(clip, tmp_path, tiny_model, inversion_prompt=PROMPT, batch_size=2)
-    assert read_manifest(folder).files == read_manifest(cache).files  # bit by bit the same
+    assert set(read_manifest(folder).files) == set(read_manifest(cache).files)
+    again, once = (open_cache(path).latents(901, 5) for path in (folder, cache))
+    assert torch.allclose(again, once, atol=1e-5)
+    assert not list(tmp_path.rglob(".*.partial"))
 
 
-def test_an_interrupted_overwrite_leaves_no_manifest(
+def test_an_interrupted_overwrite_leaves_the_old_cache_whole(
     cache, clip, tiny_model, tmp_path, monkeypatch
 ):
     shutil.copytree(save_dir_of(cache), tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / cache.relative_to(save_dir_of(cache))
     monkeypatch.setattr(preprocess, "invert", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         invert(clip, tmp_path, tiny_model, overwrite="")
-    assert not list(tmp_path.rglob("manifest.yaml"))
+    assert open_cache(folder).manifest == read_manifest(cache)
+
+
+def test_a_damaged_cache_is_not_called_made(cache, clip, tiny_model, tmp_path):
+    shutil.copytree(save_dir_of(cache), tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / cache.relative_to(save_dir_of(cache))
+    (folder / "latents" / "noisy_latents_1.safetensors").unlink()
+    with pytest.raises(MissingFileError, match=r"noisy_latents_1.* missing .*--overwrite"):
+        invert(clip, tmp_path, tiny_model, inversion_prompt=PROMPT)
 
 
 # ---------------------------------------------------------------- kinds of clips
@@ -360,7 +375,7 @@ def test_a_v_prediction_model_inverts(clip, tiny_v_model, tmp_path):
     folder = invert(clip, tmp_path, tiny_v_model)
     manifest = read_manifest(folder)
     assert manifest.vae_psnr - manifest.psnr < preprocess.WARN_GAP_DB
-    assert noisiest(folder).std() == pytest.approx(1.0, abs=0.3)
+    assert 0.4 < noisiest(folder).std() < 1.6
 
 
 def test_bfloat16(cache, clip, tiny_model, tmp_path):
