@@ -37,7 +37,7 @@ from transformers import (
 # Scripts in this folder are run from the repository root, which Python does not search by itself.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util import ArgumentParser, UserError, command_line, setup_logging
+from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
 
 log = logging.getLogger("tokenflow")
 
@@ -490,6 +490,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     args = parser.parse_args(argv)
     setup_logging()
+    check_writable(args.folder, "OUT")
     make_model(
         args.folder,
         seed=args.seed,
