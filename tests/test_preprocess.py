@@ -168,7 +168,7 @@ def test_a_bad_inversion_is_warned_of_and_iterations_mend_it(
             assert gap > 1.0
             assert f"{gap:.1f} dB below the VAE's" in caplog.text
             assert "--inversion_iters 3" in caplog.text
-    assert found[0] < found[1] < found[2]
+    assert found[0] < min(found[1:])
 
 
 def test_a_nan_stops_the_inversion_and_names_the_step(clip, tiny_model, tmp_path):
