@@ -14,6 +14,7 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 $(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
