@@ -97,7 +97,6 @@ def load_stable_diffusion(
     folder: Path, device: torch.device, dtype: torch.dtype
 ) -> StableDiffusion:
     """Loads a checkpoint's models from a local folder, frozen and in evaluation mode."""
-    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     options = {"torch_dtype": dtype, "use_safetensors": True}
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **options)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
@@ -107,7 +106,7 @@ def load_stable_diffusion(
         text_encoder=frozen(text_encoder, device),
         vae=frozen(vae, device),
         unet=frozen(unet, device),
-        schedule=NoiseSchedule.from_scheduler(scheduler),
+        schedule=NoiseSchedule.of_checkpoint(folder),
         device=device,
         dtype=dtype,
     )
@@ -150,6 +149,11 @@ class NoiseSchedule:
             final_alpha_cumprod=float(scheduler.final_alpha_cumprod),
             prediction_type=prediction_type,
         )
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> NoiseSchedule:
+        """The schedule of a checkpoint's folder; reads no weights. Raises as `from_scheduler`."""
+        return cls.from_scheduler(DDIMScheduler.from_pretrained(folder, subfolder="scheduler"))
 
     def timesteps(self, n_steps: int) -> list[int]:
         """The n_steps sampling timesteps, noisiest first, spaced as the checkpoint says.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import DDIMScheduler
 from diffusers.models.attention_dispatch import attention_backend
 
 from checkpoints import (
@@ -177,8 +176,7 @@ def open_inputs(config: EditConfig) -> EditInputs:
         )
     if manifest.control is not None:  # the source pass runs under the inversion's ControlNet
         check_controlnet_fits(checkpoint, manifest.control.key)
-    scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-    timesteps = NoiseSchedule.from_scheduler(scheduler).timesteps(config.n_timesteps)
+    timesteps = NoiseSchedule.of_checkpoint(checkpoint).timesteps(config.n_timesteps)
     if not set(timesteps) <= set(manifest.timesteps):
         raise UserError(
             f"n_timesteps: {config.n_timesteps} needs latents at timesteps that {cache.folder} "

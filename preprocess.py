@@ -14,7 +14,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from checkpoints import (
@@ -172,8 +171,8 @@ def _check_args(args: argparse.Namespace) -> None:
     if not 0 <= args.controlnet_scale < math.inf:
         raise UserError(f"--controlnet_scale: {args.controlnet_scale}, expected 0 or more")
     if args.sd_version != "ControlNet":
-        for name in ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high"):
-            if getattr(args, name) != _CONTROL_DEFAULTS[name]:
+        for name, default in _CONTROL_DEFAULTS.items():
+            if getattr(args, name) != default:
                 raise UserError(f"--{name}: goes with --sd_version ControlNet only")
     if not 0 <= args.canny_low <= args.canny_high <= 255:
         raise UserError(
@@ -190,8 +189,6 @@ class PreprocessInputs:
     """A checked command line with what it refers to.
 
     Attributes:
-        control: the ControlNet of the inversion, if any.
-        depth_model: where depth maps come from, if any are wanted.
         manifest: the cache's, but for the figures of its making.
         folder: the cache's.
     """
@@ -199,8 +196,6 @@ class PreprocessInputs:
     clip: Clip
     checkpoint: Path
     timesteps: InversionTimesteps
-    control: ControlSettings | None
-    depth_model: str | None
     device: torch.device
     dtype: torch.dtype
     manifest: Manifest
@@ -226,8 +221,7 @@ def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
         fps=args.fps,
     )
     checkpoint = checkpoint_folder(model_key_for(args.sd_version, args.model_key))
-    scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    schedule = NoiseSchedule.of_checkpoint(checkpoint)
     timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
     control, depth_model = _conditions(args, checkpoint)
     n_frames, height, width, _ = clip.frames.shape
@@ -258,9 +252,7 @@ def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
     )
     folder = cache_folder(args.save_dir, args.sd_version, manifest.clip, args.steps, n_frames)
     check_writable(folder, "--save_dir")
-    return PreprocessInputs(
-        clip, checkpoint, timesteps, control, depth_model, device, dtype, manifest, folder
-    )
+    return PreprocessInputs(clip, checkpoint, timesteps, device, dtype, manifest, folder)
 
 
 def _conditions(
@@ -312,19 +304,19 @@ def make_cache(inputs: PreprocessInputs, batch_size: int) -> Manifest:
     Returns:
         the manifest with the figures of the reconstruction.
     """
-    clip, folder = inputs.clip, inputs.folder
+    clip, manifest = inputs.clip, inputs.manifest
     watch = Stopwatch(inputs.device)
     with watch("load"):
         models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
     depth = None
-    if inputs.depth_model is not None:
+    if manifest.depth_model is not None:
         with watch("depth"):
-            depth = estimate_depth(clip.frames, inputs.depth_model, inputs.device, batch_size)
+            depth = estimate_depth(clip.frames, manifest.depth_model, inputs.device, batch_size)
     denoiser = make_denoiser(
-        models, clip.frames, inputs.manifest.inversion_prompt, inputs.control, depth
+        models, clip.frames, manifest.inversion_prompt, manifest.control, depth
     )
 
-    with replacing_folder(folder) as partial:
+    with replacing_folder(inputs.folder) as partial:
         return _fill_cache(partial, inputs, denoiser, depth, batch_size, watch)
 
 

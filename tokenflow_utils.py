@@ -379,9 +379,8 @@ class TokenFlowAttention:
         tokens = tokens.unflatten(0, (self.context.branches, -1))  # (B, m, L, c)
         query_key_tokens = self._query_key_tokens(tokens)
         # Each frame is a group of its own: (B * m, 1, L, c).
-        return attend(attn, query_key_tokens.flatten(0, 1)[:, None], tokens.flatten(0, 1)[:, None])[
-            :, 0
-        ]
+        groups = (x.flatten(0, 1)[:, None] for x in (query_key_tokens, tokens))
+        return attend(attn, *groups).squeeze(1)
 
     def _query_key_tokens(self, tokens: Tensor) -> Tensor:
         """What queries and keys are made from: under PnP's injection, the source's tokens."""
