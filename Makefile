@@ -20,7 +20,7 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $@
 
 demo: $(READY)
-	PY=$(PY) sh scripts/demo.sh
+	$(PY) scripts/demo.py
 
 test: $(READY)
 	$(PY) -m pytest
@@ -30,5 +30,4 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf latents/sd_tiny/demo tokenflow-results/*/demo tokenflow-results/demo.png
-	rm -rf models/tiny data/demo.mp4
+	rm -rf latents/sd_tiny/star tokenflow-results/*/star tokenflow-results/demo.png

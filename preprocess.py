@@ -389,10 +389,12 @@ def report_reconstruction(manifest: Manifest) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script."""
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the script; returns the cache's folder."""
     setup_logging()
-    print(f"cache: {preprocess(parse_args(argv))}")
+    folder = preprocess(parse_args(argv))
+    print(f"cache: {folder}")
+    return folder
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from checkpoints import (
     DEPTH_ESTIMATOR,
@@ -79,8 +80,8 @@ def plan(session: EditSession, settings: ControlSettings) -> EditPlan:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script."""
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the script; returns the result's folder."""
     setup_logging()
     config, overwrite = read_config(ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
     settings = control_settings(config)
@@ -88,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_controlnet_fits(inputs.checkpoint, settings.key)
     if config.control == "depth" and not inputs.cache.has_depth:
         single_model_folder(config.depth_model, "depth_model")
-    make_plan = partial(plan, settings=settings)
-    print(f"result: {run_edit(TECHNIQUE, inputs, make_plan, overwrite)}")
+    folder = run_edit(TECHNIQUE, inputs, partial(plan, settings=settings), overwrite)
+    print(f"result: {folder}")
+    return folder
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from checkpoints import load_unet_skeleton
 from edit_inputs import EditConfig, EditInputs, open_inputs, read_config
@@ -51,13 +52,15 @@ def plan(session: EditSession) -> EditPlan:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script."""
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the script; returns the result's folder."""
     setup_logging()
     config, overwrite = read_config(PnPConfig, argv, CONFIG, __doc__.splitlines()[0])
     inputs = open_inputs(config)
     check_injection_layers(inputs)
-    print(f"result: {run_edit(TECHNIQUE, inputs, plan, overwrite)}")
+    folder = run_edit(TECHNIQUE, inputs, plan, overwrite)
+    print(f"result: {folder}")
+    return folder
 
 
 if __name__ == "__main__":

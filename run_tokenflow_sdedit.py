@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from edit_inputs import EditConfig, open_inputs, read_config
 from editing import EditPlan, EditSession, run_edit
@@ -43,11 +44,13 @@ def plan(session: EditSession) -> EditPlan:
     return EditPlan(timesteps=timesteps, start=noised(timesteps[0]))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script."""
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the script; returns the result's folder."""
     setup_logging()
     config, overwrite = read_config(SDEditConfig, argv, CONFIG, __doc__.splitlines()[0])
-    print(f"result: {run_edit(TECHNIQUE, open_inputs(config), plan, overwrite)}")
+    folder = run_edit(TECHNIQUE, open_inputs(config), plan, overwrite)
+    print(f"result: {folder}")
+    return folder
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from transformers import (
     DPTConfig,
     DPTForDepthEstimation,
     DPTImageProcessor,
+    PreTrainedModel,
 )
 
 # Scripts in this folder are run from the repository root, which Python does not search by itself.
@@ -148,13 +149,13 @@ def make_model(
         if controlnet:
             models["controlnet"] = _controlnet(sizes, models["unet"])
     for name, model in models.items():
-        _save_weights(folder / name, model, dtype)
-    _scheduler(kind).save_pretrained(folder / "scheduler")
-    _write_tokenizer(folder / "tokenizer", vocabulary, merges)
+        save_weights(folder / name, model, dtype)
+    ddim_scheduler(kind).save_pretrained(folder / "scheduler")
+    write_tokenizer(folder / "tokenizer", vocabulary, merges)
     if kind == "depth":
         make_depth_model(folder / "depth_estimator", seed)
         _depth_processor().save_pretrained(folder / "feature_extractor")
-    _write_json(folder / "model_index.json", _model_index(kind))
+    write_json(folder / "model_index.json", model_index(kind))
 
 
 def make_depth_model(folder: str | Path, seed: int = 0) -> None:
@@ -265,12 +266,7 @@ def _vae(sizes: Architecture) -> AutoencoderKL:
         scaling_factor=0.18215,
         **sizes.vae,
     ).eval()
-    for name, parameter in vae.named_parameters():
-        if name.endswith(("conv2.weight", "to_out.0.weight")):
-            parameter *= 0.1
-        elif name.endswith(("conv_in.weight", "conv.weight", "shortcut.weight")):
-            parameter *= 0.3
-            parameter += torch.nn.init.dirac_(torch.empty_like(parameter))
+    carry_through(vae)
     for conv in (vae.quant_conv, vae.post_quant_conv):
         torch.nn.init.dirac_(conv.weight)
         conv.bias.zero_()
@@ -295,6 +291,21 @@ def _vae(sizes: Architecture) -> AutoencoderKL:
     vae.decoder.conv_out.weight.copy_(weight)
     vae.decoder.conv_out.bias.copy_(bias)
     return vae
+
+
+def carry_through(vae: AutoencoderKL) -> None:
+    """Change a new VAE's weights so that what comes in goes through all layers but the last.
+
+    The convolutions that change the grid or the channels become nearly the identity and the
+    residual branches weak.
+    """
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if name.endswith(("conv2.weight", "to_out.0.weight")):
+                parameter *= 0.1
+            elif name.endswith(("conv_in.weight", "conv.weight", "shortcut.weight")):
+                parameter *= 0.3
+                parameter += torch.nn.init.dirac_(torch.empty_like(parameter))
 
 
 def _random_pictures(count: int) -> Tensor:
@@ -362,7 +373,7 @@ def _controlnet(sizes: Architecture, unet: UNet2DConditionModel) -> ControlNetMo
     return controlnet
 
 
-def _scheduler(kind: str) -> DDIMScheduler:
+def ddim_scheduler(kind: str) -> DDIMScheduler:
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -420,37 +431,42 @@ def _byte_symbols() -> dict[int, str]:
     return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
 
 
-def _save_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
+def save_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Write a model as diffusers and transformers do, with every library version's tensor names."""
-    file, prefix = "diffusion_pytorch_model.safetensors", ""
-    if isinstance(model, CLIPTextModel):
-        # transformers 5 drops this prefix of the published checkpoints, and reads them with it;
-        # transformers 4 reads nothing else.
-        file, prefix = "model.safetensors", "text_model."
+    if isinstance(model, PreTrainedModel):
+        file = "model.safetensors"
         model.config.save_pretrained(folder)
     else:
+        file = "diffusion_pytorch_model.safetensors"
         model.save_config(folder)
+    # transformers 5 drops this prefix of the published checkpoints, and reads them with it;
+    # transformers 4 reads nothing else.
+    prefix = "text_model." if isinstance(model, CLIPTextModel) else ""
     tensors = {
-        prefix + name.removeprefix(prefix): tensor.to(dtype)
+        prefix + name.removeprefix(prefix): tensor.to(dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
     save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
-def _write_tokenizer(
-    folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]]
+def write_tokenizer(
+    folder: Path,
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    max_tokens: int = MAX_TOKENS,
 ) -> None:
+    """Write CLIP's kind of tokenizer, of `bpe_vocabulary`'s tokens, as transformers reads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "vocab.json", vocabulary)
+    write_json(folder / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *map(" ".join, merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    _write_json(folder / "special_tokens_map.json", special)
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, **special}
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", special)
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, **special}
+    write_json(folder / "tokenizer_config.json", config)
 
 
-def _model_index(kind: str) -> dict:
+def model_index(kind: str) -> dict:
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -473,7 +489,7 @@ def _model_index(kind: str) -> dict:
     return index
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

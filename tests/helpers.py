@@ -4,9 +4,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
-from make_sample_clip import render_clip
 from PIL import Image
+from shapes_world import random_scene, render_clip
 
 import preprocess
 from video import save_video
@@ -14,16 +15,21 @@ from video import save_video
 HEIGHT, WIDTH = 48, 80  # latents of 6x10: no square, and odd sizes deeper in the UNet
 
 
+def shapes_frames(n_frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A clip's frames, (n_frames, height, width, 3) uint8."""
+    return render_clip(random_scene(seed), n_frames, (height, width)).frames
+
+
 def make_clip(path: Path, n_frames: int = 5, seed: int = 0, fps: Fraction | int = 10) -> Path:
     """Write a video of HEIGHT x WIDTH."""
-    save_video(path, render_clip(n_frames, HEIGHT, WIDTH, seed), Fraction(fps))
+    save_video(path, shapes_frames(n_frames, HEIGHT, WIDTH, seed), Fraction(fps))
     return path
 
 
 def make_image_folder(folder: Path, n_frames: int = 3) -> Path:
     """Write a folder of images, named as DAVIS names them."""
     folder.mkdir(parents=True)
-    for i, frame in enumerate(render_clip(n_frames, HEIGHT, WIDTH, seed=1)):
+    for i, frame in enumerate(shapes_frames(n_frames, HEIGHT, WIDTH, seed=1)):
         Image.fromarray(frame).save(folder / f"{i:05d}.jpg")
     return folder
 

@@ -1,18 +1,15 @@
-"""The tiny models and the sample clip: that they are what the other tests and the demo rely on."""
+"""The random models: that they are what the other tests rely on."""
 
 import hashlib
 import itertools
-from fractions import Fraction
 from pathlib import Path
 
-import make_sample_clip
 import make_tiny_model
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from make_sample_clip import render_clip
+from helpers import shapes_frames
 from make_tiny_model import SD21, make_depth_model, make_model
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer, DPTForDepthEstimation, DPTImageProcessor
@@ -29,7 +26,6 @@ from diffusion import (
     psnr,
 )
 from util import UserError
-from video import read_clip
 
 CPU = torch.device("cpu")
 # Decoder self-attention layers 4-11, in which PnP injects queries and keys.
@@ -234,7 +230,7 @@ def test_ddim_inverts_the_unet_and_fixed_point_iterations_do_it_better(fixture, 
 
 
 def test_vae_gives_latents_of_unit_size_and_recognisable_pictures(models):
-    frames = render_clip(2, 64, 64, seed=0)
+    frames = shapes_frames(2, 64, 64, seed=0)
     latents = encode_frames(models, frames)
     assert latents.shape == (2, 4, 8, 8)
     assert 0.4 < latents.std() < 2.0
@@ -267,7 +263,7 @@ def test_depth_estimator_tells_pixels_and_frames_apart(tiny_model):
     folder = tiny_model / "depth_estimator"
     model = DPTForDepthEstimation.from_pretrained(folder)
     processor = DPTImageProcessor.from_pretrained(folder)
-    inputs = processor(images=list(render_clip(2, 64, 64, seed=0)), return_tensors="pt")
+    inputs = processor(images=list(shapes_frames(2, 64, 64, seed=0)), return_tensors="pt")
     with torch.inference_mode():
         depth = model(**inputs).predicted_depth
     assert depth.shape == (2, 64, 64)
@@ -279,52 +275,3 @@ def test_sd21_has_the_parameters_of_stable_diffusion_2_1():
     with torch.device("meta"):
         unet = make_tiny_model.unet_blocks(SD21, in_channels=4)
     assert sum(p.numel() for p in unet.parameters()) == 865_910_724
-
-
-# ---------------------------------------------------------------- the sample clip
-
-
-def test_clip_moves_smoothly_and_repeats_by_seed():
-    frames = render_clip(8, 48, 64, seed=0)
-    assert frames.shape == (8, 48, 64, 3)
-    assert frames.dtype == np.uint8
-    steps = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
-    assert steps.min() > 1.0
-    assert steps.max() < 40.0
-    assert np.array_equal(frames, render_clip(8, 48, 64, seed=0))
-    assert not np.array_equal(frames, render_clip(8, 48, 64, seed=1))
-
-
-def test_star_travels_from_left_to_right():
-    frames = render_clip(5, 64, 64, seed=0).astype(int)
-    far = np.abs(frames - make_sample_clip.STAR_COLOUR).sum(-1)  # (n, H, W)
-    columns = [np.nonzero(far[i] < 20)[1].mean() for i in range(5)]
-    assert np.all(np.diff(columns) > 3)
-    # Anti-aliased: some pixels lie between the star and what is behind it.
-    assert ((far > 20) & (far < 100)).any(axis=(1, 2)).all()
-
-
-def test_clip_file_has_the_frames_size_and_rate_asked_for(tmp_path):
-    path = tmp_path / "clip.mp4"
-    make_sample_clip.main([str(path), "--frames", "6", "--size", "64", "--fps", "12"])
-    clip = read_clip(path, 100, size=(64, 64))
-    assert clip.frames.shape == (6, 64, 64, 3)
-    assert (clip.fps, clip.native_size) == (Fraction(12), (64, 64))
-    assert psnr(clip.frames, render_clip(6, 64, 64, seed=0)) > 30
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["c.mp4", "--frames", "0"], "frames: expected at least 1, got 0"),
-        (["c.mp4", "--size", "8"], "size: expected at least 16, got 8"),
-        (["c.mp4", "--size", "33"], "--size: video needs an even size, got 33"),
-        (["c.mp4", "--fps", "0"], "--fps: expected at least 1, got 0"),
-        (["clip"], "clip: expected a name that ends with .mp4"),
-    ],
-)
-def test_bad_clip_options_are_refused(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=message):
-        make_sample_clip.main(arguments)
-    assert not list(tmp_path.iterdir())

@@ -1,0 +1,110 @@
+"""Edit a bundled clip with the small model: the demo, run by `make demo`.
+
+Runs the project's own scripts, whose command lines it prints, and ends with what came of them:
+each edit's seconds, its warp error (by the world's true flow), and what the model's judge, a CLIP
+model, sees in it. A picture of it all is in tokenflow-results/demo.png. What is there already is
+kept; `make clean` removes it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+# Scripts in this folder are run from the repository root, which Python does not search by itself.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import strip
+from shapes_metrics import Judge, one_object_caption, warp_error
+from shapes_world import SAMPLE_FRAMES, SAMPLES, ShapesClip, random_scene, render_clip
+
+import preprocess
+import run_tokenflow_controlnet
+import run_tokenflow_pnp
+import run_tokenflow_sdedit
+from checkpoints import MODELS
+from source_cache import open_cache
+from util import ArgumentParser, command_line, load_yaml, setup_logging
+from video import load_frames, read_clip
+
+CLIP = "star"
+SIZE = 256
+INVERSION = {
+    "sd_version": "tiny",
+    "n_frames": 12,
+    "H": SIZE,
+    "W": SIZE,
+    "steps": 40,
+    "save_steps": 20,
+    "inversion_iters": 2,
+}
+PICTURE = "tokenflow-results/demo.png"
+EDITS = (
+    ("PnP: colour", run_tokenflow_pnp, "configs/demo_pnp.yaml"),
+    ("PnP: fill", run_tokenflow_pnp, "configs/demo_pnp_fill.yaml"),
+    ("PnP: background", run_tokenflow_pnp, "configs/demo_pnp_background.yaml"),
+    ("SDEdit: colour", run_tokenflow_sdedit, "configs/demo_sdedit.yaml"),
+    ("ControlNet: all", run_tokenflow_controlnet, "configs/demo_controlnet.yaml"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
+    setup_logging()
+    source = f"data/{CLIP}.mp4"
+    scene = random_scene(*SAMPLES[CLIP])
+    options = {"data_path": source, **INVERSION, "inversion_prompt": scene.caption}
+    cache = open_cache(run(preprocess, arguments(options)))
+    folders = {label: run(script, ["--config", config]) for label, script, config in EDITS}
+
+    source_frames = cache.frames(cache.manifest.n_frames)
+    inverted = read_clip(
+        cache.folder / "inverted.mp4", len(source_frames), size=(SIZE, SIZE)
+    ).frames
+    frames = {"source": source_frames, "inversion": inverted}
+    seconds = {"inversion": sum(cache.manifest.seconds.values())}
+    for label, folder in folders.items():
+        frames[label] = load_frames(folder / "frames")
+        seconds[label] = sum(load_yaml(folder / "run.yaml")["seconds"].values())
+    clip = render_clip(scene, SAMPLE_FRAMES, SIZE)
+    rows = [f"{label}={folder / 'edited.mp4'}" for label, folder in folders.items()]
+    print()
+    n_frames = str(len(source_frames))
+    strip.main([PICTURE, f"source={source}", *rows, "--size", "112", "--n_frames", n_frames])
+    print()
+    print_figures(frames, seconds, clip)
+
+
+def arguments(options: dict[str, object]) -> list[str]:
+    """Spell options as a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def run(script: ModuleType, argv: Sequence[str]) -> Path:
+    """Call a script's main as the shell would, and say so; returns the folder that it made."""
+    print(f"\n$ {shlex.join(['python', Path(script.__file__).name, *argv])}", flush=True)
+    return script.main(argv)
+
+
+def print_figures(
+    frames: dict[str, np.ndarray], seconds: dict[str, float], clip: ShapesClip
+) -> None:
+    """A line for each clip: seconds, warp error x1e-3, and what most of its frames show."""
+    judge = Judge(Path(MODELS["tiny"]) / "judge", torch.device("cpu"))
+    print(f"{'':16} {'seconds':>7}  {'warp error':>10}  what the judge sees in most frames")
+    for label, pictures in frames.items():
+        seen, _ = Counter(judge(pictures)).most_common(1)[0]
+        took = f"{seconds[label]:.0f}" if label in seconds else ""
+        error = warp_error(pictures, clip)
+        print(f"{label:16} {took:>7}  {error:10.2f}  {one_object_caption(*seen)}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,17 @@
+#!/usr/bin/env sh
+# Train the small model on a GPU and measure it. Run it again after an interruption: it goes on.
+# In $OUT: tiny.tar in pieces of 15 MiB (cat $OUT/tiny.tar.* | tar -x -C models/tiny), the
+# figures, and the sample sheets. BUDGET=smoke tries it all in a few minutes on a CPU.
+set -eu
+PY=${PY:-python}
+OUT=${OUT:-tokenflow-results/gpu_train}
+WORK=${WORK:-latents/tiny-training}
+BUDGET=${BUDGET:-gpu}
+CHECK=${CHECK:---clips 4 --pictures 200}
+
+mkdir -p "$OUT"
+"$PY" scripts/train_tiny.py all --budget "$BUDGET" --model "$WORK/model" --work "$WORK"
+tar -C "$WORK/model" -cf - . | split -b 15m - "$OUT/tiny.tar."
+tar -C "$WORK" -czf "$OUT/sheets.tar.gz" $(cd "$WORK" && find . -name 'sheet_*' -o -name log.csv)
+# shellcheck disable=SC2086
+"$PY" scripts/check_tiny.py $CHECK --model "$WORK/model" --work "$WORK/check" --json "$OUT/check.json"
