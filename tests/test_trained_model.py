@@ -1,6 +1,6 @@
 """The small trained model of models/tiny: a quick part of what scripts/check_tiny.py measures.
 
-The bounds are loose; the full figures are in models/tiny/README.md.
+The bounds are loose, for the first weights; models/tiny/README.md says what is known of them.
 """
 
 import os
