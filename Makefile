@@ -30,4 +30,4 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf latents/sd_tiny/star tokenflow-results/*/star tokenflow-results/demo.png
+	rm -rf latents/demo tokenflow-results/demo tokenflow-results/demo.png

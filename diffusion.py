@@ -208,18 +208,37 @@ def ddim_inversion_step(
 
     Sampling takes the noise at x', which is not known yet. Plain DDIM inversion
     (iterations = 1) takes it at x; each further iteration takes it at the last estimate of x',
-    a fixed-point iteration whose limit inverts the sampling step exactly.
+    a fixed-point iteration whose limit inverts the sampling step exactly. It does not converge
+    where the model is about to decide (which of two sizes, say): there the error turns round and
+    does not shrink. From the third iteration on, Anderson's mixing with the one before takes that
+    direction out.
 
     Args:
         eps_model: eps(x, t), the predicted noise of a latent at timestep t.
         x: latents at t_from, (m, c, h, w).
         iterations: evaluations of eps_model, >= 1.
+
+    Source: Pan et al. 2023 (AIDI), with a mixing of depth 1 for each frame.
     """
-    estimate = x
-    for _ in range(iterations):
-        eps = eps_model(estimate, t_to)
-        estimate = ddim_step(x, eps, schedule.level(t_from), schedule.level(t_to))
+    levels = schedule.level(t_from), schedule.level(t_to)
+    estimate = last_found = last_residual = x
+    for iteration in range(iterations):
+        found = ddim_step(x, eps_model(estimate, t_to), *levels)
+        residual = found - estimate
+        if iteration < 2:
+            estimate = found
+        else:
+            share = _projection(residual, residual - last_residual)
+            estimate = found - share * (found - last_found)
+        last_found, last_residual = found, residual
     return estimate
+
+
+def _projection(x: Tensor, direction: Tensor) -> Tensor:
+    """How much of a direction is in x, for each frame: (m, 1, 1, 1); 0 where there is none."""
+    frame = tuple(range(1, x.ndim))
+    length = direction.square().sum(frame, keepdim=True)
+    return (x * direction).sum(frame, keepdim=True) / length.where(length > 0, torch.inf)
 
 
 class Denoiser:

@@ -4,32 +4,52 @@
 
 Every clip is inverted and edited by the project's own scripts at the demo's settings, to another
 colour, by TokenFlow and by each of the paper's ablations (its Table 1); the world's ground truth
-(masks, optical flow, occlusions) says how well. What text-to-image samples show is told by the
-model's own judge, a CLIP model, whose accuracy on rendered pictures is measured too. Finished
-clips are kept in the work folder and not made again.
+(masks, optical flow, occlusions) says how well. What pictures made from text show is measured on
+their pixels (colour, shape, background) and told by the model's own judge, a CLIP model (fill); the
+accuracy of both on rendered pictures is measured too. Finished clips are kept in the work folder
+and not made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 
 # Scripts in this folder are run from the repository root, which Python does not search by itself.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from demo import INVERSION, SIZE, arguments
-from shapes_metrics import Judge, attributes, background_psnr, hue_of_object, warp_error
-from shapes_world import COLORS, Scene, random_scene, render, render_clip
+from demo import arguments, inversion_options
+from shapes_metrics import (
+    Judge,
+    attributes,
+    background_psnr,
+    color_shape_background,
+    hue_of_object,
+    warp_error,
+)
+from shapes_pictures import HELD_OUT, SIZE
+from shapes_world import (
+    COLORS,
+    SAMPLE_FRAMES,
+    Scene,
+    caption_of,
+    random_scene,
+    render,
+    render_clip,
+)
 
 import preprocess
 import run_tokenflow_pnp as pnp
@@ -41,6 +61,7 @@ from diffusion import (
     load_stable_diffusion,
     psnr,
     resolve_device,
+    resolve_dtype,
 )
 from edit_inputs import open_inputs, read_config
 from editing import run_edit
@@ -51,6 +72,7 @@ from util import (
     atomic_file,
     check_writable,
     command_line,
+    load_yaml,
     setup_logging,
 )
 from video import load_frames, save_frames
@@ -59,51 +81,76 @@ log = logging.getLogger("tokenflow")
 
 CONFIG = "configs/demo_pnp.yaml"
 FPS = Fraction(10)
-# The accuracy of the inversion is measured apart from the edits, over more steps and fewer frames.
-ACCURACY_STEPS = 50
-ACCURACY_FRAMES = 4
+SEED = 4_000_000
+QUICK = {"n_inversion_steps": 10, "n_timesteps": 10, "n_frames": 4, "batch_size": 2}
 METHODS = {
-    "tokenflow": [],
-    "fixed_keyframes": ["keyframes=fixed"],
-    "extended_attention": ["consistency=extended_attention"],
-    "per_frame": ["consistency=none"],
+    "tokenflow": {},
+    "fixed_keyframes": {"keyframes": "fixed"},
+    "extended_attention": {"consistency": "extended_attention"},
+    "per_frame": {"consistency": "none"},
 }
+MEASURED = ("color", "shape", "background")  # what color_shape_background tells
+ORDER = ("vae", *METHODS)  # of the warp errors in the paper's Table 1
 
 
-def accuracies(told: Sequence[tuple], true: Sequence[tuple]) -> dict[str, float]:
+def accuracies(
+    names: Sequence[str], told: Sequence[tuple], true: Sequence[tuple]
+) -> dict[str, float]:
     """The share of right answers for each attribute."""
     right = (np.array(told) == np.array(true)).mean(axis=0)
-    names = ("fill_accuracy", "color_accuracy", "shape_accuracy", "background_accuracy")
-    return {name: float(share) for name, share in zip(names, right, strict=True)}
+    return {f"{name}_accuracy": float(share) for name, share in zip(names, right, strict=True)}
 
 
 # ---------------------------------------------------------------------------------- text to image
 
 
 def check_text_to_image(
-    folder: Path, judge: Judge, device: torch.device, count: int, seed: int
+    models: StableDiffusion, model: Path, config: Mapping[str, Any], count: int, seed: int
 ) -> dict:
-    """Sample pictures of unseen scenes' captions, and have them judged beside rendered ones."""
+    """Sample pictures of unseen scenes' captions, and say how many show what they should.
+
+    The accuracies of the measurement and of the judge themselves are those on the scenes'
+    renderings, as the VAE reconstructs them.
+
+    Args:
+        models: of the folder `model`, which holds the judge too.
+        config: of an edit; its guidance and number of steps are used.
+    """
     scenes = [random_scene(seed + i, n_objects=1) for i in range(count)]
     true = [attributes(scene) for scene in scenes]
     rendered = np.stack([render(scene, 0.5, (SIZE, SIZE))[0] for scene in scenes])
-
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, torch_dtype=torch.float32
-    ).to(device)
+    pipe = StableDiffusionPipeline(
+        vae=models.vae,
+        text_encoder=models.text_encoder,
+        tokenizer=models.tokenizer,
+        unet=models.unet,
+        scheduler=DDIMScheduler.from_pretrained(model / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(models.device).manual_seed(seed)
     sampled = []
     for first in tqdm(range(0, count, 20), "text to image"):
-        captions = [scene.caption for scene in scenes[first : first + 20]]
         images = pipe(
-            captions, guidance_scale=7.5, num_inference_steps=25, generator=generator,
+            [scene.caption for scene in scenes[first : first + 20]],
+            guidance_scale=config["guidance_scale"],
+            num_inference_steps=config["n_timesteps"],
+            generator=generator,
             output_type="np",
-        ).images  # fmt: skip
+        ).images
         sampled.append((images * 255).round().astype(np.uint8))
+    drawn = np.concatenate(sampled)
+    decoded = decode_latents(models, encode_frames(models, rendered))
+    judge = Judge(model / "judge", models.device)
+    answers = [answer[1:] for answer in true]
+    judged = ("fill", *MEASURED)
     return {
-        **accuracies(judge(np.concatenate(sampled)), true),
-        "judge": accuracies(judge(rendered), true),
+        **accuracies(MEASURED, list(map(color_shape_background, drawn)), answers),
+        "fill_accuracy": accuracies(judged, judge(drawn), true)["fill_accuracy"],
+        "measurement": accuracies(MEASURED, list(map(color_shape_background, decoded)), answers),
+        "judge": accuracies(judged, judge(decoded), true),
     }
 
 
@@ -118,42 +165,42 @@ class ClipCheck:
     model: Path
     work: Path
     device: str
-    inversion: Mapping[str, object] = field(default_factory=lambda: INVERSION)
-    settings: tuple[str, ...] = ()  # of every edit, over the config's
-    methods: Sequence[str] = tuple(METHODS)
-    accuracy_steps: int = ACCURACY_STEPS
-    accuracy_frames: int = ACCURACY_FRAMES
+    config: Mapping[str, Any]  # of the demo's edit
+    accuracy_steps: int  # of the inversion whose accuracy is measured apart from the edits,
+    accuracy_frames: int  # on fewer frames
 
     def __call__(self, seed: int) -> dict:
         """Invert and edit the clip of a scene with one object, and measure what comes of it."""
         scene = random_scene(seed, n_objects=1)
-        clip = render_clip(scene, self.inversion["n_frames"], SIZE)
+        clip = render_clip(scene, SAMPLE_FRAMES, SIZE)
         source = self.work / "clips" / f"{seed}"
-        if not source.exists():
-            save_frames(source, clip.frames)
+        save_frames(source, clip.frames)
         target = another_color(scene)
-        decoded = decode_latents(self.models, encode_frames(self.models, clip.frames))
+        n_frames = self.config["n_frames"]
+        true = clip.frames[:n_frames]
+        decoded = decode_latents(self.models, encode_frames(self.models, true))
 
-        self._invert(source, scene, "latents", self.inversion)
-        accuracy = {**self.inversion, "n_frames": self.accuracy_frames}
-        accuracy |= {"steps": self.accuracy_steps, "save_steps": self.accuracy_steps}
-        plain = self._invert(source, scene, "plain", {**accuracy, "inversion_iters": 1})
-        refined = self._invert(source, scene, "refined", {**accuracy, "inversion_iters": 5})
-        edited = {name: self._edit(source, scene, target, name) for name in self.methods}
-        frames = edited["tokenflow"]
-        found = [hue_of_object(f, m > 0) for f, m in zip(frames, clip.masks, strict=True)]
+        options = inversion_options(self.config)
+        self._invert(source, scene, "latents", options)
+        options |= {"n_frames": self.accuracy_frames}
+        options |= {"steps": self.accuracy_steps, "save_steps": self.accuracy_steps}
+        plain = self._invert(source, scene, "plain", {**options, "inversion_iters": 1})
+        refined = self._invert(source, scene, "refined", {**options, "inversion_iters": 5})
+        edited = {name: self._edit(source, scene, target, name) for name in METHODS}
+        frames, masks = edited["tokenflow"], clip.masks[:n_frames]
+        found = [hue_of_object(f, m > 0) for f, m in zip(frames, masks, strict=True)]
         return {
             "seed": seed,
             "caption": scene.caption,
             "target": target,
-            "vae_psnr": psnr(decoded, clip.frames),
+            "vae_psnr": psnr(decoded, true),
             "inversion_vae_psnr": plain.vae_psnr,
             "inversion_psnr": plain.psnr,
             "inversion_iters_5_psnr": refined.psnr,
             "edit_color_success": float(np.mean([color == target for color in found])),
-            "background_psnr": background_psnr(frames, decoded, clip.masks),
+            "background_psnr": background_psnr(frames, decoded, masks, self.models.vae_factor),
             "warp_error": {
-                "source": warp_error(clip.frames, clip),
+                "source": warp_error(true, clip),
                 "vae": warp_error(decoded, clip),
                 **{name: warp_error(frames, clip) for name, frames in edited.items()},
             },
@@ -174,21 +221,27 @@ class ClipCheck:
         return open_cache(preprocess.preprocess(preprocess.parse_args(arguments(options)))).manifest
 
     def _edit(self, source: Path, scene: Scene, target: str, method: str) -> np.ndarray:
-        color = scene.objects[0].color
-        settings = [
-            f"data_path={source}",
-            f"model_key={self.model}",
-            f"latents_path={self.work / 'latents'}",
-            f"output_path={self.work / 'results'}",
-            f"prompt={scene.caption.replace(color, target, 1)}",
-            f"device={self.device}",
-            *self.settings,
-            *METHODS[method],
-        ]
-        words = [word for setting in settings for word in ("--set", setting)]
+        settings = {
+            **self.config,
+            "data_path": source,
+            "model_key": self.model,
+            "latents_path": self.work / "latents",
+            "output_path": self.work / "results",
+            "prompt": recolored(scene, target),
+            "negative_prompt": scene.caption,
+            "device": self.device,
+            **METHODS[method],
+        }
+        words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         config, _ = read_config(pnp.PnPConfig, ["--config", CONFIG, *words], CONFIG, "")
         folder = run_edit(pnp.TECHNIQUE, open_inputs(config), pnp.plan)
         return load_frames(folder / "frames")
+
+
+def recolored(scene: Scene, color: str) -> str:
+    """The caption of a scene with one object, with the object of another colour."""
+    thing = scene.objects[0]
+    return caption_of([(thing.fill, color, thing.shape)], scene.background)
 
 
 def another_color(scene: Scene) -> str:
@@ -209,69 +262,106 @@ def summary(clips: Sequence[dict]) -> dict:
     return means
 
 
+def _plain(accuracy: Mapping[str, float]) -> list[tuple[str, float]]:
+    return [(name.removesuffix("_accuracy"), value) for name, value in accuracy.items()]
+
+
 def table(figures: dict) -> str:
-    """The figures in rows, for the terminal."""
-    percent = "{:6.1f} %".format
+    """The figures in rows, beside what is asked of them, for the terminal."""
+    percent, decibel = "{:.1f} %".format, "{:.2f} dB".format
+    frames, steps = figures["accuracy_frames"], figures["accuracy_steps"]
+    vae = figures["inversion_vae_psnr"]
     rows = [
-        ("text to image: colour", percent(100 * figures["color_accuracy"])),
-        ("text to image: shape", percent(100 * figures["shape_accuracy"])),
-        ("text to image: background", percent(100 * figures["background_accuracy"])),
-        ("text to image: fill", percent(100 * figures["fill_accuracy"])),
+        ("text to image: colour", percent(100 * figures["color_accuracy"]), ">= 95 %"),
+        ("text to image: shape", percent(100 * figures["shape_accuracy"]), ">= 90 %"),
+        ("text to image: background", percent(100 * figures["background_accuracy"]), ">= 90 %"),
+        ("text to image: fill", percent(100 * figures["fill_accuracy"]), ""),
+        *(
+            (f"  the {by} on ground truth: {name}", percent(100 * value), "")
+            for by in ("measurement", "judge")
+            for name, value in _plain(figures[by])
+        ),
+        ("VAE reconstruction", decibel(figures["vae_psnr"]), ">= 30 dB"),
+        (f"the same, first {frames} frames", decibel(vae), ""),
+        (
+            f"their inversion, {steps} steps",
+            decibel(figures["inversion_psnr"]),
+            f">= {decibel(vae - 3)}",
+        ),
+        (
+            "  with --inversion_iters 5",
+            decibel(figures["inversion_iters_5_psnr"]),
+            f">= {decibel(vae - 0.5)}",
+        ),
+        ("frames in the colour asked for", percent(100 * figures["edit_color_success"]), ">= 90 %"),
+        ("background against the VAE's", decibel(figures["background_psnr"]), ">= 22 dB"),
+        *(
+            (f"warp error x1e-3: {name.replace('_', ' ')}", f"{value:.2f}", "")
+            for name, value in figures["warp_error"].items()
+        ),
     ]
-    rows += [
-        (f"the judge on rendered pictures: {name.removesuffix('_accuracy')}", percent(100 * value))
-        for name, value in figures["judge"].items()
-    ]
-    decibel = "{:6.2f} dB".format
-    rows += [
-        ("VAE reconstruction", decibel(figures["vae_psnr"])),
-        (f"the same, first {ACCURACY_FRAMES} frames", decibel(figures["inversion_vae_psnr"])),
-        (f"their inversion, {ACCURACY_STEPS} steps", decibel(figures["inversion_psnr"])),
-        ("  with --inversion_iters 5", decibel(figures["inversion_iters_5_psnr"])),
-        ("frames with the colour asked for", percent(100 * figures["edit_color_success"])),
-        ("background against the VAE's", decibel(figures["background_psnr"])),
-    ]
-    rows += [
-        (f"warp error x1e-3: {name.replace('_', ' ')}", f"{value:6.2f}")
-        for name, value in figures["warp_error"].items()
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{'':<{width}}  {'measured':>10}  asked"]
+    lines += [f"{name:<{width}}  {value:>10}  {asked}".rstrip() for name, value, asked in rows]
+    order = sorted(ORDER, key=figures["warp_error"].get)
+    held = "holds" if order == list(ORDER) else f"does not hold, but {' < '.join(order)}"
+    lines.append(f"The paper's order, {' < '.join(ORDER)}: {held}".replace("_", " "))
+    return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def code_version() -> str:
+    """12 hex digits that change with the method's code: edits by another one are not reused."""
+    digest = hashlib.sha256()
+    for path in sorted(ROOT.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Run the script; returns the figures."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", type=Path, default=Path("models/tiny"), help="(default: models/tiny)")
     add("--clips", type=int, default=20, help="number of clips to edit (default: 20)")
     add("--pictures", type=int, default=200, help="to sample from text (default: 200)")
-    add("--seed", type=int, default=1_000_000, help="of the first scene (default: 1000000)")
+    add("--seed", type=int, default=SEED, help=f"of the first scene (default: {SEED})")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     add("--work", type=Path, default=Path("tokenflow-results/check_tiny"), help="for caches, edits")
+    add("--quick", action="store_true", help="few frames and steps: shows that it runs")
     add("--device", default="auto")
     args = parser.parse_args(argv)
-    for name, low in (("clips", 1), ("pictures", 1), ("seed", 0)):
+    for name, low in (("clips", 1), ("pictures", 1), ("seed", HELD_OUT)):
         if getattr(args, name) < low:
             raise UserError(f"--{name}: expected at least {low}, got {getattr(args, name)}")
     setup_logging()
     check_writable(args.work, "--work")
+    if args.json:
+        check_writable(args.json.parent, "--json")
+        if args.json.is_dir():
+            raise UserError(f"--json: {args.json} is a folder, expected a file")
     device = resolve_device(args.device)
-    models = load_stable_diffusion(checkpoint_folder(str(args.model)), device, torch.float32)
-    judge = Judge(args.model / "judge", device)
+    models = load_stable_diffusion(
+        checkpoint_folder(str(args.model)), device, resolve_dtype("auto", device)
+    )
+    config = load_yaml(ROOT / CONFIG) | (QUICK if args.quick else {})
 
-    figures = check_text_to_image(args.model, judge, device, args.pictures, args.seed)
+    accuracy = {"accuracy_steps": 20 if args.quick else 50}
+    accuracy |= {"accuracy_frames": 1 if args.quick else 2}
+    sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml")  # guided away from no text, as here
+    figures = check_text_to_image(models, args.model, sdedit, args.pictures, args.seed)
     # Another model's caches and edits would be refused: each model has a folder.
-    work = args.work / checkpoint_revision(args.model).rpartition(":")[2][:12]
-    check = ClipCheck(models, args.model, work, args.device)
+    version = f"{checkpoint_revision(args.model)}_{code_version()}"
+    check = ClipCheck(models, args.model, args.work / version, args.device, config, **accuracy)
     clips = []
     for number in range(args.clips):
         clips.append(check(args.seed + number))
         log.info("clip %d of %d: %s", number + 1, args.clips, json.dumps(clips[-1]))
-    figures |= summary(clips) | {"clips": clips}
+    figures |= {**accuracy, "quick": args.quick, **summary(clips), "clips": clips}
+    print(table(figures))
     if args.json:
         with atomic_file(args.json) as temporary:
             temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(table(figures))
+    return figures
 
 
 if __name__ == "__main__":

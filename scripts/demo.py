@@ -1,9 +1,9 @@
 """Edit a bundled clip with the small model: the demo, run by `make demo`.
 
 Runs the project's own scripts, whose command lines it prints, and ends with what came of them:
-each edit's seconds, its warp error (by the world's true flow), and what the model's judge, a CLIP
-model, sees in it. A picture of it all is in tokenflow-results/demo.png. What is there already is
-kept; `make clean` removes it.
+each edit's seconds, its warp error (by the world's true flow), and what it shows: colours and shape
+are measured, the fill is told by the model's judge, a CLIP model. A picture of it all is in
+tokenflow-results/demo.png. What is there already is kept; `make clean` removes it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import strip
-from shapes_metrics import Judge, one_object_caption, warp_error
-from shapes_world import SAMPLE_FRAMES, SAMPLES, ShapesClip, random_scene, render_clip
+from shapes_metrics import Judge, color_shape_background, warp_error
+from shapes_pictures import SIZE
+from shapes_world import SAMPLE_FRAMES, SAMPLES, ShapesClip, caption_of, random_scene, render_clip
 
 import preprocess
 import run_tokenflow_controlnet
@@ -31,20 +33,11 @@ import run_tokenflow_pnp
 import run_tokenflow_sdedit
 from checkpoints import MODELS
 from source_cache import open_cache
-from util import ArgumentParser, command_line, load_yaml, setup_logging
+from util import ArgumentParser, UserError, command_line, load_yaml, setup_logging
 from video import load_frames, read_clip
 
 CLIP = "star"
-SIZE = 256
-INVERSION = {
-    "sd_version": "tiny",
-    "n_frames": 12,
-    "H": SIZE,
-    "W": SIZE,
-    "steps": 40,
-    "save_steps": 20,
-    "inversion_iters": 2,
-}
+INVERSION_ITERS = 2
 PICTURE = "tokenflow-results/demo.png"
 EDITS = (
     ("PnP: colour", run_tokenflow_pnp, "configs/demo_pnp.yaml"),
@@ -60,9 +53,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging()
     source = f"data/{CLIP}.mp4"
     scene = random_scene(*SAMPLES[CLIP])
-    options = {"data_path": source, **INVERSION, "inversion_prompt": scene.caption}
-    cache = open_cache(run(preprocess, arguments(options)))
-    folders = {label: run(script, ["--config", config]) for label, script, config in EDITS}
+    config = load_yaml(Path(EDITS[0][2]))
+    options = {
+        "data_path": source,
+        "save_dir": config["latents_path"],
+        **inversion_options(config),
+        "inversion_prompt": scene.caption,
+    }
+    try:
+        cache = open_cache(run(preprocess, arguments(options)))
+        folders = {label: run(script, ["--config", config]) for label, script, config in EDITS}
+    except UserError as error:
+        raise UserError(f"{error}\n`make clean` removes what an earlier demo made") from error
 
     source_frames = cache.frames(cache.manifest.n_frames)
     inverted = read_clip(
@@ -82,6 +84,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_figures(frames, seconds, clip)
 
 
+def inversion_options(config: Mapping[str, Any]) -> dict[str, object]:
+    """How a clip is inverted for an edit of these settings: options of preprocess.py."""
+    return {
+        "sd_version": config["sd_version"],
+        "n_frames": config["n_frames"],
+        "H": SIZE,
+        "W": SIZE,
+        "steps": config["n_inversion_steps"],
+        "save_steps": config["n_timesteps"],
+        "inversion_iters": INVERSION_ITERS,
+    }
+
+
 def arguments(options: dict[str, object]) -> list[str]:
     """Spell options as a command line."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -98,12 +113,13 @@ def print_figures(
 ) -> None:
     """A line for each clip: seconds, warp error x1e-3, and what most of its frames show."""
     judge = Judge(Path(MODELS["tiny"]) / "judge", torch.device("cpu"))
-    print(f"{'':16} {'seconds':>7}  {'warp error':>10}  what the judge sees in most frames")
+    print(f"{'':16} {'seconds':>7}  {'warp error':>10}  what most frames show")
     for label, pictures in frames.items():
-        seen, _ = Counter(judge(pictures)).most_common(1)[0]
+        seen, _ = Counter(map(color_shape_background, pictures)).most_common(1)[0]
+        fill, _ = Counter(answer[0] for answer in judge(pictures)).most_common(1)[0]
+        caption = caption_of([(fill, *seen[:2])], seen[2])
         took = f"{seconds[label]:.0f}" if label in seconds else ""
-        error = warp_error(pictures, clip)
-        print(f"{label:16} {took:>7}  {error:10.2f}  {one_object_caption(*seen)}")
+        print(f"{label:16} {took:>7}  {warp_error(pictures, clip):10.2f}  {caption}")
 
 
 if __name__ == "__main__":

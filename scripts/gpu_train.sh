@@ -7,11 +7,13 @@ PY=${PY:-python}
 OUT=${OUT:-tokenflow-results/gpu_train}
 WORK=${WORK:-latents/tiny-training}
 BUDGET=${BUDGET:-gpu}
-CHECK=${CHECK:---clips 4 --pictures 200}
+CHECK=${CHECK:---clips 20 --pictures 200}
 
 mkdir -p "$OUT"
 "$PY" scripts/train_tiny.py all --budget "$BUDGET" --model "$WORK/model" --work "$WORK"
-tar -C "$WORK/model" -cf - . | split -b 15m - "$OUT/tiny.tar."
+rm -f "$OUT"/tiny.tar*
+tar -C "$WORK/model" -cf "$WORK/tiny.tar" .
+split -b 15m "$WORK/tiny.tar" "$OUT/tiny.tar."
 tar -C "$WORK" -czf "$OUT/sheets.tar.gz" $(cd "$WORK" && find . -name 'sheet_*' -o -name log.csv)
 # shellcheck disable=SC2086
 "$PY" scripts/check_tiny.py $CHECK --model "$WORK/model" --work "$WORK/check" --json "$OUT/check.json"

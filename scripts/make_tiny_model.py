@@ -1,4 +1,4 @@
-"""Write a small random Stable-Diffusion-shaped checkpoint, for the demo and the tests.
+"""Write a small random Stable-Diffusion-shaped checkpoint, for the tests.
 
 The blocks, layer names, files and schedule are Stable Diffusion's; the weights are random. A few
 last layers are fitted, so that the VAE returns a blurred copy of a picture and DDIM can invert the
@@ -211,7 +211,7 @@ def _depth_processor() -> DPTImageProcessor:
 # ---------------------------------------------------------------------------------- networks
 
 
-def unet_blocks(sizes: Architecture, in_channels: int) -> UNet2DConditionModel:
+def unet_blocks(sizes: dict, in_channels: int) -> UNet2DConditionModel:
     """A UNet of Stable Diffusion's blocks, as PyTorch initialises it."""
     return UNet2DConditionModel(
         in_channels=in_channels,
@@ -219,12 +219,12 @@ def unet_blocks(sizes: Architecture, in_channels: int) -> UNet2DConditionModel:
         down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
         up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
         layers_per_block=2,
-        **sizes.unet,
+        **sizes,
     ).eval()
 
 
 def _unet(sizes: Architecture, kind: str) -> UNet2DConditionModel:
-    unet = unet_blocks(sizes, in_channels=5 if kind == "depth" else 4)
+    unet = unet_blocks(sizes.unet, in_channels=5 if kind == "depth" else 4)
     for name, parameter in unet.named_parameters():
         if name.endswith("time_emb_proj.weight"):
             parameter *= 4.0  # as PyTorch initialises it, the timestep would hardly be noticed

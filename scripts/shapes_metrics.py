@@ -13,32 +13,77 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 # Scripts in this folder are run from the repository root, which Python does not search by itself.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shapes_world import BACKGROUNDS, COLORS, FILLS, HUES, SHAPES, Scene, ShapesClip
+from shapes_world import BACKGROUNDS, COLORS, FILLS, HUES, SHAPES, Scene, ShapesClip, caption_of
 
 from diffusion import psnr
+from util import MissingFileError
+
+LEAST_CHROMA = 20  # of a pixel with a hue, of 255: its distance from the grey of its brightness
+RIM = 6  # pixels along a frame's edges that are background
 
 
 def hue_of_object(frame: np.ndarray, mask: np.ndarray) -> str:
-    """The colour name whose hue most pixels of the mask are nearest to.
+    """The colour name whose hue most pixels of the mask are nearest to, or "gray".
 
     Hues are compared by the angle between the colours less their grey, so that neither the light
-    nor a pattern's second tone, which is paler, counts.
+    nor a pattern's second tone, which is paler, counts. Pixels of less chroma than LEAST_CHROMA
+    are gray.
 
     Args:
         frame: (H, W, 3) uint8 RGB.
         mask: (H, W) bool, not empty.
     """
-    votes = np.bincount(_nearest_hues(frame[mask]), minlength=len(HUES))
-    return COLORS[int(votes.argmax())]
+    votes = np.bincount(_nearest_hues(frame[mask]), minlength=len(COLORS) + 1)
+    return (*COLORS, "gray")[int(votes.argmax())]
 
 
 def _nearest_hues(pixels: np.ndarray) -> np.ndarray:
-    """Numbers in COLORS, (n,), of (n, 3) uint8 RGB pixels."""
+    """Numbers in COLORS, or len(COLORS) for gray, (n,), of (n, 3) uint8 RGB pixels."""
     hues = np.array([HUES[name] for name in COLORS])
     hues = hues - hues.mean(axis=1, keepdims=True)
     hues /= np.linalg.norm(hues, axis=1, keepdims=True)
     chroma = pixels - pixels.mean(axis=1, keepdims=True)
-    return (chroma @ hues.T).argmax(axis=1)
+    is_gray = np.linalg.norm(chroma, axis=1) < LEAST_CHROMA
+    return np.where(is_gray, len(COLORS), (chroma @ hues.T).argmax(axis=1))
+
+
+def color_shape_background(frame: np.ndarray) -> tuple[str, str, str]:
+    """What a picture of one object shows, measured without any model; "none" where there is none.
+
+    The background's colour is that of the frame's rim, the object what is of another hue, and
+    its shape told by areas: of its holes (a ring's), of its convex hull (a star fills little
+    of it), of the smallest triangle and of the smallest circle around it.
+
+    Args:
+        frame: (H, W, 3) uint8 RGB.
+    """
+    rim = np.ones(frame.shape[:2], bool)
+    rim[RIM:-RIM, RIM:-RIM] = False
+    ground = np.median(frame[rim], axis=0)
+    background = hue_of_object(ground.astype(np.uint8)[None, None], np.ones((1, 1), bool))
+    # The light changes along the background's own colour; what is off that line is no background.
+    unit = ground / max(np.linalg.norm(ground), 1.0)
+    pixels = frame.astype(np.float32)
+    off = np.linalg.norm(pixels - (pixels @ unit)[..., None] * unit, axis=-1)
+    mask = (off > max(LEAST_CHROMA, 2 * np.percentile(off[rim], 95))).astype(np.uint8)
+    mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    contours, nesting = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    if not contours:
+        return "none", "none", background
+    areas = np.array([cv2.contourArea(contour) for contour in contours])
+    parents = nesting[0, :, 3]
+    number = int(np.where(parents < 0, areas, -1).argmax())
+    outline, area = contours[number], max(areas[number], 1.0)
+    inside = cv2.drawContours(np.zeros_like(mask), [outline], 0, 1, cv2.FILLED) & mask
+    color = hue_of_object(frame, inside > 0)
+    if areas[parents == number].sum() > 0.05 * area:
+        return color, "ring", background
+    if area < 0.8 * cv2.contourArea(cv2.convexHull(outline)):
+        return color, "star", background
+    if area > 0.75 * cv2.minEnclosingTriangle(outline)[0]:
+        return color, "triangle", background
+    radius = cv2.minEnclosingCircle(outline)[1]
+    return color, "circle" if area > 0.82 * np.pi * radius**2 else "square", background
 
 
 def warp_error(frames: np.ndarray, clip: ShapesClip) -> float:
@@ -64,17 +109,30 @@ def warp_error(frames: np.ndarray, clip: ShapesClip) -> float:
     return 1e3 * float(np.mean(errors))
 
 
-def background_psnr(frames: np.ndarray, reference: np.ndarray, masks: np.ndarray) -> float:
-    """PSNR in dB over all pixels more than a latent cell away from the objects."""
-    kernel = np.ones((17, 17), np.uint8)
+def background_psnr(
+    frames: np.ndarray, reference: np.ndarray, masks: np.ndarray, margin: int
+) -> float:
+    """PSNR in dB over all pixels more than a margin (a latent cell, say) away from the objects.
+
+    Args:
+        frames, reference: (n, H, W, 3) uint8.
+        masks: (n, H, W), 0 is background.
+    """
+    kernel = np.ones((2 * margin + 1, 2 * margin + 1), np.uint8)
     outside = np.stack([cv2.dilate(np.minimum(mask, 1), kernel) == 0 for mask in masks])
     return psnr(frames[outside], reference[outside])
 
 
 class Judge:
-    """The model's CLIP, asked which caption of a scene with one object fits a picture best."""
+    """The model's CLIP, asked which caption of a scene with one object fits a picture best.
+
+    Raises:
+        MissingFileError: the folder holds no CLIP model.
+    """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
+        if not (folder / "config.json").is_file():
+            raise MissingFileError(f"{folder}: no judge there (a CLIP model; train_tiny.py judge)")
         self.processor = CLIPImageProcessor.from_pretrained(folder)
         self.model = CLIPModel.from_pretrained(folder).float().to(device).eval()
         self.choices = [
@@ -86,7 +144,7 @@ class Judge:
             if background != color
         ]
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-        captions = [one_object_caption(*choice) for choice in self.choices]
+        captions = [caption_of([choice[:3]], choice[3]) for choice in self.choices]
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
         self.tokens = tokens.to(device)
 
@@ -98,11 +156,6 @@ class Judge:
             input_ids=self.tokens, pixel_values=pixels.to(self.tokens.device)
         ).logits_per_image
         return [self.choices[best] for best in similarity.argmax(dim=1).tolist()]
-
-
-def one_object_caption(fill: str, color: str, shape: str, background: str) -> str:
-    fill = "" if fill == "plain" else f"{fill} "
-    return f"a {fill}{color} {shape} on a {background} background"
 
 
 def attributes(scene: Scene) -> tuple[str, str, str, str]:

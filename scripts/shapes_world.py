@@ -95,11 +95,17 @@ class Scene:
     @property
     def caption(self) -> str:
         """What is to be seen, in the words that the model is trained on."""
-        names = []
-        for thing in self.objects:
-            fill = "" if thing.fill == "plain" else f"{thing.fill} "
-            names.append(f"a {fill}{thing.color} {thing.shape}")
-        return f"{' and '.join(names)} on a {self.background} background"
+        things = [(thing.fill, thing.color, thing.shape) for thing in self.objects]
+        return caption_of(things, self.background)
+
+
+def caption_of(things: Sequence[tuple[str, str, str]], background: str) -> str:
+    """The caption of objects, each a (fill, colour, shape), on a background."""
+    names = [
+        f"a {color} {shape}" if fill == "plain" else f"a {fill} {color} {shape}"
+        for fill, color, shape in things
+    ]
+    return f"{' and '.join(names)} on a {background} background"
 
 
 @dataclass(frozen=True)

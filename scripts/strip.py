@@ -1,6 +1,6 @@
 """Draws clips as labelled rows of frames: README's picture.
 
-python scripts/strip.py OUT.png source=data/demo.mp4 PnP=RESULT/edited.mp4
+python scripts/strip.py OUT.png source=data/star.mp4 PnP=RESULT/edited.mp4
 """
 
 from __future__ import annotations
@@ -13,21 +13,34 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-# Scripts here are run from anywhere; the modules lie one folder up.
+# Scripts in this folder are run from the repository root, which Python does not search by itself.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util import ArgumentParser, atomic_file, command_line, setup_logging
+from util import (
+    ArgumentParser,
+    UserError,
+    atomic_file,
+    check_writable,
+    command_line,
+    setup_logging,
+)
 from video import read_clip
 
-LABEL_WIDTH = 96
+FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
+PADDING = 6  # left and right of a label
 
 
-def strip_row(label: str, frames: np.ndarray) -> np.ndarray:
-    """One row: the label, then the frames side by side; (H, LABEL_WIDTH + k * W, 3) uint8."""
+def label_width(labels: Sequence[str]) -> int:
+    """Pixels that the longest label takes."""
+    return 2 * PADDING + max(cv2.getTextSize(text, FONT, FONT_SCALE, 1)[0][0] for text in labels)
+
+
+def strip_row(label: str, width: int, frames: np.ndarray) -> np.ndarray:
+    """One row: the label in a margin, then the frames side by side; (H, width + k * W, 3) uint8."""
     height = frames.shape[1]
-    margin = np.full((height, LABEL_WIDTH, 3), 255, np.uint8)
-    where = (6, height // 2 + 5)
-    cv2.putText(margin, label, where, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    margin = np.full((height, width, 3), 255, np.uint8)
+    where = (PADDING, height // 2 + 5)
+    cv2.putText(margin, label, where, FONT, FONT_SCALE, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([margin, *frames], axis=1)
 
 
@@ -41,11 +54,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--columns", type=int, default=6, help="frames per row (default: 6)")
     parser.add_argument("--size", type=int, default=96, help="frames' side in pixels (default: 96)")
     args = parser.parse_args(argv)
+    for name in ("n_frames", "columns", "size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    check_writable(args.out.parent, "OUT.png")
+    width = label_width([label for label, _ in args.rows])
     rows = []
     for label, path in args.rows:
         frames = read_clip(path, args.n_frames, size=(args.size, args.size)).frames
         picks = np.linspace(0, len(frames) - 1, args.columns).round().astype(int)
-        rows.append(strip_row(label, frames[picks]))
+        rows.append(strip_row(label, width, frames[picks]))
     with atomic_file(args.out) as temporary:
         cv2.imwrite(str(temporary), np.concatenate(rows)[:, :, ::-1])
     print(f"wrote {args.out}")

@@ -1,7 +1,7 @@
 """Train the small model of models/tiny, a Stable Diffusion in small, on the shapes world.
 
-    python scripts/train_tiny.py all --budget gpu      # about ten minutes on one modern GPU
-    python scripts/train_tiny.py all --budget cpu      # a few hours on two CPU cores
+    python scripts/train_tiny.py all                   # a few hours on two CPU cores
+    python scripts/train_tiny.py all --budget gpu      # larger batches; not timed yet
     python scripts/train_tiny.py unet                  # one part; those before it must be there
 
 The parts, in order: `pictures` renders the training pictures; `vae` trains the AutoencoderKL, and
@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
-import os
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -51,7 +49,6 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from make_tiny_model import (
-    Architecture,
     bpe_vocabulary,
     carry_through,
     ddim_scheduler,
@@ -61,7 +58,18 @@ from make_tiny_model import (
     write_json,
     write_tokenizer,
 )
-from shapes_world import BACKGROUNDS, FILLS, SHAPES, random_scene, render
+from shapes_pictures import (
+    HELD_OUT,
+    SIZE,
+    Pictures,
+    held_out_pictures,
+    render_pictures,
+    save_sheet,
+    to_frames,
+    to_pixels,
+    world_version,
+)
+from shapes_world import BACKGROUNDS, FILLS, SHAPES, random_scene
 from training import Recipe, train
 
 from conditions import canny_edges
@@ -69,7 +77,7 @@ from diffusion import resolve_device
 from util import (
     ArgumentParser,
     MissingFileError,
-    atomic_file,
+    UserError,
     check_writable,
     command_line,
     load_tensors,
@@ -80,21 +88,19 @@ from util import (
 
 log = logging.getLogger("tokenflow")
 
-PARTS = ("pictures", "vae", "unet", "controlnet", "judge")
-SIZE = 256  # of the pictures; their latents are 32x32
 MAX_TOKENS = 32
-CHUNK = 512  # pictures per file
 NO_TEXT = 0.1  # share of captions that are dropped, for classifier-free guidance
 MIN_SNR = 5.0  # Hang et al. 2023: caps the weight of nearly clean latents
 # SD's noisiest latents still hold a trace of their picture's mean, and sampling starts from noise
 # that holds none: a model that reads the background off that trace draws any background. So the
-# means are shifted at random, by a share of the noise's std, and the caption has to tell.
-MEAN_SHIFT = 0.05
+# noise's mean is shifted at random (std, as a share of the noise's), which drowns the trace and
+# leaves it to the caption. The shift is noise like the rest, to be predicted with it.
+MEAN_SHIFT = 0.1
 LATENT_NOISE = 0.05  # std that the VAE's decoder learns to live with
 WORDS = ("a", "and", "on", "background", *SHAPES, *FILLS, *BACKGROUNDS)
 CANNY_LOW, CANNY_HIGH = 100, 200  # as edits have them by default
-JUDGE_SIZE = 64  # of the pictures that the judge sees
-HELD_OUT = 1_000_000  # the first seed of scenes that no part is trained on
+JUDGE_SIZE, PATCH = 64, 8  # of the pictures that the judge sees, and of what it cuts them into
+GROUPS = 4  # of look-alikes in a batch of the judge's training
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,9 @@ BUDGETS = {
         recipes={
             "vae": Recipe(steps=4500, batch_size=4, learning_rate=2e-3),
             "unet_small": Recipe(steps=2600, batch_size=32, learning_rate=1e-3),
-            "unet": Recipe(steps=2000, batch_size=16, learning_rate=1e-3),
-            "controlnet": Recipe(steps=250, batch_size=16, learning_rate=1e-3),
-            "judge": Recipe(steps=1000, batch_size=128, learning_rate=1e-3),
+            "unet": Recipe(steps=5000, batch_size=16, learning_rate=1e-3),
+            "controlnet": Recipe(steps=600, batch_size=16, learning_rate=1e-3, warmup=50),
+            "judge": Recipe(steps=1500, batch_size=128, learning_rate=1e-3),
         },
     ),
     "gpu": Budget(
@@ -151,9 +157,21 @@ class Workshop:
     sheet_every: int
 
     @cached_property
+    def world(self) -> str:
+        return world_version()
+
+    @property
+    def pictures_folder(self) -> Path:
+        return self.work / f"pictures_{self.world}"
+
+    def pictures(self, size: int = SIZE) -> Pictures:
+        return Pictures(self.pictures_folder, self.budget.pictures, size)
+
+    @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        self.write_tokenizer(self.model / "tokenizer")
-        return CLIPTokenizer.from_pretrained(self.model / "tokenizer")
+        with tempfile.TemporaryDirectory() as folder:
+            self.write_tokenizer(Path(folder))
+            return CLIPTokenizer.from_pretrained(folder)
 
     def write_tokenizer(self, folder: Path) -> None:
         write_tokenizer(folder, *bpe_vocabulary(WORDS), MAX_TOKENS)
@@ -168,7 +186,31 @@ class Workshop:
             return_tensors="pt",
         ).input_ids
 
-    def train(self, name: str, model: nn.Module, loss, sheet) -> nn.Module:
+    def trained(self, part: str) -> Path:
+        """The folder of a part that is trained already."""
+        folder = self.model / part
+        if not (folder / "config.json").is_file():
+            parts = {"text_encoder": "unet"}
+            raise MissingFileError(
+                f"{folder}: missing; run `train_tiny.py {parts.get(part, part)}` first"
+            )
+        return folder
+
+    def hashes(self, *parts: str) -> dict[str, str]:
+        """What a part learns from: the world, and the weights of the parts before it."""
+        weights = {part: next(self.trained(part).glob("*.safetensors")) for part in parts}
+        return {"world": self.world} | {
+            part: sha256_file(path)[:12] for part, path in weights.items()
+        }
+
+    def train(
+        self,
+        name: str,
+        model: nn.Module,
+        loss: Callable[[nn.Module, torch.Generator], Tensor],
+        sheet: Callable[[nn.Module, Path], None],
+        inputs: dict[str, str],
+    ) -> nn.Module:
         return train(
             name,
             model,
@@ -176,6 +218,7 @@ class Workshop:
             self.budget.recipes[name],
             self.work / name,
             seed=self.seed,
+            inputs=inputs,
             dtype=self.dtype,
             sheet=sheet,
             sheet_every=self.sheet_every,
@@ -185,85 +228,10 @@ class Workshop:
 # ----------------------------------------------------------------------------------- pictures
 
 
-def picture(seed: int, size: int) -> tuple[np.ndarray, str]:
-    """The training picture of a seed: a scene at a random time; (size, size, 3) uint8, caption."""
-    scene = random_scene(seed)
-    time = np.random.default_rng([seed, 1]).random()  # so that all of a clip's poses are seen
-    return render(scene, time, (size, size))[0], scene.caption
-
-
 def make_pictures(shop: Workshop) -> None:
-    """Render the training pictures, of both sizes, in files of CHUNK."""
-    tasks = [
-        (path, first, min(CHUNK, shop.budget.pictures - first), size)
-        for size in (SIZE // 2, SIZE)
-        for first, path in _picture_files(shop, size)
-        if not path.exists()
-    ]
-    if not tasks:
+    made = render_pictures(shop.pictures_folder, shop.budget.pictures, (SIZE // 2, SIZE))
+    if not made:
         log.info("pictures: all %d are there already", shop.budget.pictures)
-        return
-    processes = min(len(tasks), os.cpu_count() or 1)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for _ in tqdm(pool.imap_unordered(_render_file, tasks), "pictures", total=len(tasks)):
-            pass
-
-
-def _render_file(task: tuple[Path, int, int, int]) -> None:
-    path, first, count, size = task
-    with atomic_file(path) as temporary:
-        np.save(temporary, np.stack([picture(first + i, size)[0] for i in range(count)]))
-
-
-def _picture_files(shop: Workshop, size: int) -> Iterator[tuple[int, Path]]:
-    for first in range(0, shop.budget.pictures, CHUNK):
-        count = min(CHUNK, shop.budget.pictures - first)
-        yield first, shop.work / "pictures" / f"{size}_{first:06d}_{count}.npy"
-
-
-class Pictures:
-    """The rendered pictures of one size, read as they are needed; uint8 (size, size, 3) each."""
-
-    def __init__(self, shop: Workshop, size: int = SIZE) -> None:
-        self.size = size
-        files = [path for _, path in _picture_files(shop, size)]
-        for path in files:
-            if not path.exists():
-                raise MissingFileError(f"{path}: missing; run `train_tiny.py pictures` first")
-        self.chunks = [np.load(path, mmap_mode="r") for path in files]
-        self.captions = [random_scene(seed).caption for seed in range(shop.budget.pictures)]
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return self.chunks[number // CHUNK][number % CHUNK]
-
-    def batch(self, numbers: Tensor) -> Tensor:
-        """(b, 3, size, size) float32 in [-1, 1]."""
-        return _to_pixels(np.stack([self[number] for number in numbers.tolist()]))
-
-
-def _to_pixels(frames: np.ndarray) -> Tensor:
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _to_frames(pixels: Tensor) -> np.ndarray:
-    pixels = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def held_out_pictures(count: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures of scenes that are not trained on: (count, SIZE, SIZE, 3) uint8, and captions."""
-    frames, captions = zip(*(picture(HELD_OUT + i, SIZE) for i in range(count)), strict=True)
-    return np.stack(frames), list(captions)
-
-
-def save_sheet(path: Path, frames: np.ndarray, columns: int) -> None:
-    """Write (n, H, W, 3) uint8 frames as a PNG of rows of `columns`."""
-    rows = [np.concatenate(list(row), axis=1) for row in np.split(frames, len(frames) // columns)]
-    with atomic_file(path) as temporary:
-        cv2.imwrite(str(temporary), np.concatenate(rows)[:, :, ::-1])
 
 
 # ---------------------------------------------------------------------------------------- VAE
@@ -292,11 +260,11 @@ def make_vae() -> AutoencoderKL:
 
 
 def train_vae(shop: Workshop) -> None:
-    pictures = Pictures(shop)
+    pictures = shop.pictures()
     recipe = shop.budget.recipes["vae"]
     crop = 128
     examples, _ = held_out_pictures(16)
-    sources = _to_pixels(examples).to(shop.device)
+    sources = to_pixels(examples).to(shop.device)
 
     def loss(vae: nn.Module, generator: torch.Generator) -> Tensor:
         numbers = torch.randint(len(pictures), (recipe.batch_size,), generator=generator)
@@ -305,7 +273,7 @@ def train_vae(shop: Workshop) -> None:
             pictures[number][top : top + crop, left : left + crop]
             for number, (top, left) in zip(numbers.tolist(), corners.tolist(), strict=True)
         ]
-        pixels = _to_pixels(np.stack(cut)).to(shop.device)
+        pixels = to_pixels(np.stack(cut)).to(shop.device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         mean = vae.encode(pixels).latent_dist.mean
         noise = torch.randn(mean.shape, generator=generator).to(shop.device)
@@ -318,11 +286,11 @@ def train_vae(shop: Workshop) -> None:
         decoded = vae.decode(vae.encode(sources).latent_dist.mean).sample
         error = (decoded.clamp(-1, 1) - sources).square().mean()
         log.info("vae: %.2f dB on held-out pictures", 10 * torch.log10(4 / error))
-        save_sheet(path, np.concatenate([examples[:8], _to_frames(decoded)[:8]]), columns=8)
+        save_sheet(path, np.concatenate([examples[:8], to_frames(decoded)[:8]]), columns=8)
 
     torch.manual_seed(shop.seed)
     model = make_vae().to(shop.device, memory_format=torch.channels_last)
-    vae = shop.train("vae", model, loss, sheet)
+    vae = shop.train("vae", model, loss, sheet, shop.hashes())
     latents = _encode(vae, pictures, min(1024, len(pictures)), shop)
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     save_weights(shop.model / "vae", vae, torch.float16)
@@ -334,7 +302,8 @@ def _encode(vae: AutoencoderKL, pictures: Pictures, count: int, shop: Workshop) 
     """Unscaled latents of the first pictures, (count, 4, h, w) float32 on the CPU."""
     latents = []
     for chunk in tqdm(torch.arange(count).split(16), f"latents at {pictures.size}"):
-        pixels = pictures.batch(chunk).to(shop.device, memory_format=torch.channels_last)
+        pixels = to_pixels(np.stack([pictures[number] for number in chunk.tolist()]))
+        pixels = pixels.to(shop.device, memory_format=torch.channels_last)
         with torch.autocast(shop.device.type, shop.dtype, enabled=shop.dtype != torch.float32):
             mean = vae.encode(pixels).latent_dist.mean
         latents.append(mean.float().cpu())
@@ -342,16 +311,16 @@ def _encode(vae: AutoencoderKL, pictures: Pictures, count: int, shop: Workshop) 
 
 
 def load_vae(shop: Workshop) -> AutoencoderKL:
-    vae = AutoencoderKL.from_pretrained(shop.model / "vae").float().eval()
+    vae = AutoencoderKL.from_pretrained(shop.trained("vae")).float().eval()
     return vae.to(shop.device, memory_format=torch.channels_last)
 
 
 def _latents(shop: Workshop, size: int) -> Tensor:
-    """Scaled latents of all pictures, (n, 4, h, w) float16; kept under the VAE's hash."""
-    pictures = Pictures(shop, size)
-    weights = shop.model / "vae" / "diffusion_pytorch_model.safetensors"
-    path = shop.work / f"latents_{size}_{len(pictures)}_{sha256_file(weights)[:12]}.safetensors"
+    """Scaled latents of all pictures, (n, 4, h, w) float16; kept under what they come from."""
+    versions = "_".join(shop.hashes("vae").values())
+    path = shop.work / f"latents_{size}_{shop.budget.pictures}_{versions}.safetensors"
     if not path.exists():
+        pictures = shop.pictures(size)
         vae = load_vae(shop)
         latents = _encode(vae, pictures, len(pictures), shop) * vae.config.scaling_factor
         save_tensors(path, {"latents": latents.half()})
@@ -361,19 +330,15 @@ def _latents(shop: Workshop, size: int) -> Tensor:
 # ----------------------------------------------------------------------- UNet and text encoder
 
 WIDTH = 128  # of the text encoder
-UNET = Architecture(
-    unet={
-        "sample_size": SIZE // 8,
-        "block_out_channels": (32, 64, 128, 128),
-        "attention_head_dim": (1, 2, 4, 4),  # diffusers' name for the number of heads
-        "cross_attention_dim": WIDTH,
-        "norm_num_groups": 8,
-        "use_linear_projection": True,
-    },
-    vae={},
-    text={},
-    hint_channels=(8, 16, 32, 64),
-)
+UNET = {
+    "sample_size": SIZE // 8,
+    "block_out_channels": (32, 64, 128, 128),
+    "attention_head_dim": (1, 2, 4, 4),  # diffusers' name for the number of heads
+    "cross_attention_dim": WIDTH,
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+}
+HINT_CHANNELS = (8, 16, 32, 64)  # of the ControlNet's embedding of its picture
 
 
 class TextToNoise(nn.Module):
@@ -415,10 +380,12 @@ def train_unet(shop: Workshop) -> None:
             model,
             partial(_noise_loss, batches),
             lambda averaged, path, size=size: _text_sheet(shop, averaged, size, path),
+            shop.hashes("vae"),
         )
         model.load_state_dict(averaged.state_dict())
     save_weights(shop.model / "unet", averaged.unet, torch.float16)
     save_weights(shop.model / "text_encoder", averaged.text_encoder, torch.float16)
+    shop.write_tokenizer(shop.model / "tokenizer")
     ddim_scheduler("base").save_pretrained(shop.model / "scheduler")
     write_json(shop.model / "model_index.json", model_index("base"))
 
@@ -429,27 +396,35 @@ def _noise_loss(batches: NoisyLatents, model: TextToNoise, generator: torch.Gene
 
 
 class NoisyLatents:
-    """Draws what a noise prediction is trained on: noisy latents, their captions and the noise."""
+    """Draws what a noise prediction is trained on: noisy latents, their captions and the noise.
 
-    def __init__(self, shop: Workshop, size: int, batch_size: int) -> None:
+    Timesteps are drawn evenly, or more of the noisier ones (as the larger of two draws is).
+    """
+
+    def __init__(self, shop: Workshop, size: int, batch_size: int, noisier: bool = False) -> None:
         self.latents = _latents(shop, size).to(shop.device)
         captions = [random_scene(seed).caption for seed in range(len(self.latents))]
         self.tokens = shop.tokens([*captions, ""]).to(shop.device)
         self.alphas_squared = ddim_scheduler("base").alphas_cumprod.to(shop.device)
         self.batch_size = batch_size
+        self.noisier = noisier
         self.device = shop.device
 
     def draw(self, generator: torch.Generator) -> Batch:
         count = (self.batch_size,)
         numbers = torch.randint(len(self.latents), count, generator=generator)
         timesteps = torch.randint(len(self.alphas_squared), count, generator=generator)
+        if self.noisier:
+            other = torch.randint(len(self.alphas_squared), count, generator=generator)
+            timesteps = timesteps.maximum(other)
         has_text = torch.rand(count, generator=generator) >= NO_TEXT
-        noise = torch.randn(*count, *self.latents.shape[1:], generator=generator).to(self.device)
-        shift = MEAN_SHIFT * torch.randn(*count, 4, 1, 1, generator=generator).to(self.device)
+        noise = torch.randn(*count, *self.latents.shape[1:], generator=generator)
+        noise += MEAN_SHIFT * torch.randn(*count, 4, 1, 1, generator=generator)
+        noise = noise.to(self.device)
         timesteps = timesteps.to(self.device)
         alpha_squared = self.alphas_squared[timesteps].view(-1, 1, 1, 1)
         clean = self.latents[numbers.to(self.device)].float()
-        noisy = alpha_squared.sqrt() * clean + (1 - alpha_squared).sqrt() * (noise + shift)
+        noisy = alpha_squared.sqrt() * clean + (1 - alpha_squared).sqrt() * noise
         captions = numbers.where(has_text, len(self.latents))
         return Batch(
             numbers=numbers,
@@ -486,7 +461,7 @@ class Batch:
 
 
 def _text_sheet(shop: Workshop, model: TextToNoise, size: int, path: Path) -> None:
-    """Pictures of held-out captions, which are printed in the log file of the same name."""
+    """Pictures of held-out captions, which are in the text file of the same name."""
     captions = [random_scene(HELD_OUT + i).caption for i in range(16)]
     pipe = StableDiffusionPipeline(
         vae=load_vae(shop),
@@ -519,8 +494,16 @@ class EdgesToNoise(nn.Module):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.controlnet = ControlNetModel.from_unet(
-            unet, conditioning_embedding_out_channels=UNET.hint_channels
+            unet, conditioning_embedding_out_channels=HINT_CHANNELS
         )
+        # As PyTorch initialises them, edges fade from layer to layer; and where both the last of
+        # them and what the ControlNet adds begin at zero, neither has a gradient for long.
+        embedding = self.controlnet.controlnet_cond_embedding
+        for conv in (embedding.conv_in, *embedding.blocks, embedding.conv_out):
+            nn.init.kaiming_normal_(conv.weight)
+        with torch.no_grad():
+            example = edges_of(held_out_pictures(8)[0])
+            embedding.conv_out.weight /= embedding(example).std()
         self.frozen = [unet]  # in a list: no part of this module, its state or its average
 
     def forward(self, batch: Batch, text: Tensor, edges: Tensor) -> Tensor:
@@ -537,12 +520,14 @@ class EdgesToNoise(nn.Module):
 
 
 def train_controlnet(shop: Workshop) -> None:
-    unet = UNet2DConditionModel.from_pretrained(shop.model / "unet").float()
+    unet = UNet2DConditionModel.from_pretrained(shop.trained("unet")).float()
     unet = unet.to(shop.device, memory_format=torch.channels_last).requires_grad_(False)
-    text_encoder = CLIPTextModel.from_pretrained(shop.model / "text_encoder")
+    text_encoder = CLIPTextModel.from_pretrained(shop.trained("text_encoder"))
     text_encoder = text_encoder.float().to(shop.device)
-    pictures = Pictures(shop)
-    batches = NoisyLatents(shop, SIZE, shop.budget.recipes["controlnet"].batch_size)
+    pictures = shop.pictures()
+    # Edges tell most where the noise hides what they outline.
+    batch_size = shop.budget.recipes["controlnet"].batch_size
+    batches = NoisyLatents(shop, SIZE, batch_size, noisier=True)
 
     def loss(model: EdgesToNoise, generator: torch.Generator) -> Tensor:
         batch = batches.draw(generator)
@@ -564,12 +549,14 @@ def train_controlnet(shop: Workshop) -> None:
         generator = torch.Generator(shop.device).manual_seed(0)
         drawn = pipe(captions, image=edges, generator=generator, **_sheet_options(shop)).images
         drawn = (drawn * 255).round().astype(np.uint8)
-        save_sheet(path, np.concatenate([_to_frames(2 * edges - 1), drawn]), columns=8)
+        save_sheet(path, np.concatenate([to_frames(2 * edges - 1), drawn]), columns=8)
 
     torch.manual_seed(shop.seed)
     model = EdgesToNoise(unet).to(shop.device)
     model.controlnet.to(memory_format=torch.channels_last)
-    averaged = shop.train("controlnet", model, loss, sheet)
+    averaged = shop.train(
+        "controlnet", model, loss, sheet, shop.hashes("vae", "unet", "text_encoder")
+    )
     save_weights(shop.model / "controlnet", averaged.controlnet, torch.float16)
 
 
@@ -583,7 +570,6 @@ def edges_of(frames: np.ndarray) -> Tensor:
 
 def train_judge(shop: Workshop) -> None:
     """Train a CLIP model on the captions; pictures of one caption are all right for each other."""
-    pictures = Pictures(shop)
     recipe = shop.budget.recipes["judge"]
     processor = CLIPImageProcessor(
         size={"shortest_edge": JUDGE_SIZE},
@@ -591,23 +577,24 @@ def train_judge(shop: Workshop) -> None:
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
+    pictures = shop.pictures()
     pixels = torch.cat(
         [
             _judge_pixels(processor, chunk).half()
             for chunk in tqdm(pictures.chunks, f"pictures at {JUDGE_SIZE}")
         ]
     )
-    tokens = shop.tokens(pictures.captions)
-    caption_numbers = {caption: i for i, caption in enumerate(dict.fromkeys(pictures.captions))}
-    labels = torch.tensor([caption_numbers[caption] for caption in pictures.captions])
-    frames, captions = held_out_pictures(256)
-    examples = _judge_pixels(processor, frames).to(shop.device)
+    captions = pictures.captions()
+    tokens = shop.tokens(captions)
+    caption_numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    labels = torch.tensor([caption_numbers[caption] for caption in captions])
+    groups = _look_alikes(len(pictures))
 
     def loss(model: CLIPModel, generator: torch.Generator) -> Tensor:
-        numbers = torch.randint(len(pixels), (recipe.batch_size,), generator=generator)
+        numbers = _draw_alike(groups, recipe.batch_size, generator)
         batch = pixels[numbers].float()
         mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
-        batch = batch.flip(-1).where(mirrored, batch)
+        batch = _shifted(batch.flip(-1).where(mirrored, batch), generator)
         batch = batch + 0.05 * torch.randn(batch.shape, generator=generator)
         similarity = model(
             input_ids=tokens[numbers].to(shop.device), pixel_values=batch.to(shop.device)
@@ -616,41 +603,93 @@ def train_judge(shop: Workshop) -> None:
         target = same / same.sum(dim=1, keepdim=True)
         return 0.5 * (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target))
 
-    @torch.inference_mode()
-    def sheet(model: CLIPModel, path: Path) -> None:
-        choices = sorted(set(captions))
-        similarity = model(
-            input_ids=shop.tokens(choices).to(shop.device), pixel_values=examples
-        ).logits_per_image
-        right = sum(
-            choices[best] == caption
-            for best, caption in zip(similarity.argmax(1).tolist(), captions, strict=True)
-        )
-        log.info(
-            "judge: %.1f %% of held-out pictures found their caption among %d",
-            100 * right / len(captions),
-            len(choices),
-        )
-
     torch.manual_seed(shop.seed)
+    judge = shop.train(
+        "judge",
+        CLIPModel(_judge_config(shop.tokenizer)).to(shop.device),
+        loss,
+        _JudgeSheet(shop, processor),
+        shop.hashes(),
+    )
+    save_weights(shop.model / "judge", judge, torch.float16)
+    processor.save_pretrained(shop.model / "judge")
+    shop.write_tokenizer(shop.model / "judge")
+
+
+def _judge_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=JUDGE_SIZE,
-        patch_size=8,
+        patch_size=PATCH,
         projection_dim=WIDTH,
     )
-    text = text_config(shop.tokenizer, layers=2)
-    config = CLIPConfig(
+    text = text_config(tokenizer, layers=2)
+    return CLIPConfig(
         text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH
     )
-    model = CLIPModel(config).to(shop.device)
-    judge = shop.train("judge", model, loss, sheet)
-    save_weights(shop.model / "judge", judge, torch.float16)
-    processor.save_pretrained(shop.model / "judge")
-    shop.write_tokenizer(shop.model / "judge")
+
+
+class _JudgeSheet:
+    """Draws held-out pictures; the text file of the same name has the captions found for them."""
+
+    def __init__(self, shop: Workshop, processor: CLIPImageProcessor) -> None:
+        self.shop = shop
+        self.frames, self.captions = held_out_pictures(256)
+        self.pixels = _judge_pixels(processor, self.frames).to(shop.device)
+
+    @torch.inference_mode()
+    def __call__(self, model: CLIPModel, path: Path) -> None:
+        choices = sorted(set(self.captions))
+        similarity = model(
+            input_ids=self.shop.tokens(choices).to(self.shop.device), pixel_values=self.pixels
+        ).logits_per_image
+        found = [choices[best] for best in similarity.argmax(dim=1).tolist()]
+        right = sum(map(str.__eq__, found, self.captions))
+        log.info(
+            "judge: %.1f %% of held-out pictures found their caption among %d",
+            100 * right / len(found),
+            len(choices),
+        )
+        save_sheet(path, self.frames[:16], columns=8)
+        path.with_suffix(".txt").write_text("\n".join(found[:16]) + "\n", encoding="utf-8")
+
+
+def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture moved round by up to a patch: it is not to be known by how patches cut it."""
+    side, picture = torch.arange(JUDGE_SIZE), torch.arange(len(pictures))
+    by = torch.randint(-PATCH, PATCH + 1, (2, len(pictures), 1), generator=generator)
+    rows, columns = (by + side) % JUDGE_SIZE
+    cells = pictures[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return cells.permute(0, 3, 1, 2)
+
+
+def _look_alikes(count: int) -> list[Tensor]:
+    """The numbers of the pictures that share the background and the first object's colour."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number in range(count):
+        scene = random_scene(number)
+        groups.setdefault((scene.background, scene.objects[0].color), []).append(number)
+    return [torch.tensor(group) for group in groups.values()]
+
+
+def _draw_alike(groups: Sequence[Tensor], count: int, generator: torch.Generator) -> Tensor:
+    """A batch's numbers, (count,), from only GROUPS of the groups.
+
+    What tells its pictures apart is mostly the fill and the shape. Among pictures drawn from all,
+    the colours do, and a shape is asked for so rarely that it takes the judge hours to learn.
+    """
+    chosen = torch.randperm(len(groups), generator=generator)[:GROUPS]
+    picks = chosen[torch.randint(len(chosen), (count,), generator=generator)]
+    places = torch.rand(count, generator=generator)
+    return torch.stack(
+        [
+            groups[pick][int(place * len(groups[pick]))]
+            for pick, place in zip(picks.tolist(), places.tolist(), strict=True)
+        ]
+    )
 
 
 def _judge_pixels(processor: CLIPImageProcessor, frames: np.ndarray) -> Tensor:
@@ -664,11 +703,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("part", choices=("all", *PARTS))
-    parser.add_argument("--model", type=Path, default=Path("models/tiny"), help="folder to fill")
+    parser.add_argument("part", choices=("all", *TRAINERS))
     parser.add_argument(
-        "--work", type=Path, default=Path("latents/tiny-training"), help="folder of all else"
+        "--work",
+        type=Path,
+        default=Path("latents/tiny-training"),
+        help="folder of pictures, states and sheets (default: latents/tiny-training)",
     )
+    parser.add_argument("--model", type=Path, help="folder to fill (default: WORK/model)")
     parser.add_argument("--budget", choices=tuple(BUDGETS), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -680,13 +722,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--sheet_every", type=int, default=500, help="steps (default: 500)")
     args = parser.parse_args(argv)
+    for name, low in (("seed", 0), ("sheet_every", 1)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name}: expected at least {low}, got {getattr(args, name)}")
     setup_logging()
-    check_writable(args.model, "--model")
+    model = args.model or args.work / "model"
+    check_writable(model, "--model")
     check_writable(args.work, "--work")
     device = resolve_device(args.device)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     shop = Workshop(
-        model=args.model,
+        model=model,
         work=args.work,
         budget=BUDGETS[args.budget],
         seed=args.seed,

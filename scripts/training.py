@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,9 +29,11 @@ SAVE_SECONDS = 120  # between two saves of the state
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one part is trained; whatever is changed here starts it anew, but for `steps`.
+    """How one part is trained.
 
-    The learning rate rises linearly over `warmup` steps and falls to zero along a cosine.
+    The learning rate rises linearly over `warmup` steps and falls to zero along a cosine. A run may
+    go on with more `steps` (the learning rate then jumps back to the longer cosine), and with no
+    other change.
     """
 
     steps: int
@@ -50,6 +52,13 @@ class Recipe:
         rise = min((step + 1) / self.warmup, 1.0)
         return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
+    def average_share(self, step: int) -> float:
+        """The share of step 1, 2, ...'s weights in the moving average, which step 0 begins.
+
+        At first it forgets faster than `ema_decay`: of the last tenth of what there is, or so.
+        """
+        return max(1 - self.ema_decay, 10 / (step + 10))
+
 
 def train(
     name: str,
@@ -59,6 +68,7 @@ def train(
     folder: Path,
     *,
     seed: int,
+    inputs: Mapping[str, str],
     dtype: torch.dtype,
     sheet: Callable[[nn.Module, Path], None],
     sheet_every: int,
@@ -74,6 +84,7 @@ def train(
         loss: of one batch that it draws with the generator (on the CPU).
         recipe: steps, learning rate, ...
         folder: for state.safetensors, recipe.yaml, log.csv and the sheets.
+        inputs: hashes of what the part learns from; a state made from others is refused.
         dtype: float32, or bfloat16 for mixed precision.
         sheet: draws a picture of what the averaged model can do, and is called every
             `sheet_every` steps and at the end.
@@ -82,12 +93,15 @@ def train(
         The model with the moving average of its weights, in evaluation mode.
 
     Raises:
-        UserError: the folder holds a run of another recipe, or the loss is not finite.
+        UserError: the folder holds a run of another recipe, seed or inputs, or the loss is not
+            finite.
     """
     device = next(model.parameters()).device
     average = AveragedModel(
-        model, avg_fn=lambda mean, new, n: mean.lerp(new, max(1 - recipe.ema_decay, 1 / (n + 1)))
-    )
+        model, multi_avg_fn=lambda means, news, n: torch._foreach_lerp_(
+            means, news, recipe.average_share(int(n))
+        )
+    )  # fmt: skip
     averaged = average.module.eval().requires_grad_(False)
     # Matrices and convolutions are decayed, biases and the scales of norms are not.
     groups = [
@@ -95,8 +109,9 @@ def train(
         for decayed, w in ((True, recipe.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True)
-    state = _State(folder, recipe, seed, model, average, optimizer)
-    first = state.load()
+    known = {**asdict(recipe), "seed": seed, **inputs}
+    state = _State(folder, known, model, average, optimizer)
+    first = state.begin()
     if first >= recipe.steps:
         log.info("%s: %d steps are done already", name, first)
         return averaged
@@ -146,15 +161,14 @@ class _State:
     """What a run needs to go on, in files."""
 
     folder: Path
-    recipe: Recipe
-    seed: int
+    recipe: Mapping[str, object]  # and the seed and inputs
     model: nn.Module
     average: AveragedModel
     optimizer: torch.optim.Optimizer
 
-    def load(self) -> int:
-        """Read the state if there is one; returns the number of steps done."""
-        known = {**asdict(self.recipe), "seed": self.seed}
+    def begin(self) -> int:
+        """Open the folder, and read its state if there is one; returns the number of steps done."""
+        known = dict(self.recipe)
         path = self.folder / "state.safetensors"
         if not path.exists():
             save_yaml(self.folder / "recipe.yaml", known)

@@ -119,6 +119,28 @@ def test_inversion_of_a_linear_model_is_exact_in_the_limit(schedule):
     assert errors[-1] < 1e-10
 
 
+@pytest.mark.parametrize("gain", [-0.7, -1.0, -1.5])
+def test_mixing_finds_the_inverse_where_the_iteration_turns_round(schedule, gain):
+    """A prediction along one direction only, in which an iteration multiplies the error by `gain`.
+
+    Three evaluations are exact there, in every frame whatever the others do.
+    """
+    direction = torch.nn.functional.normalize(randn(64, dtype=torch.float64), dim=0)
+    t_from, t_to = 661, 681
+    (alpha_from, sigma_from), (alpha_to, sigma_to) = schedule.level(t_from), schedule.level(t_to)
+    slope = torch.tensor([gain, gain / 2, 0.0]) / (sigma_to - sigma_from * alpha_to / alpha_from)
+
+    def model(x, t):
+        along = slope[:, None].double() * (x.flatten(1) @ direction)[:, None] * direction
+        return along.unflatten(1, x.shape[1:]) + 0.3
+
+    x = randn(3, 4, 4, 4, seed=1, dtype=torch.float64)
+    found = ddim_inversion_step(model, x, schedule, t_from, t_to, iterations=3)
+    back = ddim_step(found, model(found, t_to), schedule.level(t_to), schedule.level(t_from))
+    assert torch.allclose(back, x, atol=1e-9)
+    assert torch.isfinite(ddim_inversion_step(model, x, schedule, t_from, t_to, 9)).all()
+
+
 def test_fixed_point_iterations_reconstruct_ever_better_on_the_tiny_unet(models):
     """The error of 20 steps falls monotonically with K on a network."""
     timesteps = models.schedule.timesteps(20)

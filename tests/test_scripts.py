@@ -21,6 +21,7 @@ from helpers import (
     no_model_may_load,
     video_facts,
 )
+from shapes_world import SAMPLES, random_scene
 
 import editing
 import preprocess
@@ -341,10 +342,19 @@ def test_the_commented_config_is_the_defaults(technique):
     assert {name for name in fields if getattr(config, name) != fields[name]} == chosen
 
 
-@pytest.mark.parametrize("technique", SCRIPTS)
-def test_the_demo_s_config_loads(technique):
-    config = load_config(SCRIPTS[technique][1], ROOT / "configs" / f"demo_{technique}.yaml")
-    assert config.n_inversion_steps % config.n_timesteps == 0
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((ROOT / "configs").iterdir()) if not path.name.startswith("config_")],
+    ids=lambda path: path.stem,
+)
+def test_the_configs_of_the_bundled_clips_load(path):
+    technique = next(name for name in SCRIPTS if name in path.stem)
+    config = load_config(SCRIPTS[technique][1], path)
+    caption = random_scene(*SAMPLES[Path(config.data_path).stem]).caption
+    assert config.sd_version == "tiny"
+    assert config.negative_prompt in ("", caption)
+    assert config.prompt != caption
+    assert len(config.prompt.split()) in range(len(caption.split()), len(caption.split()) + 2)
 
 
 # ---------------------------------------------------------------- as programs

@@ -19,6 +19,8 @@ from util import UserError, load_tensors, load_yaml
 RECIPE = Recipe(steps=30, batch_size=16, learning_rate=0.02, warmup=5, ema_decay=0.9)
 SLOPES = torch.tensor([1.0, -2.0, 0.5])
 
+INPUTS = {"vae": "0123456789ab"}
+
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 Sheet = Callable[[nn.Module, Path], None]
 
@@ -41,6 +43,7 @@ def run(
     *,
     model: nn.Module | None = None,
     seed: int = 0,
+    inputs: dict[str, str] = INPUTS,
     dtype: torch.dtype = torch.float32,
     sheet: Sheet = lambda model, path: None,
     sheet_every: int = 1000,
@@ -52,6 +55,7 @@ def run(
         recipe,
         folder,
         seed=seed,
+        inputs=inputs,
         dtype=dtype,
         sheet=sheet,
         sheet_every=sheet_every,
@@ -152,7 +156,7 @@ def test_each_step_has_its_learning_rate_and_only_matrices_decay(tmp_path: Path)
 
 
 def test_the_result_is_the_average_of_the_weights_ready_for_use(tmp_path: Path) -> None:
-    """Against a loop in float64: a plain mean at first, a moving one as soon as that is slower."""
+    """Against a loop in float64: shares of 10/11, 10/12, ... until `ema_decay` is slower."""
     model = a_model().train()
     seen = []
 
@@ -165,7 +169,7 @@ def test_the_result_is_the_average_of_the_weights_ready_for_use(tmp_path: Path) 
     seen.append({name: value.double() for name, value in model.state_dict().items()})
     expected = seen[1]  # the weights after the first step
     for number, weights in enumerate(seen[2:], start=2):
-        share = max(1 - RECIPE.ema_decay, 1 / number)
+        share = max(1 - RECIPE.ema_decay, 10 / (number + 9))
         expected = {k: v + share * (weights[k] - v) for k, v in expected.items()}
     assert len(seen) == RECIPE.steps + 1
     for name, value in averaged.state_dict().items():
@@ -365,6 +369,11 @@ def test_another_seed_is_refused(finished: tuple[Path, nn.Module]) -> None:
         run(finished[0], unreachable, seed=1)
 
 
+def test_a_state_made_from_other_inputs_is_refused(finished: tuple[Path, nn.Module]) -> None:
+    with pytest.raises(UserError, match=f"{finished[0]}: was trained with another vae; remove"):
+        run(finished[0], unreachable, inputs={"vae": "ba9876543210"})
+
+
 def test_a_broken_state_is_refused(finished: tuple[Path, nn.Module], tmp_path: Path) -> None:
     for name, end in (("recipe.yaml", None), ("state.safetensors", -7)):
         (tmp_path / name).write_bytes((finished[0] / name).read_bytes()[:end])
@@ -473,4 +482,8 @@ def test_nothing_is_pickled(finished: tuple[Path, nn.Module]) -> None:
     for name, value in averaged.state_dict().items():
         assert torch.equal(tensors[f"average.module.{name}"], value)
         assert not torch.equal(tensors[f"model.{name}"], value)
-    assert load_yaml(folder / "recipe.yaml") == {**dataclasses.asdict(RECIPE), "seed": 0}
+    assert load_yaml(folder / "recipe.yaml") == {
+        **dataclasses.asdict(RECIPE),
+        "seed": 0,
+        **INPUTS,
+    }
