@@ -208,17 +208,18 @@ def ddim_inversion_step(
 
     Sampling takes the noise at x', which is not known yet. Plain DDIM inversion
     (iterations = 1) takes it at x; each further iteration takes it at the last estimate of x',
-    a fixed-point iteration whose limit inverts the sampling step exactly. It does not converge
-    where the model is about to decide (which of two sizes, say): there the error turns round and
-    does not shrink. From the third iteration on, Anderson's mixing with the one before takes that
-    direction out.
+    a fixed-point iteration whose limit inverts the sampling step exactly. It diverges where an
+    iteration turns the error's sign without shrinking it. So from the third on, each is mixed with
+    the one before (Anderson acceleration of depth 1, for each frame): with g what an iteration
+    finds and r = g - estimate, the next estimate is g - c (g - g_before), where
+    c = <r, r - r_before> / |r - r_before|^2, and 0 < c < 1 in any such direction.
 
     Args:
         eps_model: eps(x, t), the predicted noise of a latent at timestep t.
         x: latents at t_from, (m, c, h, w).
         iterations: evaluations of eps_model, >= 1.
 
-    Source: Pan et al. 2023 (AIDI), with a mixing of depth 1 for each frame.
+    Source: Pan et al. 2023, "Accelerated Iterative Diffusion Inversion", which mixes so too.
     """
     levels = schedule.level(t_from), schedule.level(t_to)
     estimate = last_found = last_residual = x
@@ -228,14 +229,14 @@ def ddim_inversion_step(
         if iteration < 2:
             estimate = found
         else:
-            share = _projection(residual, residual - last_residual)
-            estimate = found - share * (found - last_found)
+            mixing = _least_squares(residual, residual - last_residual).clamp(-1, 1)
+            estimate = found - mixing * (found - last_found)
         last_found, last_residual = found, residual
     return estimate
 
 
-def _projection(x: Tensor, direction: Tensor) -> Tensor:
-    """How much of a direction is in x, for each frame: (m, 1, 1, 1); 0 where there is none."""
+def _least_squares(x: Tensor, direction: Tensor) -> Tensor:
+    """The c of each frame that makes |x - c direction| least, (m, 1, 1, 1); 0 for no direction."""
     frame = tuple(range(1, x.ndim))
     length = direction.square().sum(frame, keepdim=True)
     return (x * direction).sum(frame, keepdim=True) / length.where(length > 0, torch.inf)

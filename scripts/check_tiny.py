@@ -6,8 +6,8 @@ Every clip is inverted and edited by the project's own scripts at the demo's set
 colour, by TokenFlow and by each of the paper's ablations (its Table 1); the world's ground truth
 (masks, optical flow, occlusions) says how well. What pictures made from text show is measured on
 their pixels (colour, shape, background) and told by the model's own judge, a CLIP model (fill); the
-accuracy of both on rendered pictures is measured too. Finished clips are kept in the work folder
-and not made again.
+accuracy of both on rendered pictures is measured too. Finished edits are kept in the work folder
+and not made again as long as the model, the settings and the code stay what they are.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ log = logging.getLogger("tokenflow")
 CONFIG = "configs/demo_pnp.yaml"
 FPS = Fraction(10)
 SEED = 4_000_000
-QUICK = {"n_inversion_steps": 10, "n_timesteps": 10, "n_frames": 4, "batch_size": 2}
+QUICK = {"n_inversion_steps": 8, "n_timesteps": 8, "n_frames": 4, "batch_size": 2}
 METHODS = {
     "tokenflow": {},
     "fixed_keyframes": {"keyframes": "fixed"},
@@ -105,7 +105,12 @@ def accuracies(
 
 
 def check_text_to_image(
-    models: StableDiffusion, model: Path, config: Mapping[str, Any], count: int, seed: int
+    models: StableDiffusion,
+    model: Path,
+    judge: Judge,
+    config: Mapping[str, Any],
+    count: int,
+    seed: int,
 ) -> dict:
     """Sample pictures of unseen scenes' captions, and say how many show what they should.
 
@@ -113,7 +118,7 @@ def check_text_to_image(
     renderings, as the VAE reconstructs them.
 
     Args:
-        models: of the folder `model`, which holds the judge too.
+        models: of the folder `model`.
         config: of an edit; its guidance and number of steps are used.
     """
     scenes = [random_scene(seed + i, n_objects=1) for i in range(count)]
@@ -143,7 +148,6 @@ def check_text_to_image(
         sampled.append((images * 255).round().astype(np.uint8))
     drawn = np.concatenate(sampled)
     decoded = decode_latents(models, encode_frames(models, rendered))
-    judge = Judge(model / "judge", models.device)
     answers = [answer[1:] for answer in true]
     judged = ("fill", *MEASURED)
     return {
@@ -166,8 +170,8 @@ class ClipCheck:
     work: Path
     device: str
     config: Mapping[str, Any]  # of the demo's edit
-    accuracy_steps: int  # of the inversion whose accuracy is measured apart from the edits,
-    accuracy_frames: int  # on fewer frames
+    accuracy_steps: int  # of the inversions whose accuracy is measured, apart from the edits'
+    accuracy_frames: int  # of those inversions
 
     def __call__(self, seed: int) -> dict:
         """Invert and edit the clip of a scene with one object, and measure what comes of it."""
@@ -233,7 +237,8 @@ class ClipCheck:
             **METHODS[method],
         }
         words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        config, _ = read_config(pnp.PnPConfig, ["--config", CONFIG, *words], CONFIG, "")
+        path = str(ROOT / CONFIG)
+        config, _ = read_config(pnp.PnPConfig, ["--config", path, *words], path, "")
         folder = run_edit(pnp.TECHNIQUE, open_inputs(config), pnp.plan)
         return load_frames(folder / "frames")
 
@@ -245,8 +250,11 @@ def recolored(scene: Scene, color: str) -> str:
 
 
 def another_color(scene: Scene) -> str:
-    """A colour for the object of a scene: the next that is neither its own nor the background's."""
-    first = COLORS.index(scene.objects[0].color) + 1
+    """A colour for the object of a scene, far from its own: red to green, yellow to teal, ...
+
+    The next but one in COLORS, or the one after that where the background has it.
+    """
+    first = COLORS.index(scene.objects[0].color) + 2
     turned = [*COLORS[first:], *COLORS[:first]]
     return next(color for color in turned if color != scene.background)
 
@@ -262,7 +270,7 @@ def summary(clips: Sequence[dict]) -> dict:
     return means
 
 
-def _plain(accuracy: Mapping[str, float]) -> list[tuple[str, float]]:
+def _short_names(accuracy: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(name.removesuffix("_accuracy"), value) for name, value in accuracy.items()]
 
 
@@ -279,7 +287,7 @@ def table(figures: dict) -> str:
         *(
             (f"  the {by} on ground truth: {name}", percent(100 * value), "")
             for by in ("measurement", "judge")
-            for name, value in _plain(figures[by])
+            for name, value in _short_names(figures[by])
         ),
         ("VAE reconstruction", decibel(figures["vae_psnr"]), ">= 30 dB"),
         (f"the same, first {frames} frames", decibel(vae), ""),
@@ -310,9 +318,10 @@ def table(figures: dict) -> str:
 
 
 def code_version() -> str:
-    """12 hex digits that change with the method's code: edits by another one are not reused."""
+    """12 hex digits that change with any code that edits depend on."""
     digest = hashlib.sha256()
-    for path in sorted(ROOT.glob("*.py")):
+    scripts = [ROOT / "scripts" / f"{name}.py" for name in ("check_tiny", "demo", "shapes_world")]
+    for path in (*sorted(ROOT.glob("*.py")), *scripts):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -326,9 +335,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add("--pictures", type=int, default=200, help="to sample from text (default: 200)")
     add("--seed", type=int, default=SEED, help=f"of the first scene (default: {SEED})")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
-    add("--work", type=Path, default=Path("tokenflow-results/check_tiny"), help="for caches, edits")
+    work = Path("tokenflow-results/check_tiny")
+    add("--work", type=Path, default=work, help=f"for caches and edits (default: {work})")
     add("--quick", action="store_true", help="few frames and steps: shows that it runs")
-    add("--device", default="auto")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     args = parser.parse_args(argv)
     for name, low in (("clips", 1), ("pictures", 1), ("seed", HELD_OUT)):
         if getattr(args, name) < low:
@@ -345,10 +355,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     )
     config = load_yaml(ROOT / CONFIG) | (QUICK if args.quick else {})
 
-    accuracy = {"accuracy_steps": 20 if args.quick else 50}
+    accuracy = {"accuracy_steps": 10 if args.quick else 50}
     accuracy |= {"accuracy_frames": 1 if args.quick else 2}
-    sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml")  # guided away from no text, as here
-    figures = check_text_to_image(models, args.model, sdedit, args.pictures, args.seed)
+    sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml")  # has no negative prompt either
+    judge = Judge(args.model / "judge", device)
+    figures = check_text_to_image(models, args.model, judge, sdedit, args.pictures, args.seed)
     # Another model's caches and edits would be refused: each model has a folder.
     version = f"{checkpoint_revision(args.model)}_{code_version()}"
     check = ClipCheck(models, args.model, args.work / version, args.device, config, **accuracy)

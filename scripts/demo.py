@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache = open_cache(run(preprocess, arguments(options)))
         folders = {label: run(script, ["--config", config]) for label, script, config in EDITS}
     except UserError as error:
-        raise UserError(f"{error}\n`make clean` removes what an earlier demo made") from error
+        if "--overwrite" not in str(error):
+            raise
+        raise UserError(f"{error}, or run `make clean` and the demo again") from error
 
     source_frames = cache.frames(cache.manifest.n_frames)
     inverted = read_clip(
@@ -111,13 +113,14 @@ def run(script: ModuleType, argv: Sequence[str]) -> Path:
 def print_figures(
     frames: dict[str, np.ndarray], seconds: dict[str, float], clip: ShapesClip
 ) -> None:
-    """A line for each clip: seconds, warp error x1e-3, and what most of its frames show."""
+    """A line for each clip: seconds, warp error x1e-3, and what its frames show most often."""
     judge = Judge(Path(MODELS["tiny"]) / "judge", torch.device("cpu"))
-    print(f"{'':16} {'seconds':>7}  {'warp error':>10}  what most frames show")
+    print(f"{'':16} {'seconds':>7}  {'warp error':>10}  shown most often")
     for label, pictures in frames.items():
         seen, _ = Counter(map(color_shape_background, pictures)).most_common(1)[0]
         fill, _ = Counter(answer[0] for answer in judge(pictures)).most_common(1)[0]
-        caption = caption_of([(fill, *seen[:2])], seen[2])
+        nothing = "no object of the world"
+        caption = nothing if "none" in seen else caption_of([(fill, *seen[:2])], seen[2])
         took = f"{seconds[label]:.0f}" if label in seconds else ""
         print(f"{label:16} {took:>7}  {warp_error(pictures, clip):10.2f}  {caption}")
 

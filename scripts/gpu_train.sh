@@ -1,7 +1,8 @@
 #!/usr/bin/env sh
 # Train the small model on a GPU and measure it. Run it again after an interruption: it goes on.
 # In $OUT: tiny.tar in pieces of 15 MiB (cat $OUT/tiny.tar.* | tar -x -C models/tiny), the
-# figures, and the sample sheets. BUDGET=smoke tries it all in a few minutes on a CPU.
+# figures, and the sample sheets. To try it all in a few minutes on a CPU:
+#   BUDGET=smoke WORK=latents/smoke CHECK="--quick --clips 1 --pictures 4" sh scripts/gpu_train.sh
 set -eu
 PY=${PY:-python}
 OUT=${OUT:-tokenflow-results/gpu_train}

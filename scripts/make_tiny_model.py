@@ -38,7 +38,14 @@ from transformers import (
 # Scripts in this folder are run from the repository root, which Python does not search by itself.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
+from util import (
+    ArgumentParser,
+    UserError,
+    atomic_file,
+    check_writable,
+    command_line,
+    setup_logging,
+)
 
 log = logging.getLogger("tokenflow")
 
@@ -446,7 +453,8 @@ def save_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> No
         prefix + name.removeprefix(prefix): tensor.to(dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    save_file(tensors, folder / file, metadata={"format": "pt"})
+    with atomic_file(folder / file) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def write_tokenizer(

@@ -1,4 +1,6 @@
-"""What pictures and clips of the shapes world show: by its ground truth, and by the judge."""
+"""What pictures and clips of the shapes world show: by their pixels, by the world's ground truth,
+and by the judge.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +50,16 @@ def _nearest_hues(pixels: np.ndarray) -> np.ndarray:
 
 
 def color_shape_background(frame: np.ndarray) -> tuple[str, str, str]:
-    """What a picture of one object shows, measured without any model; "none" where there is none.
+    """What a picture of one object shows, measured without any model.
 
-    The background's colour is that of the frame's rim, the object what is of another hue, and
-    its shape told by areas: of its holes (a ring's), of its convex hull (a star fills little
-    of it), of the smallest triangle and of the smallest circle around it.
+    The background's colour is that of the frame's rim; the object is what is of another hue.
 
     Args:
         frame: (H, W, 3) uint8 RGB.
+
+    Returns:
+        Colour, shape and background. The colour is "none" where there is no object, the shape
+        where it is none of the world's or not the only one.
     """
     rim = np.ones(frame.shape[:2], bool)
     rim[RIM:-RIM, RIM:-RIM] = False
@@ -65,25 +69,39 @@ def color_shape_background(frame: np.ndarray) -> tuple[str, str, str]:
     unit = ground / max(np.linalg.norm(ground), 1.0)
     pixels = frame.astype(np.float32)
     off = np.linalg.norm(pixels - (pixels @ unit)[..., None] * unit, axis=-1)
-    mask = (off > max(LEAST_CHROMA, 2 * np.percentile(off[rim], 95))).astype(np.uint8)
+    mask = (off > max(LEAST_CHROMA, 4 * np.median(off[rim]))).astype(np.uint8)
     mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     contours, nesting = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if not contours:
         return "none", "none", background
     areas = np.array([cv2.contourArea(contour) for contour in contours])
     parents = nesting[0, :, 3]
-    number = int(np.where(parents < 0, areas, -1).argmax())
-    outline, area = contours[number], max(areas[number], 1.0)
-    inside = cv2.drawContours(np.zeros_like(mask), [outline], 0, 1, cv2.FILLED) & mask
+    outer = np.where(parents < 0, areas, 0)
+    number = int(outer.argmax())
+    inside = cv2.drawContours(np.zeros_like(mask), contours, number, 1, cv2.FILLED) & mask
     color = hue_of_object(frame, inside > 0)
-    if areas[parents == number].sum() > 0.05 * area:
-        return color, "ring", background
-    if area < 0.8 * cv2.contourArea(cv2.convexHull(outline)):
-        return color, "star", background
-    if area > 0.75 * cv2.minEnclosingTriangle(outline)[0]:
-        return color, "triangle", background
-    radius = cv2.minEnclosingCircle(outline)[1]
-    return color, "circle" if area > 0.82 * np.pi * radius**2 else "square", background
+    if outer.sum() > 1.2 * outer[number]:
+        return color, "none", background
+    return color, _shape(contours[number], holes=areas[parents == number].sum()), background
+
+
+def _shape(outline: np.ndarray, holes: float) -> str:
+    """The shape of an outline, told by how much it fills of its hull and of the smallest shapes
+    around it; `holes` is the area of the holes in it. "none" if it is no shape of the world.
+    """
+    area = max(cv2.contourArea(outline), 1.0)
+    is_round = area > 0.85 * np.pi * cv2.minEnclosingCircle(outline)[1] ** 2
+    if holes > 0.05 * area:
+        return "ring" if is_round else "none"
+    if is_round:
+        return "circle"
+    if area < 0.75 * cv2.contourArea(cv2.convexHull(outline)):
+        return "star"
+    if area > 0.85 * cv2.minEnclosingTriangle(outline)[0]:
+        return "triangle"
+    sides = sorted(cv2.minAreaRect(outline)[1])
+    is_square = area > 0.85 * sides[0] * sides[1] and sides[0] > 0.75 * sides[1]
+    return "square" if is_square else "none"
 
 
 def warp_error(frames: np.ndarray, clip: ShapesClip) -> float:

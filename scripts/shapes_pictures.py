@@ -119,7 +119,7 @@ def to_frames(pixels: Tensor) -> np.ndarray:
 
 
 def save_sheet(path: Path, frames: np.ndarray, columns: int) -> None:
-    """Write (n, H, W, 3) uint8 frames as a PNG of rows of `columns`."""
+    """Write (n, H, W, 3) uint8 frames as a PNG of rows of `columns`, of which n is a multiple."""
     rows = [np.concatenate(list(row), axis=1) for row in np.split(frames, len(frames) // columns)]
     with atomic_file(path) as temporary:
         cv2.imwrite(str(temporary), np.concatenate(rows)[:, :, ::-1])

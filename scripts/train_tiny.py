@@ -63,6 +63,7 @@ from shapes_pictures import (
     SIZE,
     Pictures,
     held_out_pictures,
+    picture,
     render_pictures,
     save_sheet,
     to_frames,
@@ -119,7 +120,7 @@ BUDGETS = {
             "vae": Recipe(steps=4500, batch_size=4, learning_rate=2e-3),
             "unet_small": Recipe(steps=2600, batch_size=32, learning_rate=1e-3),
             "unet": Recipe(steps=5000, batch_size=16, learning_rate=1e-3),
-            "controlnet": Recipe(steps=600, batch_size=16, learning_rate=1e-3, warmup=50),
+            "controlnet": Recipe(steps=300, batch_size=16, learning_rate=1e-3, warmup=50),
             "judge": Recipe(steps=1500, batch_size=128, learning_rate=1e-3),
         },
     ),
@@ -189,7 +190,7 @@ class Workshop:
     def trained(self, part: str) -> Path:
         """The folder of a part that is trained already."""
         folder = self.model / part
-        if not (folder / "config.json").is_file():
+        if not list(folder.glob("*.safetensors")):
             parts = {"text_encoder": "unet"}
             raise MissingFileError(
                 f"{folder}: missing; run `train_tiny.py {parts.get(part, part)}` first"
@@ -329,7 +330,7 @@ def _latents(shop: Workshop, size: int) -> Tensor:
 
 # ----------------------------------------------------------------------- UNet and text encoder
 
-WIDTH = 128  # of the text encoder
+WIDTH = 128  # of the text encoder, and of both towers of the judge
 UNET = {
     "sample_size": SIZE // 8,
     "block_out_channels": (32, 64, 128, 128),
@@ -373,6 +374,7 @@ def train_unet(shop: Workshop) -> None:
     torch.manual_seed(shop.seed)
     model = TextToNoise(shop.tokenizer).to(shop.device)
     model.unet.to(memory_format=torch.channels_last)
+    inputs = shop.hashes("vae")
     for name, size in (("unet_small", SIZE // 2), ("unet", SIZE)):
         batches = NoisyLatents(shop, size, shop.budget.recipes[name].batch_size)
         averaged = shop.train(
@@ -380,8 +382,9 @@ def train_unet(shop: Workshop) -> None:
             model,
             partial(_noise_loss, batches),
             lambda averaged, path, size=size: _text_sheet(shop, averaged, size, path),
-            shop.hashes("vae"),
+            inputs,
         )
+        inputs |= {name: sha256_file(shop.work / name / "state.safetensors")[:12]}
         model.load_state_dict(averaged.state_dict())
     save_weights(shop.model / "unet", averaged.unet, torch.float16)
     save_weights(shop.model / "text_encoder", averaged.text_encoder, torch.float16)
@@ -489,20 +492,22 @@ def _sheet_options(shop: Workshop) -> dict:
 
 
 class EdgesToNoise(nn.Module):
-    """A ControlNet in training beside the finished UNet, which stays as it is."""
+    """A ControlNet in training beside the finished UNet, which stays as it is.
+
+    Its embedding of edges begins with weights under which they keep their strength: by PyTorch's
+    and diffusers' own, edges fade from layer to layer to exactly zero, which learns slowly.
+    """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.controlnet = ControlNetModel.from_unet(
             unet, conditioning_embedding_out_channels=HINT_CHANNELS
         )
-        # As PyTorch initialises them, edges fade from layer to layer; and where both the last of
-        # them and what the ControlNet adds begin at zero, neither has a gradient for long.
         embedding = self.controlnet.controlnet_cond_embedding
         for conv in (embedding.conv_in, *embedding.blocks, embedding.conv_out):
             nn.init.kaiming_normal_(conv.weight)
         with torch.no_grad():
-            example = edges_of(held_out_pictures(8)[0])
+            example = edges_of(np.stack([picture(number, SIZE)[0] for number in range(8)]))
             embedding.conv_out.weight /= embedding(example).std()
         self.frozen = [unet]  # in a list: no part of this module, its state or its average
 
@@ -569,7 +574,7 @@ def edges_of(frames: np.ndarray) -> Tensor:
 
 
 def train_judge(shop: Workshop) -> None:
-    """Train a CLIP model on the captions; pictures of one caption are all right for each other."""
+    """Train a CLIP model on the captions; a caption is right for all pictures that have it."""
     recipe = shop.budget.recipes["judge"]
     processor = CLIPImageProcessor(
         size={"shortest_edge": JUDGE_SIZE},
@@ -658,7 +663,10 @@ class _JudgeSheet:
 
 
 def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture moved round by up to a patch: it is not to be known by how patches cut it."""
+    """Each picture moved by up to a patch, wrapping round the edges.
+
+    Else the judge learns by heart how the patches happen to cut each picture.
+    """
     side, picture = torch.arange(JUDGE_SIZE), torch.arange(len(pictures))
     by = torch.randint(-PATCH, PATCH + 1, (2, len(pictures), 1), generator=generator)
     rows, columns = (by + side) % JUDGE_SIZE
@@ -678,8 +686,8 @@ def _look_alikes(count: int) -> list[Tensor]:
 def _draw_alike(groups: Sequence[Tensor], count: int, generator: torch.Generator) -> Tensor:
     """A batch's numbers, (count,), from only GROUPS of the groups.
 
-    What tells its pictures apart is mostly the fill and the shape. Among pictures drawn from all,
-    the colours do, and a shape is asked for so rarely that it takes the judge hours to learn.
+    Within a group only fills and shapes tell pictures apart. In a batch drawn from all pictures,
+    colours nearly always do, and shapes are learnt very slowly.
     """
     chosen = torch.randperm(len(groups), generator=generator)[:GROUPS]
     picks = chosen[torch.randint(len(chosen), (count,), generator=generator)]
@@ -711,9 +719,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="folder of pictures, states and sheets (default: latents/tiny-training)",
     )
     parser.add_argument("--model", type=Path, help="folder to fill (default: WORK/model)")
-    parser.add_argument("--budget", choices=tuple(BUDGETS), default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--budget", choices=tuple(BUDGETS), default="cpu", help="how much of all (default: cpu)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),

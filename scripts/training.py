@@ -40,7 +40,6 @@ class Recipe:
     batch_size: int
     learning_rate: float
     warmup: int = 200
-    ema_decay: float = 0.998
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
@@ -52,12 +51,13 @@ class Recipe:
         rise = min((step + 1) / self.warmup, 1.0)
         return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
-    def average_share(self, step: int) -> float:
-        """The share of step 1, 2, ...'s weights in the moving average, which step 0 begins.
 
-        At first it forgets faster than `ema_decay`: of the last tenth of what there is, or so.
-        """
-        return max(1 - self.ema_decay, 10 / (step + 10))
+def average_share(step: int) -> float:
+    """The share of the weights after step 1, 2, ... in their moving average, which step 0 begins.
+
+    So the average's window grows with the run: it is about the last tenth of its steps.
+    """
+    return 10 / (step + 10)
 
 
 def train(
@@ -99,7 +99,7 @@ def train(
     device = next(model.parameters()).device
     average = AveragedModel(
         model, multi_avg_fn=lambda means, news, n: torch._foreach_lerp_(
-            means, news, recipe.average_share(int(n))
+            means, news, average_share(int(n))
         )
     )  # fmt: skip
     averaged = average.module.eval().requires_grad_(False)
@@ -148,11 +148,11 @@ def train(
             recent = current if recent == 0 else 0.9 * recent + 0.1 * current
             bar.set_postfix(loss=f"{recent:.4f}")
             state.log(done, current)
-        if done % sheet_every == 0 or done == recipe.steps:
-            sheet(averaged, folder / f"sheet_{done:06d}.png")
         if saves:
             state.save(done)
             saved = time.monotonic()
+        if done % sheet_every == 0 or done == recipe.steps:
+            sheet(averaged, folder / f"sheet_{done:06d}.png")
     return averaged
 
 
@@ -181,6 +181,7 @@ class _State:
                 f"{self.folder}: was trained with another {', '.join(changed)}; "
                 "remove the folder to start anew"
             )
+        known["steps"] = max(known["steps"], before["steps"])
         save_yaml(self.folder / "recipe.yaml", known)
         tensors = load_tensors(path)
         self.model.load_state_dict(_part(tensors, "model."))

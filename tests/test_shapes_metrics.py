@@ -1,5 +1,8 @@
 """The measures of pictures and clips of the shapes world, on cases worked out by hand."""
 
+from collections.abc import Callable
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -64,6 +67,36 @@ def test_rendered_pictures_are_seen_for_what_they_are() -> None:
         assert told == attributes(scene)[1:], scene.caption
         seen.add((scene.objects[0].fill, told[1]))
     assert len(seen) >= 18  # of 4 fills x 5 shapes
+
+
+def drawn(draw: Callable[[np.ndarray], object]) -> np.ndarray:
+    """A picture on a blue background, of what is drawn in red."""
+    frame = np.full((256, 256, 3), (73, 94, 168), np.uint8)
+    draw(frame)
+    return frame
+
+
+RED = (230, 36, 31)
+MISSHAPEN = {
+    "an ellipse": lambda frame: cv2.ellipse(frame, (128, 128), (80, 45), 20, 0, 360, RED, -1),
+    "a bar": lambda frame: cv2.rectangle(frame, (30, 100), (230, 150), RED, -1),
+    "two circles in one": lambda frame: [
+        cv2.circle(frame, (x, 128), 40, RED, -1) for x in (95, 150)
+    ],
+    "two objects": lambda frame: [cv2.circle(frame, (x, 128), 30, RED, -1) for x in (60, 190)],
+    "a frame with a square hole": lambda frame: cv2.rectangle(frame, (80, 80), (170, 170), RED, 15),
+    "a half circle": lambda frame: cv2.ellipse(frame, (128, 128), (70, 70), 0, 0, 180, RED, -1),
+}
+
+
+@pytest.mark.parametrize("name", MISSHAPEN)
+def test_what_is_no_shape_of_the_world_is_called_none(name: str) -> None:
+    assert color_shape_background(drawn(MISSHAPEN[name])) == ("red", "none", "blue")
+
+
+def test_an_object_that_leaves_the_frame_is_seen() -> None:
+    frame = drawn(lambda frame: cv2.circle(frame, (68, 128), 70, RED, -1))
+    assert color_shape_background(frame) == ("red", "circle", "blue")
 
 
 def test_a_picture_of_nothing_shows_nothing() -> None:

@@ -273,5 +273,5 @@ def test_depth_estimator_tells_pixels_and_frames_apart(tiny_model):
 
 def test_sd21_has_the_parameters_of_stable_diffusion_2_1():
     with torch.device("meta"):
-        unet = make_tiny_model.unet_blocks(SD21, in_channels=4)
+        unet = make_tiny_model.unet_blocks(SD21.unet, in_channels=4)
     assert sum(p.numel() for p in unet.parameters()) == 865_910_724

@@ -16,6 +16,7 @@ from video import read_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = Path(model_key_for("tiny"))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SEED = 3_000_000  # neither trained on nor shipped as a sample
 
 
@@ -23,16 +24,16 @@ SEED = 3_000_000  # neither trained on nor shipped as a sample
 def all_cores():
     """These tensors are large enough to share between threads, unlike the other tests'."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(CORES)
     yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """What the script writes about two clips and ten pictures."""
+    """What the script writes about two clips and six pictures."""
     folder = tmp_path_factory.mktemp("check_tiny")
-    options = {"clips": 2, "pictures": 10, "seed": SEED, "work": folder, "device": "cpu"}
+    options = {"clips": 2, "pictures": 6, "seed": SEED, "work": folder, "device": "cpu"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     check_tiny.main(["--quick", *words, "--json", str(folder / "check.json")])
     return json.loads((folder / "check.json").read_text())
@@ -57,7 +58,7 @@ def test_text_to_image_follows_the_caption(figures):
     assert figures["shape_accuracy"] >= 0.7
 
 
-def test_those_who_say_so_can_be_believed(figures):
+def test_measurement_and_judge_are_right_about_ground_truth(figures):
     assert min(figures["measurement"].values()) == 1
     for name in ("color_accuracy", "background_accuracy", "fill_accuracy"):
         assert figures["judge"][name] >= 0.9, name
@@ -67,7 +68,7 @@ def test_clips_survive_the_vae_and_the_inversion(figures):
     for clip in figures["clips"]:
         assert clip["vae_psnr"] > 30
         assert clip["inversion_iters_5_psnr"] > clip["inversion_vae_psnr"] - 0.5
-        assert clip["inversion_psnr"] > 20  # plain, in 20 steps
+        assert clip["inversion_psnr"] > 20  # plain, in 10 steps
         assert clip["inversion_iters_5_psnr"] > clip["inversion_psnr"]
 
 

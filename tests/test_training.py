@@ -16,7 +16,7 @@ from training import Recipe, train
 
 from util import UserError, load_tensors, load_yaml
 
-RECIPE = Recipe(steps=30, batch_size=16, learning_rate=0.02, warmup=5, ema_decay=0.9)
+RECIPE = Recipe(steps=30, batch_size=16, learning_rate=0.02, warmup=5)
 SLOPES = torch.tensor([1.0, -2.0, 0.5])
 
 INPUTS = {"vae": "0123456789ab"}
@@ -156,7 +156,7 @@ def test_each_step_has_its_learning_rate_and_only_matrices_decay(tmp_path: Path)
 
 
 def test_the_result_is_the_average_of_the_weights_ready_for_use(tmp_path: Path) -> None:
-    """Against a loop in float64: shares of 10/11, 10/12, ... until `ema_decay` is slower."""
+    """Against a loop in float64, with shares of 10/11, 10/12, ..."""
     model = a_model().train()
     seen = []
 
@@ -169,7 +169,7 @@ def test_the_result_is_the_average_of_the_weights_ready_for_use(tmp_path: Path) 
     seen.append({name: value.double() for name, value in model.state_dict().items()})
     expected = seen[1]  # the weights after the first step
     for number, weights in enumerate(seen[2:], start=2):
-        share = max(1 - RECIPE.ema_decay, 10 / (number + 9))
+        share = 10 / (number + 9)
         expected = {k: v + share * (weights[k] - v) for k, v in expected.items()}
     assert len(seen) == RECIPE.steps + 1
     for name, value in averaged.state_dict().items():
@@ -343,7 +343,6 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps(tmp_path: Path) -> N
         ("learning_rate", 0.03),
         ("batch_size", 17),
         ("warmup", 6),
-        ("ema_decay", 0.91),
         ("weight_decay", 0.02),
     ],
 )
