@@ -118,9 +118,12 @@ def print_figures(
     print(f"{'':16} {'seconds':>7}  {'warp error':>10}  shown most often")
     for label, pictures in frames.items():
         seen, _ = Counter(map(color_shape_background, pictures)).most_common(1)[0]
+        color, shape, background = seen
         fill, _ = Counter(answer[0] for answer in judge(pictures)).most_common(1)[0]
-        nothing = "no object of the world"
-        caption = nothing if "none" in seen else caption_of([(fill, *seen[:2])], seen[2])
+        shape = "misshapen object" if shape == "none" else shape
+        caption = caption_of([(fill, color, shape)], background)
+        if color == "none":
+            caption = f"nothing on a {background} background"
         took = f"{seconds[label]:.0f}" if label in seconds else ""
         print(f"{label:16} {took:>7}  {warp_error(pictures, clip):10.2f}  {caption}")
 

@@ -95,7 +95,7 @@ def _shape(outline: np.ndarray, holes: float) -> str:
         return "ring" if is_round else "none"
     if is_round:
         return "circle"
-    if area < 0.75 * cv2.contourArea(cv2.convexHull(outline)):
+    if area < 0.8 * cv2.contourArea(cv2.convexHull(outline)):
         return "star"
     if area > 0.85 * cv2.minEnclosingTriangle(outline)[0]:
         return "triangle"
