@@ -229,7 +229,7 @@ def ddim_inversion_step(
         if iteration < 2:
             estimate = found
         else:
-            mixing = _least_squares(residual, residual - last_residual).clamp(-1, 1)
+            mixing = _least_squares(residual, residual - last_residual)
             estimate = found - mixing * (found - last_found)
         last_found, last_residual = found, residual
     return estimate
