@@ -1,5 +1,7 @@
 """The demo, from the first command to the last line, in few steps."""
 
+import contextlib
+import io
 import shutil
 from pathlib import Path
 
@@ -13,35 +15,48 @@ ROOT = Path(__file__).resolve().parents[1]
 FEW = {"n_inversion_steps": 2, "n_timesteps": 2, "n_frames": 2, "batch_size": 2}
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with all that the demo reads, and shorter configs."""
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A folder in which the demo was run once, by shorter configs, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
     for name in ("data", "models"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
     for path in (ROOT / "configs").glob("demo_*.yaml"):
-        save_yaml(tmp_path / "configs" / path.name, load_yaml(path) | FEW)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+        save_yaml(folder / "configs" / path.name, load_yaml(path) | FEW)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        demo.main([])
+    return folder, printed.getvalue()
 
 
-def test_the_demo_edits_draws_and_reports_and_keeps_what_is_there(place, capsys):
-    demo.main([])
-    printed = capsys.readouterr().out
+@pytest.fixture
+def place(first_run, tmp_path, monkeypatch):
+    """A copy of that folder, to work in."""
+    folder = shutil.copytree(first_run[0], tmp_path / "demo", symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_demo_edits_draws_and_reports(first_run):
+    folder, printed = first_run
     for label, _, config in demo.EDITS:
         assert f"--config {config}" in printed
         (line,) = [line for line in printed.splitlines() if line.startswith(f"{label} ")]
         assert float(line.removeprefix(label).split()[1]) > 0  # the warp error
     rows = len(demo.EDITS) + 1
-    assert cv2.imread(str(place / demo.PICTURE)).shape[0] == rows * 112
-    made = list((place / "tokenflow-results/demo").rglob("edited.mp4"))
-    assert len(made) == len(demo.EDITS)
+    assert cv2.imread(str(folder / demo.PICTURE)).shape[0] == rows * 112
+    assert len(list((folder / "tokenflow-results/demo").rglob("edited.mp4"))) == len(demo.EDITS)
+
+
+def test_the_demo_keeps_what_is_there(place):
+    made = sorted((place / "tokenflow-results/demo").rglob("edited.mp4"))
     before = {path: path.stat().st_mtime_ns for path in made}
     demo.main([])
     assert {path: path.stat().st_mtime_ns for path in made} == before
 
 
-def test_what_an_earlier_demo_made_with_other_settings_is_not_used(place, capsys):
-    demo.main([])
+def test_what_an_earlier_demo_made_with_other_settings_is_not_used(place):
     manifest = next((place / "latents").rglob("manifest.yaml"))
     save_yaml(manifest, load_yaml(manifest) | {"model_revision": "0123456789abcdef"})
     shutil.rmtree(place / "tokenflow-results")

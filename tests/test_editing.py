@@ -128,9 +128,10 @@ def test_pnp_with_everything_injected_and_the_source_prompt_gives_the_source(tin
     assert relative_error(same, source.double()) < 5e-4
     other = pnp(keys, **{**everything, "prompt": "a green star"}, consistency="none")
     assert relative_error(other, source.double()) > 1e-3
-    # Propagation blends neighbouring frames' tokens, so it is near the source, not on it.
+    # Propagation blends neighbouring frames' tokens, so it is near the source (0.047 was measured
+    # with torch 2.6 and 2.15), not on it.
     near = relative_error(pnp(keys, **everything), source.double())
-    assert 5e-4 < near < 0.2
+    assert 5e-4 < near < 0.1
 
 
 # ---------------------------------------------------------------- reproducibility and chunks
