@@ -1,0 +1,834 @@
+"""The paper's figures: their mathematics by hand, and the commands on the tiny model."""
+
+import shutil
+from fractions import Fraction
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import (
+    HEIGHT,
+    WIDTH,
+    contents,
+    invert,
+    make_clip,
+    no_model_may_load,
+    shapes_frames,
+    video_facts,
+)
+from PIL import Image
+
+import diffusion
+import editing
+import features
+import run_tokenflow_pnp
+import run_tokenflow_sdedit
+import tokenflow_utils
+import visualize
+from features import rebuilt_from_keyframe, recorded_tokens, source_denoiser
+from figures import (
+    GAP,
+    captioned,
+    component_colours,
+    displacements,
+    distance_picture,
+    feature_colours,
+    field_colours,
+    field_picture,
+    flow_wheel,
+    keyframe_cells,
+    keyframe_picture,
+    principal_components,
+    stretched,
+    table,
+    text_image,
+    to_pixels,
+    token_grid,
+    warp_by_cells,
+    xt_slice,
+)
+from inversion import reconstruct
+from run_tokenflow_pnp import PnPConfig
+from run_tokenflow_sdedit import SDEditConfig
+from source_cache import open_cache
+from tokenflow_utils import TokenFlowContext, nearest_tokens, tokenflow_patch
+from util import UserError, command_line, load_yaml, save_yaml
+from video import load_frames
+
+N_FRAMES, STEPS, INTERVAL = 5, 5, 3
+FPS = Fraction(10)
+SOURCE_PROMPT = "a disc on a wall"
+KEY = "up_blocks.2.attentions.1.transformer_blocks.0.attn1.processor"
+
+
+def relative_error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+# ---------------------------------------------------------------- principal components
+
+
+def plane(seed=0, n=400):
+    """Tokens on a plane in 6 dimensions: (tokens, mean, the plane's two directions)."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.tensor([1.0, -2.0, 0.0, 5.0, 0.0, 3.0])
+    long = torch.tensor([0.0, -0.8, 0.0, 0.6, 0.0, 0.0])  # its entry of largest magnitude is < 0
+    short = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    along = torch.randn(n, 2, generator=generator)
+    along = torch.linalg.qr(along - along.mean(0))[0] * n**0.5  # uncorrelated, of variance 1
+    return mean + 3.0 * along[:, :1] * long + along[:, 1:] * short, mean, long, short
+
+
+def test_components_of_a_known_plane():
+    tokens, mean, long, short = plane()
+    found = principal_components(tokens, 2)
+    assert torch.allclose(found.mean, mean.double(), atol=1e-5)
+    expected = torch.stack([-long, short], dim=1).double()  # by variance; largest entries positive
+    assert torch.allclose(found.basis, expected, atol=1e-5)
+    assert torch.allclose(found.explained, torch.tensor([0.9, 0.1]).double(), atol=1e-5)
+    coordinates = found.project(tokens[None])
+    assert coordinates.shape == (1, 400, 2)
+    assert coordinates.dtype == torch.float32
+    again = found.mean + coordinates[0].double() @ found.basis.T
+    assert torch.allclose(again, tokens.double(), atol=1e-5)
+
+
+def test_components_do_not_depend_on_the_order_or_the_sign_of_tokens():
+    tokens, *_ = plane()
+    found = principal_components(tokens, 2).basis
+    assert torch.equal(found, principal_components(tokens, 2).basis)
+    shuffled = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1))]
+    assert torch.allclose(found, principal_components(shuffled, 2).basis, atol=1e-9)
+    assert torch.allclose(found, principal_components(-tokens, 2).basis, atol=1e-9)
+
+
+def test_components_of_more_tokens_than_are_held_in_float64_at_once():
+    tokens = plane(n=1000)[0].repeat(70, 1)
+    found, few = principal_components(tokens, 2), principal_components(tokens[:1000], 2)
+    assert torch.allclose(found.basis, few.basis, atol=1e-9)
+    assert torch.allclose(found.project(tokens)[-1000:], few.project(tokens[:1000]), atol=1e-5)
+
+
+def test_equal_tokens_have_a_colour_too():
+    colours, explained = feature_colours([torch.ones(1, 4, 5)], (2, 2), (4, 4))
+    assert (colours[0] == colours[0][0, 0, 0]).all()
+    assert explained == pytest.approx(0.0)
+
+
+def test_the_first_component_is_the_brightest_channel():
+    ramp = np.zeros((101, 3))
+    ramp[:, 0] = np.arange(101)  # of the first component
+    colours = component_colours(ramp).astype(int)
+    assert (np.diff(colours[:, 1]) >= 0).all()
+    assert colours[0].tolist() == [0, 0, 0]
+    assert colours[-1].tolist() == [0, 255, 0]
+    assert component_colours(ramp[:, ::-1])[-1].tolist() == [0, 0, 255]
+    assert component_colours(ramp[:, [1, 0, 2]])[-1].tolist() == [255, 0, 0]
+    assert colours[50, 1] == pytest.approx(128, abs=1)
+
+
+def test_colours_of_all_videos_are_of_one_basis_and_scale():
+    """Whichever video a token is in, it has the same colour; two scales or bases would differ."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 3, 6, 8, generator=generator)
+    other = 5 * other
+    other[1, 4] = one[2, 0]
+    (a, b), explained = feature_colours([one, other], (2, 3), (4, 6))
+    assert a.shape == b.shape == (3, 4, 6, 3)
+    assert (a[2, 0, 0] == b[1, 2, 2]).all()  # token 4 of a grid of 2 x 3 is in row 1, column 1
+    assert a.std() < b.std()
+    assert 0.3 < explained < 1
+
+
+# ---------------------------------------------------------------- grids, pixels, slices
+
+
+def test_pixels_show_the_cell_that_their_middle_lies_in():
+    cells = np.arange(6).reshape(2, 3, 1)
+    shown = to_pixels(cells, (5, 3))[..., 0]
+    assert shown[:, 0].tolist() == [0, 0, 3, 3, 3]  # 0.2, 0.6, 1.0, 1.4, 1.8 cells down
+    assert shown[0].tolist() == [0, 1, 2]
+    video = np.stack([cells, cells + 6])
+    assert (to_pixels(video, (5, 3))[1] == shown[..., None] + 6).all()
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "grid"), [(48 * 84, (48, 84)), (12 * 21, (12, 21)), (6 * 11, (6, 11))]
+)
+def test_the_grid_of_a_layer_s_tokens(n_tokens, grid):
+    assert token_grid((48, 84), n_tokens) == grid
+    with pytest.raises(ValueError, match="fit no grid"):
+        token_grid((48, 84), n_tokens + 1)
+
+
+def test_xt_slices_are_one_row_over_time():
+    frames = shapes_frames(4, HEIGHT, WIDTH)
+    found = xt_slice(frames, 7)
+    assert np.array_equal(found, np.stack([frame[7] for frame in frames]))
+    tall = stretched(found)
+    assert tall.shape == (160, WIDTH, 3)
+    assert np.array_equal(tall[::40], found)
+    assert np.array_equal(tall[39::40], found)
+
+
+# ---------------------------------------------------------------- correspondences
+
+
+def test_displacements_by_hand():
+    field = displacements(np.array([0, 5, 2, 3, 0, 4]), (2, 3), (20, 60))
+    expected = np.zeros((2, 3, 2))
+    expected[0, 1] = 20, 10  # from column 1, row 0 to column 2, row 1
+    expected[1, 1] = -20, -10
+    expected[1, 2] = -20, 0
+    assert np.array_equal(field, expected)
+
+
+@pytest.mark.parametrize("grid", [(6, 10), (5, 7), (3, 5), (1, 2)])
+def test_a_field_that_stays_rebuilds_the_frame(grid):
+    (frame,) = shapes_frames(1, HEIGHT, WIDTH)
+    field = displacements(np.arange(grid[0] * grid[1]), grid, (HEIGHT, WIDTH))
+    assert np.array_equal(warp_by_cells(frame, field), frame)
+    assert not np.array_equal(warp_by_cells(frame, field + 8), frame)
+
+
+def tokens_of_blocks(frame, side=8):
+    """Each block of pixels as a token, (1, L, side * side * 3)."""
+    h, w = frame.shape[0] // side, frame.shape[1] // side
+    blocks = frame.reshape(h, side, w, side, 3).swapaxes(1, 2).reshape(1, h * w, -1)
+    return torch.from_numpy(blocks.astype(np.float32) - 128)
+
+
+@pytest.mark.parametrize(
+    ("right", "down", "color"), [(2, 0, "cyan"), (-2, 0, "red"), (0, 1, "violet"), (0, -1, "green")]
+)
+def test_a_known_shift_is_found_and_has_its_direction_s_colour(right, down, color):
+    """The frame is the keyframe moved right or down, so that its cells lie left or up in it."""
+    keyframe = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    frame = np.roll(keyframe, (8 * down, 8 * right), axis=(0, 1))
+    match = nearest_tokens(tokens_of_blocks(frame), tokens_of_blocks(keyframe))[0].numpy()
+    field = displacements(match, (6, 10), (HEIGHT, WIDTH))
+    inside = np.s_[1:-1, 2:-2]
+    assert (field[inside] == (-8 * right, -8 * down)).all()
+    rebuilt = warp_by_cells(keyframe, field)
+    assert np.array_equal(rebuilt, frame)  # what was rolled over the edge is found there
+    red, green, blue = field_colours(field, 16.0)[2, 4].astype(int)
+    assert {
+        "cyan": green == blue > red,
+        "red": red > green == blue,
+        "violet": blue > red > green,
+        "green": green > red > blue,
+    }[color]
+
+
+def test_longer_is_darker_in_grey_and_nothing_is_white():
+    for angle in np.arange(0, 2 * np.pi, np.pi / 8):
+        way = np.array([np.cos(angle), np.sin(angle)])
+        field = (np.arange(5)[:, None] * way).reshape(1, 5, 2)
+        colours = field_colours(field, 3.0)
+        grey = cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY)[0].astype(int)
+        assert grey[0] == 255
+        assert (np.diff(grey[:4]) < -10).all()
+        assert (colours[0, 3] == colours[0, 4]).all()  # beyond the longest
+        distance = distance_picture(field, (1, 5), 4.0)[0, :, 0].tolist()
+        assert distance == [255, 191, 128, 64, 0]
+
+
+def test_arrows_point_where_the_field_does():
+    """An arrow's head is wider than its tail: there is more ink on the side that it points to."""
+    for way in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+        field = np.full((1, 1, 2), 20.0) * way
+        ink = (field_picture(field, (40, 40), 20.0) < 100).all(-1)
+        across = ink.sum(0) if way[0] else ink.sum(1)
+        first, second = across[:20].sum(), across[20:].sum()
+        assert (second > first) == (sum(way) > 0)
+        assert ink.sum() > 20
+    stays = (field_picture(np.zeros((1, 1, 2)), (40, 40), 20.0) < 100).all(-1)
+    assert 0 < stays.sum() < 12  # a dot
+
+
+def test_the_wheel_shows_the_colours_of_its_directions():
+    wheel = flow_wheel(100)
+    for x, y, way in ((88, 50, (1, 0)), (12, 50, (-1, 0)), (50, 12, (0, -1)), (50, 88, (0, 1))):
+        expected = field_colours(np.array([[way]], float) * 38 / 48, 1.0)[0, 0].astype(int)
+        # Beside the arrow, which covers the axis itself.
+        beside = wheel[y + 4 * (way[0] != 0), x + 4 * (way[1] != 0)].astype(int)
+        assert np.abs(beside - expected).max() < 30
+    assert (wheel[0, 0] == 255).all()
+
+
+# ---------------------------------------------------------------- layout
+
+
+def ink(picture):
+    return (picture < 128).all(-1)
+
+
+def found(picture, panel):
+    """Where a panel stands in a picture, as (y, x), if it is there pixel by pixel."""
+    squares = cv2.matchTemplate(picture, panel, cv2.TM_SQDIFF)
+    y, x = np.unravel_index(squares.argmin(), squares.shape)
+    return (
+        (y, x) if np.array_equal(picture[y:, x:][: len(panel), : panel.shape[1]], panel) else None
+    )
+
+
+def test_a_table_has_its_labels_beside_and_above_the_panels():
+    panels = np.random.default_rng(0).integers(60, 200, (4, 30, 50, 3), np.uint8)
+    picture = table([panels[:2], panels[2:]], ["a row", "the other\nrow"], ["one", "two"], "title")
+    places = [found(picture, panel) for panel in panels]
+    assert None not in places
+    assert places[0][0] == places[1][0] < places[2][0] == places[3][0]
+    assert places[0][1] == places[2][1] < places[1][1] == places[3][1]
+    dark = ink(picture)
+    for y, x in (places[0], places[2]):
+        assert dark[y : y + 30, :x].any()  # a row's label, whole
+        assert not dark[y : y + 30, x - 2 : x].any()
+    for y, x in places[:2]:
+        assert dark[y - 20 : y, x : x + 50].any()  # a column's
+    assert dark[:20].any()  # the title
+    assert (picture[:GAP] == 255).all()
+    assert (picture[:, :GAP] == 255).all()
+
+
+def test_labels_wider_than_a_panel_are_whole():
+    panel = np.zeros((10, 10, 3), np.uint8)
+    label = text_image("much wider than ten pixels")
+    assert found(table([[panel]], (), ["much wider than ten pixels"]), label) is not None
+    assert found(captioned(panel, "much wider than ten pixels"), label) is not None
+    assert (
+        text_image("p(g)").shape[0] == text_image("x").shape[0] == text_image("a\nb").shape[0] / 2
+    )
+
+
+def test_keyframe_cells_are_black_where_chosen():
+    chosen = np.random.default_rng(0).random((7, 11)) < 0.3
+    picture = keyframe_cells(chosen, 4, 10)
+    assert picture.shape == (70, 110, 3)
+    middles = picture[5::10, 5::10, 0]
+    assert np.array_equal(middles == 0, chosen)
+    assert (middles[~chosen] > 200).all()
+    assert (picture[5, [0, 40, 80], 0] < 150).all()  # the intervals' lines
+    assert (picture[5, [10, 20, 30, 50], 0] == 255).all()
+
+
+@pytest.mark.parametrize(("steps", "n"), [(5, 4), (50, 40), (16, 300)])
+def test_the_keyframe_grid_is_labelled_and_not_too_large(steps, n):
+    chosen = np.zeros((steps, n), bool)
+    chosen[:, 0] = True
+    picture = keyframe_picture(chosen, 7, 8, "title", "note")
+    assert max(picture.shape[:2]) < 1800
+    cell = int(np.clip(1600 // max(steps, n), 5, 18))
+    y, x = found(picture, keyframe_cells(chosen, 8, cell))
+    dark = ink(picture)
+    assert dark[y - 30 : y, x:].any(axis=0).sum() > 10  # numbers of frames
+    assert dark[y:, :x].any(axis=1).sum() > 10  # numbers of steps
+    assert found(picture, text_image("note")) is not None
+    other = keyframe_picture(chosen, 8, 8, "title", "note")
+    assert not np.array_equal(picture, other)  # other numbers of steps
+
+
+# ---------------------------------------------------------------- real results
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory):
+    """A folder with two clips and their caches."""
+    folder = tmp_path_factory.mktemp("place")
+    for seed, name in enumerate(("star", "other")):
+        clip = make_clip(folder / f"{name}.mp4", N_FRAMES, seed, FPS)
+        options = {"inversion_prompt": SOURCE_PROMPT, "recon_steps": 1}
+        invert(clip, folder / "latents", tiny_model, **options)
+    return folder
+
+
+def edit(script, config_class, place, model, **changes):
+    """Makes a result; returns its folder and the keyframes of the steps that it took."""
+    settings = {
+        "data_path": str(place / "star.mp4"),
+        "latents_path": str(place / "latents"),
+        "output_path": str(place / "results"),
+        "prompt": "a green star",
+        "model_key": str(model),
+        "n_inversion_steps": 10,
+        "n_timesteps": STEPS,
+        "n_frames": N_FRAMES,
+        "batch_size": INTERVAL,
+        "device": "cpu",
+        **changes,
+    }
+    path = place / "config.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    keyframes = []
+    predict = editing._Loop.predict_tokenflow
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            editing._Loop,
+            "predict_tokenflow",
+            lambda *args: keyframes.append(args[-1].tolist()) or predict(*args),
+        )
+        return script.main(["--config", str(path)]), keyframes
+
+
+@pytest.fixture(scope="module")
+def edits(place, tiny_model):
+    """Results and the keyframes that they were made with."""
+    pnp, sdedit = (run_tokenflow_pnp, PnPConfig), (run_tokenflow_sdedit, SDEditConfig)
+    return {
+        "tokenflow": edit(*pnp, place, tiny_model),
+        "fixed": edit(*pnp, place, tiny_model, keyframes="fixed"),
+        "per_frame": edit(*pnp, place, tiny_model, consistency="none"),
+        "sdedit": edit(*sdedit, place, tiny_model, start=0.6),
+        "released": edit(*sdedit, place, tiny_model, start=0.6, propagation="released"),
+        "short": edit(*pnp, place, tiny_model, n_frames=3, prompt="a short one"),
+        "other": edit(*pnp, place, tiny_model, data_path=str(place / "other.mp4")),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(edits):
+    return {name: folder for name, (folder, _) in edits.items()}
+
+
+@pytest.fixture
+def cache(results):
+    return open_cache(visualize.open_result(results["tokenflow"]).cache().folder)
+
+
+def view_of(cache, *argv):
+    """What features are taken with, by the correspondence command's options."""
+    words = ["correspondence", "--cache", str(cache.folder), "--frame", "0", "--keyframe", "1"]
+    args = visualize.parse_args([*words, "--out", "unused", "--device", "cpu", *argv])
+    return features.open_view(args, cache)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The models that are loaded, each with the state of its UNet at that time."""
+    loaded = []
+    load = features.load_stable_diffusion
+
+    def keep(*args):
+        models = load(*args)
+        loaded.append((models.unet, unet_state(models.unet)))
+        return models
+
+    monkeypatch.setattr(features, "load_stable_diffusion", keep)
+    return loaded
+
+
+def unet_state(unet):
+    """All that a patch or a hook would change."""
+    hooks = [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in unet.named_modules()
+    ]
+    return hooks, {name: id(processor) for name, processor in unet.attn_processors.items()}
+
+
+def assert_unpatched(seen):
+    ((unet, before),) = seen
+    assert unet_state(unet) == before
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_tokens_are_what_tokenflow_matches_and_propagates(cache):
+    """Input tokens are phi of a source pass, outputs are what it would propagate."""
+    view = view_of(cache)
+    assert view.layer == KEY
+    models = view.load()
+    denoiser = source_denoiser(view, models, [0, 3])
+    noisy = cache.latents(view.timestep, N_FRAMES)[[0, 3]]
+    context = TokenFlowContext(propagate_source=True)
+    with torch.inference_mode(), tokenflow_patch(models.unet, context):
+        denoiser(noisy, view.timestep, torch.arange(2))
+    given = features.source_tokens(view, models, [0, 3])
+    assert relative_error(given, context.tokens[KEY]) < 1e-5
+    returned = features.source_tokens(view_of(cache, "--what", "output"), models, [0, 3])
+    assert relative_error(returned, context.source_base[KEY][0]) < 1e-5
+    assert relative_error(returned, given) > 0.1
+    one_by_one = features.source_tokens(view_of(cache, "--batch_size", "1"), models, [0, 3])
+    assert relative_error(one_by_one, given) < 1e-5
+
+
+def test_an_edit_that_is_the_source_has_the_source_s_tokens(cache):
+    """Encoding, inversion and prompt are the same for both, at cached timesteps and others."""
+    timesteps = [cache.manifest.timesteps[2], view_of(cache).inversion[1]]
+    assert timesteps[1] not in cache.manifest.timesteps
+    for timestep in timesteps:
+        view = view_of(cache, "--timestep", str(timestep))
+        models = view.load()
+        source = features.source_tokens(view, models, range(N_FRAMES))
+        frames = cache.frames(N_FRAMES)
+        same = features.edit_tokens(view, models, frames, SOURCE_PROMPT)
+        assert relative_error(same, source) < 1e-4
+        assert relative_error(features.edit_tokens(view, models, frames, "a wolf"), source) > 1e-3
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_source_s_cached_latents_are_used_where_there_are_any(
+    results, cache, tmp_path, monkeypatch, saved
+):
+    inverted_prompts = []
+    monkeypatch.setattr(
+        features, "invert", lambda *args: inverted_prompts.append(args) or {timestep: args[1]}
+    )
+    timestep = cache.manifest.timesteps[1] if saved else view_of(cache).inversion[1]
+    visualize.main([
+        "features", "--result", str(results["tokenflow"]), "--out", str(tmp_path),
+        "--device", "cpu", "--timestep", str(timestep),
+    ])  # fmt: skip
+    assert len(inverted_prompts) == (1 if saved else 2)
+    for args in inverted_prompts:
+        assert args[2] == sorted(args[2])
+        assert args[2][-1] == timestep
+
+
+def test_figure_2(results, cache, tmp_path, seen, capsys):
+    out = tmp_path / "new" / "folder"
+    words = ["features", "--result", str(results["tokenflow"]), "--per_frame"]
+    words += [str(results["per_frame"]), "--columns", "3", "--row", "20", "--device", "cpu"]
+    written = visualize.main([*words, "--out", str(out)])
+    assert_unpatched(seen)
+    assert [path.name for path in written] == ["features.png", "features_xt.png", "features.mp4"]
+    assert {path.name for path in out.iterdir()} == {path.name for path in written}
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [f"wrote {path}" for path in written]
+
+    view = view_of(cache)
+    models = view.load()
+    videos = [cache.frames(N_FRAMES)]
+    tokens = [features.source_tokens(view, models, range(N_FRAMES))]
+    for name in ("per_frame", "tokenflow"):
+        videos.append(load_frames(results[name] / "frames", N_FRAMES))
+        tokens.append(features.edit_tokens(view, models, videos[-1], "a green star"))
+    colours, _ = feature_colours(tokens, (3, 5), (HEIGHT, WIDTH))
+    rows = [shown for pair in zip(videos, colours, strict=True) for shown in pair]
+
+    frames = np.asarray(Image.open(out / "features.png"))
+    places = [[found(frames, row[i]) for i in (0, 2, 4)] for row in rows]
+    assert all(None not in line for line in places)
+    left, top = [x for _, x in places[0]], [line[0][0] for line in places]
+    assert left == sorted(left)
+    assert top == sorted(top)
+    assert all([x for _, x in line] == left for line in places)
+    assert frames.shape[1] >= left[-1] + WIDTH
+
+    slices = np.asarray(Image.open(out / "features_xt.png"))
+    for row in rows:
+        assert found(slices, stretched(row[:, 20])) is not None
+
+    with_all = video_facts(out / "features.mp4")
+    assert with_all[:2] == (N_FRAMES, FPS)
+    assert with_all[2][0] > 2 * HEIGHT
+    assert with_all[2][1] > 3 * WIDTH
+
+
+def test_two_results_of_one_kind_are_two_rows(results, tmp_path):
+    words = ["features", "--out", str(tmp_path), "--device", "cpu", "--n_frames", "1"]
+    pair = ["--result", str(results["tokenflow"]), "--per_frame", str(results["fixed"])]
+    visualize.main([*words, *pair])
+    frames = np.asarray(Image.open(tmp_path / "features.png"))
+    for name in ("tokenflow", "fixed"):
+        assert found(frames, load_frames(results[name] / "frames", 1)[0]) is not None
+
+
+def test_the_unet_is_unpatched_after_an_error(results, tmp_path, seen, monkeypatch):
+    def fail(*args):
+        unet = seen[0][0]
+        failed.append(unet_state(unet) != seen[0][1])
+        raise ZeroDivisionError
+
+    common = ["--result", str(results["tokenflow"]), "--out", str(tmp_path), "--device", "cpu"]
+    for command, target, name in (
+        (["features"], diffusion.Denoiser, "__call__"),
+        (["features", "--what", "output"], diffusion.Denoiser, "__call__"),
+        (["correspondence", "--frame", "0", "--keyframe", "1"], features, "ddim_step"),
+    ):
+        seen.clear()
+        failed = []
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, fail)
+            with pytest.raises(ZeroDivisionError):
+                visualize.main([*command, *common])
+        assert failed == [True]  # it was patched at that time
+        assert_unpatched(seen)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- correspondence
+
+
+def test_a_frame_rebuilt_from_itself_is_its_own_reconstruction(cache, monkeypatch):
+    view = view_of(cache)
+    models = view.load()
+    calls = []
+    attend = tokenflow_utils.attend
+    monkeypatch.setattr(
+        tokenflow_utils, "attend", lambda *args: calls.append(args) or attend(*args)
+    )
+
+    def rebuild(*chosen):
+        denoiser = source_denoiser(view, models, chosen)
+        start = cache.latents(view.sampling[0], N_FRAMES)[list(chosen)]
+        own = reconstruct(denoiser, start, view.sampling, batch_size=1)[:1]
+        return rebuilt_from_keyframe(denoiser, start, view.sampling), own
+
+    same, own = rebuild(3, 3)
+    assert relative_error(same, own) < 1e-5
+    # Attention is computed for the keyframe alone, at all layers and steps.
+    assert len(calls) == STEPS * len(tokenflow_utils.self_attention_layers(models.unet))
+    other, own_too = rebuild(3, 0)
+    assert torch.equal(own, own_too)
+    assert relative_error(other, own) > 1e-3
+
+
+def test_recorded_tokens_leave_no_hook(cache):
+    unet = view_of(cache).load().unet
+    before = unet_state(unet)
+    for what in ("input", "output"):
+        with pytest.raises(ZeroDivisionError), recorded_tokens(unet, KEY, what):
+            assert unet_state(unet) != before
+            raise ZeroDivisionError
+        assert unet_state(unet) == before
+
+
+@pytest.mark.parametrize("by", ["result", "cache"])
+def test_figure_3(results, cache, tmp_path, seen, capsys, by):
+    folder = results["tokenflow"] if by == "result" else cache.folder
+    words = ["correspondence", f"--{by}", str(folder), "--frame", "4", "--keyframe", "1"]
+    (path,) = visualize.main([*words, "--out", str(tmp_path), "--device", "cpu"])
+    assert_unpatched(seen)
+    assert path == tmp_path / "correspondence.png"
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "PSNR to frame 4:"
+    assert shown[-1] == f"wrote {path}"
+    assert len(shown) == 6
+
+    view = view_of(cache)
+    models = view.load()
+    tokens = features.source_tokens(view, models, [4, 1])
+    match = nearest_tokens(tokens[:1], tokens[1:])[0].numpy()
+    field = displacements(match, (3, 5), (HEIGHT, WIDTH))
+    frames = cache.frames(N_FRAMES)
+    picture = np.asarray(Image.open(path))
+    for panel in (frames[4], frames[1], warp_by_cells(frames[1], field)):
+        assert found(picture, panel) is not None
+    warped = diffusion.psnr(warp_by_cells(frames[1], field), frames[4])
+    (line,) = (line for line in shown if "(a)" in line)
+    assert line.endswith(f" {warped:.2f} dB")
+    assert found(picture, text_image(f"(a) keyframe's pixels\n{warped:.2f} dB")) is not None
+
+
+def test_a_frame_from_itself_on_the_command_line(results, tmp_path, capsys):
+    words = ["correspondence", "--result", str(results["tokenflow"]), "--frame", "2"]
+    visualize.main([*words, "--keyframe", "2", "--out", str(tmp_path), "--device", "cpu"])
+    scores = dict(
+        line.strip().rsplit("  ", 1) for line in capsys.readouterr().out.splitlines()[1:5]
+    )
+    scores = {name.strip(): score.strip() for name, score in scores.items()}
+    assert scores["keyframe 2"] == scores["(a) keyframe's pixels"] == "identical"
+    assert scores["own reconstruction"] == scores["(c) keyframe's tokens"]
+
+
+# ---------------------------------------------------------------- keyframes
+
+
+@pytest.mark.parametrize(
+    ("name", "config_class", "first"),
+    [
+        ("tokenflow", PnPConfig, 1),
+        ("fixed", PnPConfig, 1),
+        ("sdedit", SDEditConfig, 3),
+        ("released", SDEditConfig, 1 - 3 + 5),
+    ],
+)
+def test_keyframes_are_those_that_the_edit_used(
+    edits, tmp_path, monkeypatch, capsys, name, config_class, first
+):
+    monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
+    folder, used = edits[name]
+    (path,) = visualize.main(["keyframes", "--result", str(folder), "--out", str(tmp_path)])
+    assert capsys.readouterr().out == f"wrote {path}\n"
+    expected = np.zeros((len(used), N_FRAMES), bool)
+    for row, frames in zip(expected, used, strict=True):
+        row[frames] = True
+    config = visualize.load_config(config_class, folder / "config.yaml")
+    chosen, first_step = visualize.keyframes_of_steps(config, N_FRAMES)
+    assert np.array_equal(chosen, expected)
+    assert first_step == STEPS - len(used) + 1
+    assert found(np.asarray(Image.open(path)), keyframe_cells(expected, INTERVAL, 18)) is not None
+    assert (expected.sum(axis=1) == 2).all()
+    if name != "fixed":
+        assert len({tuple(frames) for frames in used}) > 1
+
+
+# ---------------------------------------------------------------- bad input
+
+FRAMES = ["--frame", "0", "--keyframe", "1"]
+BAD_OPTIONS = {
+    "layer": (
+        ["features", "--layer", "up_blocks.9"],
+        "--layer: up_blocks.9 is unknown, .*up_blocks.2.attentions.1,",
+    ),
+    "cross-attention": (
+        ["features", "--layer", KEY.replace("attn1", "attn2")],
+        "--layer: .*attn2.* is unknown",
+    ),
+    "timestep": (
+        ["features", "--timestep", "7"],
+        "--timestep: 7 is none of the 10 .* nearest is 1;",
+    ),
+    "row": (["features", "--row", str(HEIGHT)], "--row: 48, expected 0 to 47"),
+    "row below": (["features", "--row", "-1"], "--row: -1, expected 0 to 47"),
+    "columns": (["features", "--columns", "0"], "--columns: 0, expected"),
+    "n_frames": (["features", "--n_frames", "0"], "--n_frames: 0, expected"),
+    "too many": (["features", "--n_frames", "6"], "--n_frames: 6, but there are only 5"),
+    "batch_size": (["features", "--batch_size", "0"], "--batch_size: 0, expected"),
+    "device": (["features", "--device", "tpu"], "device: tpu is unknown"),
+    "what": (["features", "--what", "query"], "--what"),
+    "model": (["features", "--model_key", "/nowhere"], "/nowhere"),
+    "frame": (["correspondence", "--frame", "5", "--keyframe", "1"], "--frame: 5, expected 0 to 4"),
+    "keyframe": (
+        ["correspondence", "--frame", "0", "--keyframe", "-1"],
+        "--keyframe: -1, expected 0 to 4",
+    ),
+    "no keyframe": (["correspondence", "--frame", "0"], "--keyframe"),
+    "both": (["correspondence", *FRAMES, "--cache", "x"], "not allowed with"),
+    "unknown": (["keyframes", "--layer", "x"], "unrecognized"),
+    "out": (["keyframes", "--out", "{file}"], "--out: .* is a file"),
+    "features out": (["features", "--out", "{file}"], "--out: .* is a file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_a_bad_option_is_named(results, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
+    words, message = BAD_OPTIONS[case]
+    file = tmp_path / "file"
+    file.touch()
+    words = [word.replace("{file}", str(file)) for word in words]
+    out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=message):
+        visualize.main([*words, "--result", str(results["tokenflow"]), *out])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_short_names_and_keys_name_the_same_layer(cache):
+    for name in (KEY, KEY.removesuffix(".transformer_blocks.0.attn1.processor")):
+        assert view_of(cache, "--layer", name).layer == KEY
+
+
+@pytest.mark.parametrize(
+    "words", [["features"], ["correspondence", *FRAMES], ["keyframes"]], ids=lambda words: words[0]
+)
+def test_a_folder_that_is_no_result_is_refused(results, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
+
+    def refused(folder, message):
+        with pytest.raises(UserError, match=message):
+            visualize.main([*words, "--result", str(folder), "--out", str(tmp_path / "out")])
+
+    refused(tmp_path / "nowhere", "has no config.yaml; expected the folder of a finished result")
+    for name in ("config.yaml", "run.yaml"):
+        copy = shutil.copytree(results["tokenflow"], tmp_path / name)
+        (copy / name).unlink()
+        refused(copy, f"has no {name}")
+        save_yaml(copy / name, {"prompt": 3, "technique": "pnp"})
+        refused(copy, f"{name}: (prompt|cache): is missing or not a str")
+    assert not (tmp_path / "out").exists()
+
+
+def changed(result, folder, **values):
+    """A copy of a result with other values in run.yaml."""
+    copy = shutil.copytree(result, folder)
+    save_yaml(copy / "run.yaml", {**load_yaml(copy / "run.yaml"), **values})
+    return copy
+
+
+@pytest.mark.parametrize("words", [["features"], ["correspondence", *FRAMES]])
+def test_a_cache_that_is_gone_or_another_is_refused(results, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
+    for name, values, message in (
+        ("gone", {"cache": str(tmp_path / "gone")}, "its cache .*gone is not there; make it again"),
+        ("remade", {"cache_sha256": "0" * 64}, "was made anew since"),
+    ):
+        folder = changed(results["tokenflow"], tmp_path / f"{name}-result", **values)
+        with pytest.raises(UserError, match=message):
+            visualize.main([*words, "--result", str(folder), "--out", str(tmp_path / "out")])
+
+
+def test_an_unfinished_cache_is_refused(tmp_path):
+    words = ["correspondence", "--cache", str(tmp_path), *FRAMES, "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"manifest.yaml: no such file"):
+        visualize.main(words)
+
+
+def test_another_model_is_refused(results, tiny_v_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
+    words = ["features", "--result", str(results["tokenflow"]), "--model_key", str(tiny_v_model)]
+    with pytest.raises(UserError, match="not the model that"):
+        visualize.main([*words, "--out", str(tmp_path)])
+
+
+def test_results_that_do_not_go_together_are_refused(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
+
+    def refused(per_frame, message):
+        words = ["features", "--result", str(results["tokenflow"]), "--per_frame", str(per_frame)]
+        with pytest.raises(UserError, match=message):
+            visualize.main([*words, "--out", str(tmp_path / "out")])
+
+    refused(results["other"], "a result of another clip .*source_sha256")
+    refused(results["short"], "choose a common part: --n_frames 3")
+    smaller = shutil.copytree(results["per_frame"], tmp_path / "smaller")
+    for path in (smaller / "frames").iterdir():
+        Image.open(path).resize((40, 24)).save(path)
+    refused(smaller, "frames are of 24 x 40, the source's of 48 x 80")
+    (results["per_frame"] / "frames" / "00004.png").rename(tmp_path / "away.png")
+    try:
+        refused(results["per_frame"], "00004.png: no such frame")
+    finally:
+        (tmp_path / "away.png").rename(results["per_frame"] / "frames" / "00004.png")
+
+
+def test_results_without_keyframes_are_refused(results, tmp_path):
+    baseline = changed(results["tokenflow"], tmp_path / "b", technique="reconstruction")
+    for folder, message in (
+        (results["per_frame"], "consistency: none, which has no keyframes"),
+        (baseline, "a result of reconstruction, which has no keyframes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            visualize.main(["keyframes", "--result", str(folder), "--out", str(tmp_path / "out")])
+
+
+def test_a_bad_input_ends_with_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.argv", ["visualize.py", "keyframes", "--result", str(tmp_path), "--out", "x"]
+    )
+    with pytest.raises(SystemExit) as left:
+        command_line(visualize.main)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}: has no config.yaml")
+
+
+@pytest.mark.parametrize("command", [[], ["features"], ["correspondence"], ["keyframes"]])
+def test_help_is_printed(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        visualize.main([*command, "--help"])
+    assert left.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_results_and_caches_are_only_read(results, place, tmp_path):
+    before = contents(place)
+    words = ["--result", str(results["tokenflow"]), "--out", str(tmp_path)]
+    visualize.main(["correspondence", *words, *FRAMES, "--device", "cpu"])
+    visualize.main(["features", *words, "--n_frames", "1", "--device", "cpu"])
+    visualize.main(["keyframes", *words])
+    assert contents(place) == before
