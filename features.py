@@ -190,7 +190,7 @@ def source_tokens(view: View, models: StableDiffusion, chosen: Sequence[int]) ->
     Returns:
         (len(chosen), L, c) float32 on the CPU.
     """
-    cache, n_frames = view.cache, max(chosen) + 1
+    cache, chosen, n_frames = view.cache, list(chosen), max(chosen) + 1
     denoiser = source_denoiser(view, models, chosen)
     if view.timestep in cache.manifest.timesteps:
         noisy = cache.latents(view.timestep, n_frames)[chosen]
@@ -201,7 +201,7 @@ def source_tokens(view: View, models: StableDiffusion, chosen: Sequence[int]) ->
 
 def source_denoiser(view: View, models: StableDiffusion, chosen: Sequence[int]) -> Denoiser:
     """The noise prediction of the cache's inversion, for some of the clip's frames."""
-    frames = view.cache.frames(max(chosen) + 1)[chosen]
+    frames = view.cache.frames(max(chosen) + 1)[list(chosen)]
     return _denoiser(view, models, frames, view.cache.manifest.inversion_prompt, chosen)
 
 
@@ -226,7 +226,7 @@ def _denoiser(
     view: View, models: StableDiffusion, frames: np.ndarray, prompt: str, chosen: Sequence[int]
 ) -> Denoiser:
     depth = view.cache.depth(max(chosen) + 1)
-    depth = depth if depth is None else depth[chosen]
+    depth = depth if depth is None else depth[list(chosen)]
     return make_denoiser(models, frames, prompt, view.cache.manifest.control, depth)
 
 

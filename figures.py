@@ -19,9 +19,10 @@ from torch import Tensor
 from util import atomic_file
 
 PAPER, INK = 255, 0
-TEXT_SIZE, TITLE_SIZE = 14, 16  # of letters, in pixels
+TEXT_SIZE, TITLE_SIZE = 16, 18  # of letters, in pixels
 GAP = 6  # between panels
 ARROW_SPACING = 24  # pixels between the arrows of a field, at least
+PANEL_SIDE = 256  # of the frames of Figure 2, at most
 XT_HEIGHT = 160  # of an x-t slice at least, in pixels, where a clip has few frames
 LONGEST_SIDE = 1600  # of a grid of keyframes, in pixels
 
@@ -188,10 +189,14 @@ def field_colours(field: np.ndarray, longest: float) -> np.ndarray:
 
 
 def longest_shown(field: np.ndarray, size: tuple[int, int]) -> float:
-    """The displacement of full colour: nine in ten are no longer, and it is a cell's at least."""
+    """The displacement of full colour: twice the median, and no less than a cell's side.
+
+    The largest would do worse: in flat regions any token is like any other, and some of them find
+    theirs far off, which would fade all true motion.
+    """
     lengths = np.hypot(field[..., 0], field[..., 1])
     cell = size[0] / field.shape[0], size[1] / field.shape[1]
-    return float(max(np.percentile(lengths, 90), *cell))
+    return float(max(2 * np.median(lengths), *cell))
 
 
 def flow_wheel(side: int) -> np.ndarray:
@@ -371,6 +376,14 @@ def table(
 def stretched(slice_: np.ndarray) -> np.ndarray:
     """An x-t slice with its rows repeated, so that a few frames are seen too."""
     return slice_.repeat(max(1, -(-XT_HEIGHT // len(slice_))), axis=0)
+
+
+def shrunk(picture: np.ndarray) -> np.ndarray:
+    """A picture made smaller, where it is larger than the panels of a figure of many."""
+    scale = PANEL_SIDE / max(picture.shape[:2])
+    if scale >= 1:
+        return picture
+    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
 def even(picture: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ from figures import (
     keyframe_picture,
     longest_shown,
     save_picture,
+    shrunk,
     stretched,
     table,
     token_grid,
@@ -199,7 +200,7 @@ def draw_features(args: argparse.Namespace) -> list[Path]:
 def _frames_and_features(rows: Sequence[Row], picks: np.ndarray, title: str) -> np.ndarray:
     """Frames over time and, below them, their features."""
     return table(
-        [shown[picks] for row in rows for shown in (row.frames, row.features)],
+        [[*map(shrunk, shown[picks])] for row in rows for shown in (row.frames, row.features)],
         [text for row in rows for text in (row.label, f"{row.label}\nfeatures")],
         [f"frame {i}" for i in picks],
         title,
@@ -312,8 +313,8 @@ def draw_correspondence(args: argparse.Namespace) -> list[Path]:
     panels = [captioned(frame, f"frame {args.frame},\nto be rebuilt")]
     for name, picture in rebuilt.items():
         score = decibels(psnr(picture, frame))
-        print(f"    {name:24}{score}")
-        panels.append(captioned(picture, f"{name}\n{score}"))
+        print(f"    {name:24}{score:>9}")
+        panels.append(captioned(picture, f"{name}\nPSNR: {score}"))
     target, as_it_is, own, warped, swapped = panels
     title = (
         f"Frame {args.frame} rebuilt from keyframe {args.keyframe}\n"

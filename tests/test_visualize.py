@@ -41,6 +41,7 @@ from figures import (
     keyframe_cells,
     keyframe_picture,
     principal_components,
+    shrunk,
     stretched,
     table,
     text_image,
@@ -171,6 +172,16 @@ def test_xt_slices_are_one_row_over_time():
     assert tall.shape == (160, WIDTH, 3)
     assert np.array_equal(tall[::40], found)
     assert np.array_equal(tall[39::40], found)
+
+
+def test_large_frames_are_shrunk():
+    large = np.full((384, 512, 3), 7, np.uint8)
+    large[:, 256:] = 200
+    small = shrunk(large)
+    assert small.shape == (192, 256, 3)
+    assert (small[:, :127] == 7).all()
+    assert (small[:, 129:] == 200).all()
+    assert shrunk(small) is small
 
 
 # ---------------------------------------------------------------- correspondences
@@ -586,6 +597,29 @@ def test_a_frame_rebuilt_from_itself_is_its_own_reconstruction(cache, monkeypatc
     assert relative_error(other, own) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["depth", "canny"])
+def test_the_inversion_s_conditions_hold(tiny_model, tiny_depth_model, tmp_path, kind):
+    """Depth maps and a ControlNet's pictures are of the frames that are looked at."""
+    options = {
+        "depth": {"sd_version": "depth", "depth_model": tiny_model / "depth_estimator"},
+        "canny": {"sd_version": "ControlNet", "controlnet_key": tiny_model / "controlnet"},
+    }[kind]
+    model = tiny_depth_model if kind == "depth" else tiny_model
+    clip = make_clip(tmp_path / "clip.mp4", 4)
+    options |= {"n_frames": 4, "steps": 4, "save_steps": 2, "inversion_prompt": SOURCE_PROMPT}
+    cache = open_cache(invert(clip, tmp_path / "latents", model, **options))
+    view = view_of(cache)
+    models = view.load()
+    together = features.source_tokens(view, models, range(4))
+    assert relative_error(features.source_tokens(view, models, [3, 1]), together[[3, 1]]) < 1e-5
+    same = features.edit_tokens(view, models, cache.frames(4), SOURCE_PROMPT)
+    assert relative_error(same, together) < 1e-4
+    denoiser = source_denoiser(view, models, [3, 3])
+    start = cache.latents(view.sampling[0], 4)[[3, 3]]
+    own = reconstruct(denoiser, start, view.sampling, batch_size=1)[:1]
+    assert relative_error(rebuilt_from_keyframe(denoiser, start, view.sampling), own) < 1e-5
+
+
 def test_recorded_tokens_leave_no_hook(cache):
     unet = view_of(cache).load().unet
     before = unet_state(unet)
@@ -621,7 +655,7 @@ def test_figure_3(results, cache, tmp_path, seen, capsys, by):
     warped = diffusion.psnr(warp_by_cells(frames[1], field), frames[4])
     (line,) = (line for line in shown if "(a)" in line)
     assert line.endswith(f" {warped:.2f} dB")
-    assert found(picture, text_image(f"(a) keyframe's pixels\n{warped:.2f} dB")) is not None
+    assert found(picture, text_image(f"(a) keyframe's pixels\nPSNR: {warped:.2f} dB")) is not None
 
 
 def test_a_frame_from_itself_on_the_command_line(results, tmp_path, capsys):
