@@ -19,6 +19,7 @@ from diffusion import decode_latents, psnr
 from edit_inputs import EditConfig
 from features import (
     LAYER,
+    View,
     edit_tokens,
     open_view,
     rebuilt_from_keyframe,
@@ -161,40 +162,47 @@ def draw_features(args: argparse.Namespace) -> list[Path]:
     """
     edits = [open_result(folder) for folder in (args.per_frame, args.result) if folder]
     cache = edits[-1].cache()
+    for other in edits[:-1]:
+        _check_same_clip(other, cache)
     n_frames = _frames_to_draw(args.n_frames, edits)
-    size = height, width = cache.manifest.height, cache.manifest.width
+    height, size = cache.manifest.height, (cache.manifest.height, cache.manifest.width)
     y = height // 2 if args.row is None else args.row
     if not 0 <= y < height:
         raise UserError(f"--row: {y}, expected 0 to {height - 1}: frames are {height} high")
     if args.columns < 1:
         raise UserError(f"--columns: {args.columns}, expected a number of at least 1")
-    for edit in edits:
-        _check_same_clip(edit, cache)
     videos = [cache.frames(n_frames), *(_edited_frames(edit, n_frames, size) for edit in edits)]
     view = open_view(args, cache)
     check_writable(args.out, "--out")
 
-    models = view.load()
-    tokens = [source_tokens(view, models, range(n_frames))]
-    for edit, frames in zip(edits, videos[1:], strict=True):
-        tokens.append(edit_tokens(view, models, frames, edit.config["prompt"]))
-    grid = token_grid((height // models.vae_factor, width // models.vae_factor), tokens[0].shape[1])
-    colours, explained = feature_colours(tokens, grid, size)
-    labels = ["source", *(edit.label for edit in edits)]
-    rows = [Row(*row) for row in zip(labels, videos, colours, strict=True)]
-    title = (
-        f"PCA of {view.describe(grid)}\n"
-        f"3 components with {explained:.0%} of the variance, one basis for all"
-    )
+    rows, title = _feature_rows(view, edits, videos)
     picks = np.linspace(0, n_frames - 1, min(args.columns, n_frames)).round().astype(int)
     video = args.out / "features.mp4"
-    pictures = (_moment(rows, i) for i in range(n_frames))
-    save_video(video, pictures, cache.fps)
+    save_video(video, (_moment(rows, i) for i in range(n_frames)), cache.fps)
     return [
         save_picture(args.out / "features.png", _frames_and_features(rows, picks, title)),
         save_picture(args.out / "features_xt.png", _slices(rows, y, title)),
         video,
     ]
+
+
+def _feature_rows(
+    view: View, edits: Sequence[Result], videos: Sequence[np.ndarray]
+) -> tuple[list[Row], str]:
+    """The source's and the edits' frames with their features; and what these are."""
+    models = view.load()
+    tokens = [source_tokens(view, models, range(len(videos[0])))]
+    for edit, frames in zip(edits, videos[1:], strict=True):
+        tokens.append(edit_tokens(view, models, frames, edit.config["prompt"]))
+    size = height, width = videos[0].shape[1:3]
+    grid = token_grid((height // models.vae_factor, width // models.vae_factor), tokens[0].shape[1])
+    colours, explained = feature_colours(tokens, grid, size)
+    labels = ["source", *(edit.label for edit in edits)]
+    rows = [Row(*row) for row in zip(labels, videos, colours, strict=True)]
+    return rows, (
+        f"PCA of {view.describe(grid)}\n"
+        f"3 components with {explained:.0%} of the variance, one basis for all"
+    )
 
 
 def _frames_and_features(rows: Sequence[Row], picks: np.ndarray, title: str) -> np.ndarray:
@@ -245,6 +253,7 @@ def _frames_to_draw(n_frames: int | None, edits: Sequence[Result]) -> int:
 
 
 def _check_same_clip(edit: Result, cache: SourceCache) -> None:
+    """Refuses a result of other frames; it may be of another cache of the same ones."""
     other, mine = edit.cache().manifest, cache.manifest
     for key in ("source_sha256", "frame_start", "frame_stride", "height", "width", "fit"):
         if getattr(other, key) != getattr(mine, key):

@@ -55,7 +55,7 @@ from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig
 from source_cache import open_cache
 from tokenflow_utils import TokenFlowContext, nearest_tokens, tokenflow_patch
-from util import UserError, command_line, load_yaml, save_yaml
+from util import UserError, command_line, load_yaml, save_yaml, sha256_file
 from video import load_frames
 
 N_FRAMES, STEPS, INTERVAL = 5, 5, 3
@@ -388,12 +388,9 @@ def edits(place, tiny_model):
     pnp, sdedit = (run_tokenflow_pnp, PnPConfig), (run_tokenflow_sdedit, SDEditConfig)
     return {
         "tokenflow": edit(*pnp, place, tiny_model),
-        "fixed": edit(*pnp, place, tiny_model, keyframes="fixed"),
         "per_frame": edit(*pnp, place, tiny_model, consistency="none"),
         "sdedit": edit(*sdedit, place, tiny_model, start=0.6),
         "released": edit(*sdedit, place, tiny_model, start=0.6, propagation="released"),
-        "short": edit(*pnp, place, tiny_model, n_frames=3, prompt="a short one"),
-        "other": edit(*pnp, place, tiny_model, data_path=str(place / "other.mp4")),
     }
 
 
@@ -467,7 +464,7 @@ def test_tokens_are_what_tokenflow_matches_and_propagates(cache):
 
 def test_an_edit_that_is_the_source_has_the_source_s_tokens(cache):
     """Encoding, inversion and prompt are the same for both, at cached timesteps and others."""
-    timesteps = [cache.manifest.timesteps[2], view_of(cache).inversion[1]]
+    timesteps = [cache.manifest.timesteps[-2], view_of(cache).inversion[1]]
     assert timesteps[1] not in cache.manifest.timesteps
     for timestep in timesteps:
         view = view_of(cache, "--timestep", str(timestep))
@@ -498,12 +495,14 @@ def test_the_source_s_cached_latents_are_used_where_there_are_any(
         assert args[2][-1] == timestep
 
 
-def test_figure_2(results, cache, tmp_path, seen, capsys):
+def test_figure_2(results, cache, place, tmp_path, seen, capsys):
+    before = contents(place)
     out = tmp_path / "new" / "folder"
     words = ["features", "--result", str(results["tokenflow"]), "--per_frame"]
     words += [str(results["per_frame"]), "--columns", "3", "--row", "20", "--device", "cpu"]
     written = visualize.main([*words, "--out", str(out)])
     assert_unpatched(seen)
+    assert contents(place) == before  # results and caches are only read
     assert [path.name for path in written] == ["features.png", "features_xt.png", "features.mp4"]
     assert {path.name for path in out.iterdir()} == {path.name for path in written}
     shown = capsys.readouterr().out.splitlines()
@@ -540,11 +539,12 @@ def test_figure_2(results, cache, tmp_path, seen, capsys):
 
 def test_two_results_of_one_kind_are_two_rows(results, tmp_path):
     words = ["features", "--out", str(tmp_path), "--device", "cpu", "--n_frames", "1"]
-    pair = ["--result", str(results["tokenflow"]), "--per_frame", str(results["fixed"])]
-    visualize.main([*words, *pair])
+    other = shutil.copytree(results["tokenflow"], tmp_path / "other")
+    shutil.copy(results["sdedit"] / "frames" / "00000.png", other / "frames")
+    visualize.main([*words, "--result", str(results["tokenflow"]), "--per_frame", str(other)])
     frames = np.asarray(Image.open(tmp_path / "features.png"))
-    for name in ("tokenflow", "fixed"):
-        assert found(frames, load_frames(results[name] / "frames", 1)[0]) is not None
+    for folder in (results["tokenflow"], other):
+        assert found(frames, load_frames(folder / "frames", 1)[0]) is not None
 
 
 def test_the_unet_is_unpatched_after_an_error(results, tmp_path, seen, monkeypatch):
@@ -631,11 +631,13 @@ def test_recorded_tokens_leave_no_hook(cache):
 
 
 @pytest.mark.parametrize("by", ["result", "cache"])
-def test_figure_3(results, cache, tmp_path, seen, capsys, by):
+def test_figure_3(results, cache, place, tmp_path, seen, capsys, by):
+    before = contents(place)
     folder = results["tokenflow"] if by == "result" else cache.folder
     words = ["correspondence", f"--{by}", str(folder), "--frame", "4", "--keyframe", "1"]
     (path,) = visualize.main([*words, "--out", str(tmp_path), "--device", "cpu"])
     assert_unpatched(seen)
+    assert contents(place) == before
     assert path == tmp_path / "correspondence.png"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     shown = capsys.readouterr().out.splitlines()
@@ -676,9 +678,8 @@ def test_a_frame_from_itself_on_the_command_line(results, tmp_path, capsys):
     ("name", "config_class", "first"),
     [
         ("tokenflow", PnPConfig, 1),
-        ("fixed", PnPConfig, 1),
-        ("sdedit", SDEditConfig, 3),
-        ("released", SDEditConfig, 1 - 3 + 5),
+        ("sdedit", SDEditConfig, 3),  # 0.6 of 5 steps: the last 3
+        ("released", SDEditConfig, 4),  # timesteps[int(1 - 0.6 * 5) :]: the last 2
     ],
 )
 def test_keyframes_are_those_that_the_edit_used(
@@ -694,11 +695,20 @@ def test_keyframes_are_those_that_the_edit_used(
     config = visualize.load_config(config_class, folder / "config.yaml")
     chosen, first_step = visualize.keyframes_of_steps(config, N_FRAMES)
     assert np.array_equal(chosen, expected)
-    assert first_step == STEPS - len(used) + 1
+    assert first_step == first
+    assert len(used) == STEPS + 1 - first
     assert found(np.asarray(Image.open(path)), keyframe_cells(expected, INTERVAL, 18)) is not None
     assert (expected.sum(axis=1) == 2).all()
-    if name != "fixed":
-        assert len({tuple(frames) for frames in used}) > 1
+    assert len({tuple(frames) for frames in used}) > 1
+    schedule = tokenflow_utils.keyframe_schedule(N_FRAMES, INTERVAL, STEPS, config.keyframe_seed)
+    assert schedule[-len(used) :].tolist() == used
+
+
+def test_fixed_keyframes_are_the_same_at_each_step(results):
+    path = results["tokenflow"] / "config.yaml"
+    config = visualize.load_config(PnPConfig, path, ["keyframes=fixed"])
+    chosen, _ = visualize.keyframes_of_steps(config, N_FRAMES)
+    assert chosen.tolist() == [[False, True, False, False, True]] * STEPS
 
 
 # ---------------------------------------------------------------- bad input
@@ -802,14 +812,20 @@ def test_an_unfinished_cache_is_refused(tmp_path):
         visualize.main(words)
 
 
-def test_another_model_is_refused(results, tiny_v_model, tmp_path, monkeypatch):
+def test_another_model_is_refused(results, tiny_depth_model, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
-    words = ["features", "--result", str(results["tokenflow"]), "--model_key", str(tiny_v_model)]
+    words = [
+        "features",
+        "--result",
+        str(results["tokenflow"]),
+        "--model_key",
+        str(tiny_depth_model),
+    ]
     with pytest.raises(UserError, match="not the model that"):
         visualize.main([*words, "--out", str(tmp_path)])
 
 
-def test_results_that_do_not_go_together_are_refused(results, tmp_path, monkeypatch):
+def test_results_that_do_not_go_together_are_refused(results, place, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
 
     def refused(per_frame, message):
@@ -817,17 +833,20 @@ def test_results_that_do_not_go_together_are_refused(results, tmp_path, monkeypa
         with pytest.raises(UserError, match=message):
             visualize.main([*words, "--out", str(tmp_path / "out")])
 
-    refused(results["other"], "a result of another clip .*source_sha256")
-    refused(results["short"], "choose a common part: --n_frames 3")
+    other = open_cache(next(place.glob("latents/*/other/*/*")))
+    sha256 = sha256_file(other.folder / "manifest.yaml")
+    values = {"cache": str(other.folder), "cache_sha256": sha256}
+    foreign = changed(results["per_frame"], tmp_path / "foreign", **values)
+    refused(foreign, "a result of another clip .*source_sha256")
+    short = changed(results["per_frame"], tmp_path / "short", n_frames=3)
+    refused(short, "choose a common part: --n_frames 3")
     smaller = shutil.copytree(results["per_frame"], tmp_path / "smaller")
     for path in (smaller / "frames").iterdir():
         Image.open(path).resize((40, 24)).save(path)
     refused(smaller, "frames are of 24 x 40, the source's of 48 x 80")
-    (results["per_frame"] / "frames" / "00004.png").rename(tmp_path / "away.png")
-    try:
-        refused(results["per_frame"], "00004.png: no such frame")
-    finally:
-        (tmp_path / "away.png").rename(results["per_frame"] / "frames" / "00004.png")
+    incomplete = shutil.copytree(results["per_frame"], tmp_path / "incomplete")
+    (incomplete / "frames" / "00004.png").unlink()
+    refused(incomplete, "00004.png: no such frame")
 
 
 def test_results_without_keyframes_are_refused(results, tmp_path):
@@ -857,12 +876,3 @@ def test_help_is_printed(command, capsys):
         visualize.main([*command, "--help"])
     assert left.value.code == 0
     assert "usage: " in capsys.readouterr().out
-
-
-def test_results_and_caches_are_only_read(results, place, tmp_path):
-    before = contents(place)
-    words = ["--result", str(results["tokenflow"]), "--out", str(tmp_path)]
-    visualize.main(["correspondence", *words, *FRAMES, "--device", "cpu"])
-    visualize.main(["features", *words, "--n_frames", "1", "--device", "cpu"])
-    visualize.main(["keyframes", *words])
-    assert contents(place) == before
