@@ -18,7 +18,7 @@ from torch import Tensor
 
 from util import atomic_file
 
-PAPER, INK = 255, 0
+PAPER, INK = 255, (0, 0, 0)
 TEXT_SIZE, TITLE_SIZE = 16, 18  # of letters, in pixels
 GAP = 6  # between panels
 ARROW_SPACING = 24  # pixels between the arrows of a field, at least
@@ -232,10 +232,10 @@ def _arrow(picture: np.ndarray, start: np.ndarray, way: np.ndarray) -> None:
     """Draws an arrow, or a dot where it has no length, on the picture itself."""
     tail, tip = (tuple(np.rint(point).astype(int).tolist()) for point in (start, start + way))
     if tail == tip:
-        cv2.circle(picture, tail, 1, (INK,) * 3, -1, cv2.LINE_AA)
+        cv2.circle(picture, tail, 1, INK, -1, cv2.LINE_AA)
     else:
         head = 5.0 / float(np.hypot(*way))
-        cv2.arrowedLine(picture, tail, tip, (INK,) * 3, 1, cv2.LINE_AA, tipLength=min(head, 0.5))
+        cv2.arrowedLine(picture, tail, tip, INK, 1, cv2.LINE_AA, tipLength=min(head, 0.5))
 
 
 def distance_picture(field: np.ndarray, size: tuple[int, int], longest: float) -> np.ndarray:
@@ -260,7 +260,7 @@ def keyframe_cells(chosen: np.ndarray, interval: int, cell: int) -> np.ndarray:
     Returns:
         (steps * cell, n * cell, 3).
     """
-    grey = np.where(chosen, INK, 225).astype(np.uint8)
+    grey = np.where(chosen, 0, 225).astype(np.uint8)
     picture = grey.repeat(cell, axis=0).repeat(cell, axis=1)
     picture[::cell] = PAPER
     picture[:, ::cell] = PAPER
@@ -290,14 +290,14 @@ def keyframe_picture(
     canvas[top : top + len(grid), left : left + grid.shape[1]] = grid
     image = Image.fromarray(canvas)
     draw = ImageDraw.Draw(image)
-    draw.text((left, 0), "frame", (INK,) * 3, font)
-    draw.text((0, TEXT_SIZE), "step", (INK,) * 3, font)
+    draw.text((left, 0), "frame", INK, font)
+    draw.text((0, TEXT_SIZE), "step", INK, font)
     across = _label_every(cell, font.getlength(str(n - 1)) + GAP)
     for x in range(0, n, across):
-        draw.text((left + (x + 0.5) * cell, top - 2), str(x), (INK,) * 3, font, anchor="mb")
+        draw.text((left + (x + 0.5) * cell, top - 2), str(x), INK, font, anchor="mb")
     for y in range(0, steps, _label_every(cell, TEXT_SIZE)):
         where = (left - GAP, top + (y + 0.5) * cell)
-        draw.text(where, str(first_step + y), (INK,) * 3, font, anchor="rm")
+        draw.text(where, str(first_step + y), INK, font, anchor="rm")
     return above(text_image(title, TITLE_SIZE), text_image(note), np.asarray(image))
 
 
@@ -322,7 +322,7 @@ def text_image(text: str, size: int = TEXT_SIZE) -> np.ndarray:
     image = Image.new("RGB", (width, height * len(lines)), (PAPER,) * 3)
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
-        draw.text((0, i * height), line, (INK,) * 3, font)
+        draw.text((0, i * height), line, INK, font)
     return np.asarray(image)
 
 
