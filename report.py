@@ -1,0 +1,621 @@
+"""Makes a page to look at results: source, reconstruction and every edit, playing in step.
+
+python report.py tokenflow-results --metrics rows.json
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import reprlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import av
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from source_cache import MANIFEST, SourceCache, read_manifest
+from util import (
+    ArgumentParser,
+    MissingFileError,
+    UserError,
+    check_writable,
+    command_line,
+    load_yaml,
+    replacing_folder,
+    setup_logging,
+    sha256_file,
+    slug,
+)
+from video import read_clip, save_video
+
+log = logging.getLogger("tokenflow")
+
+PAGE = "report.html"
+PAGE_PARTS = Path(__file__).resolve().parent / "report_page"
+GENERATOR = '<meta name="generator" content="tokenflow report.py">'
+PARTS_OF_A_RESULT = ("edited.mp4", "config.yaml", "run.yaml")
+LINKED = (*PARTS_OF_A_RESULT, "side_by_side.mp4", "frames")
+POSTER_SIDE = 640
+NEAR = 3  # a link may climb so many folders from the report; farther files are only named
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the table; its values are divided by `scale` and shown with `digits`."""
+
+    key: str
+    label: str
+    unit: str
+    digits: int
+    better: str  # "low", "high", or "" where neither is
+    scale: float = 1.0
+
+
+METRICS = (
+    Metric("warp_error", "Warp error", "×10⁻³", 2, "low"),
+    Metric("clip_score", "CLIP score", "", 3, "high"),
+    Metric("clip_frame", "CLIP frames", "", 3, "high"),
+    Metric("clip_directional", "CLIP direction", "", 3, "high"),
+    Metric("psnr", "PSNR", "dB", 2, ""),
+    Metric("ssim", "SSIM", "", 3, ""),
+    Metric("psnr_background", "PSNR background", "dB", 2, "high"),
+    Metric("ssim_background", "SSIM background", "", 3, "high"),
+    Metric("psnr_object", "PSNR object", "dB", 2, ""),
+    Metric("ssim_object", "SSIM object", "", 3, ""),
+    Metric("dino_distance", "DINO distance", "", 4, "low"),
+    Metric("seconds_per_frame", "Time", "s/frame", 2, "low"),
+    Metric("inversion_seconds_per_frame", "Inversion", "s/frame", 2, "low"),
+    Metric("peak_memory_bytes", "Memory", "GB", 1, "low", 1e9),
+)
+
+# Where things lie: no setting that a result depends on.
+PLACES = ("data_path", "latents_path", "output_path")
+
+
+# ---------------------------------------------------------------- what there is
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished result: its folder, and what config.yaml and run.yaml in it say."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+    @property
+    def technique(self) -> str:
+        return plain(self.run.get("technique", "?"))
+
+    @property
+    def prompt(self) -> str:
+        return plain(self.config.get("prompt", ""))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The results of one clip, and the caches that they were made from, where these still are."""
+
+    name: str
+    results: tuple[Result, ...]
+    caches: tuple[SourceCache, ...]
+
+
+def find_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
+    """Find the finished results in or below some folders.
+
+    Hidden folders and links to folders are passed over; a result found twice counts once.
+
+    Args:
+        roots: the folders.
+
+    Returns:
+        the results, ordered by their folders' paths, and the number of folders that hold only a
+        part of a result, or one whose files cannot be read (which is warned of).
+
+    Raises:
+        UserError: a root is not a folder, or no finished result is found.
+    """
+    found: dict[str, Result] = {}
+    unfinished: set[str] = set()
+    for root in roots:
+        if not root.is_dir():
+            kind = "a file, not a folder" if root.exists() else "no such folder"
+            raise MissingFileError(f"{root}: {kind}")
+        for folder in _visible_folders(root):
+            real = os.path.realpath(folder)
+            there = [(folder / name).is_file() for name in PARTS_OF_A_RESULT]
+            if real in found or real in unfinished or not any(there):
+                continue
+            result = _read_result(Path(real)) if all(there) else None
+            if result is None:
+                unfinished.add(real)
+            else:
+                found[real] = result
+    if not found:
+        places = ", ".join(str(root) for root in roots)
+        also = f" ({len(unfinished)} unfinished)" if unfinished else ""
+        raise UserError(
+            f"{places}: no finished result{also}; one is a folder with {', '.join(LINKED[:3])},"
+            " as run_tokenflow_*.py write it"
+        )
+    return [found[real] for real in sorted(found)], len(unfinished)
+
+
+def _visible_folders(root: Path) -> Iterator[Path]:
+    """A folder and those below it, but for hidden ones and what lies inside of results."""
+    for place, names, files in os.walk(root):
+        yield Path(place)
+        whole = set(PARTS_OF_A_RESULT) <= set(files)
+        names[:] = [] if whole else sorted(n for n in names if not n.startswith("."))
+
+
+def _read_result(folder: Path) -> Result | None:
+    try:
+        probe_video(folder / "edited.mp4")
+        return Result(folder, load_yaml(folder / "config.yaml"), load_yaml(folder / "run.yaml"))
+    except UserError as error:
+        log.warning("left out: %s", error)
+        return None
+
+
+def read_rows(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Read what evaluate.py measured.
+
+    Args:
+        paths: JSON files, each a list of rows. A row belongs to the result of its `folder`, which
+            is taken from the current folder or, if it is not there, from the file's own. Of
+            several rows of a result the last counts, as a whole: rows may differ in protocol.
+
+    Returns:
+        rows by the real path of their folder; rows of other programs' videos have none and are
+        left out.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it does not hold such a list; names the row.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        for index, row in enumerate(_read_list(path)):
+            where = f"--metrics: {path}: row {index}"
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected an object, got {reprlib.repr(row)}")
+            folder = row.get("folder")
+            if folder is not None and not isinstance(folder, str):
+                raise UserError(f"{where}: folder: expected text or null, got {folder!r}")
+            for metric in METRICS:
+                value = row.get(metric.key)
+                if value is not None and type(value) not in (int, float):
+                    shown = reprlib.repr(value)
+                    raise UserError(f"{where}: {metric.key}: expected a number or null, {shown}")
+            if folder and "\0" not in folder:
+                place = Path(folder) if os.path.exists(folder) else path.parent / folder
+                rows[os.path.realpath(place)] = row
+    return rows
+
+
+def _read_list(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise MissingFileError(f"--metrics: {path}: no such file")
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--metrics: {path}: not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise UserError(f"--metrics: {path}: expected a list of rows, as evaluate.py --json writes")
+    return rows
+
+
+def cache_of(result: Result) -> SourceCache | None:
+    """The cache that a result was made from; None, with a warning, if that is no longer there.
+
+    Its path may be relative to the folder in which the edit was run: it is looked for from the
+    current folder and from those above the result.
+    """
+    name, digest = result.run.get("cache"), result.run.get("cache_sha256")
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    folders = [base / name for base in (Path(), *result.folder.parents)]
+    folder = next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
+    if folder is None:
+        log.warning("%s: its source cache %s is not there", result.folder, name)
+        return None
+    if digest is not None and sha256_file(folder / MANIFEST) != digest:
+        log.warning("%s: its source cache %s was made anew since", result.folder, folder)
+        return None
+    try:
+        return SourceCache(folder, read_manifest(folder))
+    except UserError as error:
+        log.warning("%s", error)
+        return None
+
+
+def group_results(results: Iterable[Result]) -> list[Group]:
+    """Put together the results of the same frames of the same source, in the clips' order."""
+    groups: dict[tuple, tuple[list[Result], dict[str, SourceCache]]] = {}
+    for result in results:
+        cache = cache_of(result)
+        if cache is None:
+            key = (result.folder.parent.name, plain(result.run.get("cache")))
+        else:
+            m = cache.manifest
+            key = (m.clip, m.source_sha256, m.frame_start, m.frame_stride)
+        members, caches = groups.setdefault(key, ([], {}))
+        members.append(result)
+        if cache is not None:
+            caches.setdefault(os.path.realpath(cache.folder), cache)
+    return [
+        Group(str(key[0]), tuple(members), tuple(caches.values()))
+        for key, (members, caches) in sorted(groups.items(), key=lambda item: str(item[0]))
+    ]
+
+
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys in which those configs differ that have them, but for places and the prompt.
+
+    A key that only one technique knows (SDEdit's `start`) is no difference to the others.
+    """
+    values: dict[str, set[str]] = {}
+    for config in configs:
+        for key, value in config.items():
+            values.setdefault(plain(key), set()).add(plain(value))
+    return [key for key in values if len(values[key]) > 1 and key not in (*PLACES, "prompt")]
+
+
+# ---------------------------------------------------------------- media
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video of the page: src and poster are relative to it."""
+
+    src: str
+    poster: str
+    fps: float
+    frames: int
+    width: int
+    height: int
+
+
+def probe_video(path: Path) -> tuple[int, Fraction, int, int]:
+    """Read a video's number of frames, frame rate, width and height from its header.
+
+    Raises:
+        UserError: it is not a video, or its header does not tell.
+    """
+    try:
+        with av.open(os.path.abspath(path)) as container:
+            stream = container.streams.video[0]
+            facts = stream.frames, stream.average_rate, stream.width, stream.height
+    except (av.FFmpegError, IndexError) as error:
+        raise UserError(f"{path}: not a video that can be read") from error
+    if not all(facts):
+        raise UserError(f"{path}: its header does not tell frames, frame rate and size")
+    return facts
+
+
+class Media:
+    """The folder of a report's videos; each file's name is a number and a slug."""
+
+    def __init__(self, report: Path) -> None:
+        self.folder = report / "media"
+        self.folder.mkdir()
+        self._numbers = itertools.count(1)
+
+    def add(self, path: Path, name: str) -> Video:
+        """Takes a video in: a hard link where the file system allows one, else a copy."""
+        target = self._target(name)
+        try:
+            os.link(os.path.realpath(path), target)
+        except OSError:
+            shutil.copyfile(path, target)
+        return self._finish(target)
+
+    def encode(self, frames: np.ndarray, fps: Fraction, name: str) -> Video:
+        """Makes a video of (n, H, W, 3) uint8 frames."""
+        target = self._target(name)
+        save_video(target, frames, fps)
+        return self._finish(target)
+
+    def _target(self, name: str) -> Path:
+        return self.folder / f"{next(self._numbers):04d}-{slug(name)}.mp4"
+
+    def _finish(self, path: Path) -> Video:
+        n_frames, fps, width, height = probe_video(path)
+        image = Image.fromarray(read_clip(path, 1, size=(height, width)).frames[0])
+        image.thumbnail((POSTER_SIDE, POSTER_SIDE))
+        poster = path.with_suffix(".jpg")
+        image.save(poster, quality=92)
+        names = (f"{self.folder.name}/{file.name}" for file in (path, poster))
+        return Video(*names, float(fps), n_frames, width, height)
+
+
+def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
+    """A clip's source, as many frames as its edits have: (n, H, W, 3) uint8, and their rate.
+
+    It comes from the cache, or else from the left half of a result's side_by_side.mp4.
+    """
+    longest = max(probe_video(result.folder / "edited.mp4")[0] for result in group.results)
+    for cache in group.caches:
+        try:
+            return cache.frames(min(longest, cache.manifest.n_frames)), cache.fps
+        except UserError as error:
+            log.warning("%s", error)
+    for result in group.results:
+        path = result.folder / "side_by_side.mp4"
+        if path.is_file():
+            try:
+                n_frames, fps, width, height = probe_video(path)
+                both = read_clip(path, n_frames, size=(height, width)).frames
+                return both[:, :, : width // 4 * 2], fps
+            except UserError as error:
+                log.warning("%s", error)
+    return None
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write_report(
+    groups: Sequence[Group], rows: Mapping[str, Mapping[str, Any]], out: Path, title: str
+) -> None:
+    """Write the report's folder, which appears whole or not at all; an older one is replaced.
+
+    Args:
+        groups: of `group_results`.
+        rows: of `read_rows`.
+        out: the folder, absolute.
+        title: the page's.
+    """
+    with replacing_folder(out) as partial:
+        media = Media(partial)
+        work = tqdm(groups, desc="report", unit="clip")
+        clips = [clip_data(group, rows, media, out) for group in work]
+        text = render_page(page_data(clips, rows, title))
+        (partial / PAGE).write_text(text, encoding="utf-8", errors="replace")
+
+
+def page_data(
+    clips: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]], title: str
+) -> dict[str, Any]:
+    """All that the page shows, as plain JSON values."""
+    edits = [edit for clip in clips for edit in clip["edits"]]
+    measured = {key for edit in edits for key in edit["metrics"]}
+    protocols = [edit["protocol"] for edit in edits if edit["protocol"]]
+    return {
+        "title": title,
+        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "metrics": [asdict(metric) for metric in METRICS if metric.key in measured],
+        "protocol": protocols[0] if protocols else [],
+        "protocols_differ": any(protocol != protocols[0] for protocol in protocols),
+        "clips": list(clips),
+    }
+
+
+def clip_data(
+    group: Group, rows: Mapping[str, Mapping[str, Any]], media: Media, out: Path
+) -> dict[str, Any]:
+    """What the page shows of a clip; its videos are taken in on the way."""
+    name, results = group.name, group.results
+    source, notes = source_frames(group), []
+    if source is None:
+        notes.append("The source is missing: its cache is no longer there.")
+    references = []
+    if source is not None:
+        video = media.encode(*source, f"{name}-source")
+        references.append({"label": "Source", "video": asdict(video), "facts": []})
+    for cache in group.caches:
+        path = cache.folder / "inverted.mp4"
+        if path.is_file():
+            several = f" ({cache.manifest.sd_version})" if len(group.caches) > 1 else ""
+            video = media.add(path, f"{name}-reconstruction")
+            label = f"Reconstruction{several}"
+            facts = _reconstruction_facts(cache)
+            references.append({"label": label, "video": asdict(video), "facts": facts})
+    if source is not None and len(references) < 2:
+        notes.append("The reconstruction is missing: its cache is no longer there.")
+
+    differing = differing_settings([result.config for result in results])
+    prompts = list(dict.fromkeys(result.prompt for result in results))
+    edits = [
+        edit_data(result, rows.get(os.path.realpath(result.folder)), differing, media, out)
+        for result in results
+    ]
+    edits.sort(key=lambda edit: (edit["label"], edit["prompt"]))
+    source_prompts = dict.fromkeys(cache.manifest.inversion_prompt for cache in group.caches)
+    return {
+        "name": name,
+        "data_path": plain(results[0].config.get("data_path", "")),
+        "source_prompts": [prompt for prompt in source_prompts if prompt],
+        "prompt": prompts[0] if len(prompts) == 1 else None,
+        "notes": notes,
+        "references": references,
+        "edits": edits,
+    }
+
+
+def _reconstruction_facts(cache: SourceCache) -> list[tuple[str, str]]:
+    both = (("PSNR", cache.manifest.psnr), ("PSNR of the VAE alone", cache.manifest.vae_psnr))
+    return [(name, f"{value:.2f} dB") for name, value in both if math.isfinite(value)]
+
+
+def edit_data(
+    result: Result,
+    row: Mapping[str, Any] | None,
+    differing: Sequence[str],
+    media: Media,
+    out: Path,
+) -> dict[str, Any]:
+    """What the page shows of a result; its video is taken in on the way."""
+    row = row or {}
+    label = row.get("method") or result.technique
+    settings = [(plain(key), plain(value)) for key, value in result.config.items()]
+    video = media.add(result.folder / "edited.mp4", f"{result.folder.parent.name}-{result.prompt}")
+    return {
+        "label": plain(label),
+        "video": asdict(video),
+        "prompt": result.prompt,
+        "differing": [(key, value) for key, value in settings if key in differing],
+        "metrics": metrics_of(result, row),
+        "settings": settings,
+        "run": flat(result.run),
+        "protocol": flat(row.get("protocol") or {}),
+        "path": str(result.folder),
+        "files": [
+            {"name": name, "href": relative_link(result.folder / name, out)}
+            for name in LINKED
+            if (result.folder / name).exists()
+        ],
+    }
+
+
+def metrics_of(result: Result, row: Mapping[str, Any]) -> dict[str, float]:
+    """A result's figures by key: of its row, its cost else of run.yaml; only those there are."""
+    seconds, n_frames = result.run.get("seconds"), result.run.get("n_frames")
+    known: dict[str, Any] = {"peak_memory_bytes": result.run.get("peak_memory_bytes")}
+    if isinstance(seconds, dict) and isinstance(n_frames, int) and n_frames > 0:
+        stages = [seconds.get(stage) for stage in ("edit", "decode", "write")]
+        if all(_is_number(stage) for stage in stages):
+            known["seconds_per_frame"] = sum(stages) / n_frames
+    known |= {key: value for key, value in row.items() if value is not None}
+    return {m.key: known[m.key] for m in METRICS if _is_number(known.get(m.key))}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # NaN is not
+
+
+def plain(value: Any) -> str:
+    """A value of YAML or JSON as text, as YAML writes it; what is nested is cut short."""
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return reprlib.repr(value) if isinstance(value, (list, dict, set, bytes)) else str(value)
+
+
+def flat(mapping: Any) -> list[tuple[str, str]]:
+    """A mapping's keys and values as text, one level of nesting spelled `outer.inner`."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in mapping.items() if isinstance(mapping, dict) else ():
+        if isinstance(value, dict):
+            pairs += [(f"{plain(key)}.{plain(k)}", plain(v)) for k, v in value.items()]
+        else:
+            pairs.append((plain(key), plain(value)))
+    return pairs
+
+
+def relative_link(path: Path, out: Path) -> str | None:
+    """The percent-encoded path from a report to a file near it; None if it is not near.
+
+    Near is what has a folder in common with the report, other than the root, at most NEAR folders
+    up: report and results of one project, which are moved together.
+    """
+    relative = Path(os.path.relpath(os.path.realpath(path), os.path.realpath(out)))
+    up = relative.parts.count(os.pardir)
+    if up > NEAR or up >= len(Path(os.path.realpath(out)).parts) - 1:
+        return None
+    return quote(os.fsencode(relative.as_posix()))
+
+
+def render_page(data: Mapping[str, Any]) -> str:
+    """Put data, style and script into the page; nothing in the data can end its element."""
+    blob = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    parts = {
+        "title": html.escape(data["title"]),
+        "generator": GENERATOR,
+        "style": (PAGE_PARTS / "page.css").read_text(encoding="utf-8"),
+        "script": (PAGE_PARTS / "page.js").read_text(encoding="utf-8"),
+        "data": blob,
+    }
+    template = (PAGE_PARTS / "page.html").read_text(encoding="utf-8")
+    # One pass: what is put in is not searched again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+# ---------------------------------------------------------------- the script
+
+
+def check_out(out: Path, results: Sequence[Result], caches: Sequence[SourceCache]) -> None:
+    """Refuse an output folder that is none of ours, or is mixed up with what the page shows.
+
+    Raises:
+        UserError: says why.
+    """
+    if not out.name:
+        raise UserError(f"--out: {out}: expected the name of a folder")
+    check_writable(out.parent, "--out")
+    for place in (*(result.folder for result in results), *(cache.folder for cache in caches)):
+        folder = Path(os.path.realpath(place))
+        if out.is_relative_to(folder):
+            raise UserError(f"--out: {out}: lies inside of {folder}, which the report shows")
+        if folder.is_relative_to(out):
+            raise UserError(f"--out: {out}: holds {folder}, which the report shows")
+    if out.is_dir():
+        if any(out.iterdir()) and not is_report(out):
+            raise UserError(f"--out: {out}: exists and is not a report; name another folder")
+    elif os.path.lexists(out):
+        raise UserError(f"--out: {out}: exists and is not a report; name another folder")
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder was written by this script."""
+    page = folder / PAGE
+    return page.is_file() and GENERATOR.encode() in page.read_bytes()[:4096]
+
+
+def parse_args(argv: Sequence[str] | None) -> Any:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path, help="folders that hold results")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        type=Path,
+        action="extend",
+        default=[],
+        metavar="ROWS",
+        help="what evaluate.py --json wrote",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="the folder to write (default: report)"
+    )
+    parser.add_argument("--title", default="TokenFlow results", help="the page's title")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script."""
+    setup_logging()
+    args = parse_args(argv)
+    rows = read_rows(args.metrics)
+    results, unfinished = find_results(args.results)
+    if unfinished:
+        log.warning("left out %d unfinished or unreadable results", unfinished)
+    unmatched = len(rows.keys() - {os.path.realpath(result.folder) for result in results})
+    if unmatched:
+        log.warning("--metrics: %d of %d rows are of other results", unmatched, len(rows))
+    groups = group_results(results)
+    out = Path(os.path.realpath(args.out))
+    check_out(out, results, [cache for group in groups for cache in group.caches])
+    write_report(groups, rows, out, args.title)
+    print(f"report: {args.out / PAGE} ({len(results)} results of {len(groups)} clips)")
+
+
+if __name__ == "__main__":
+    command_line(main)
