@@ -66,7 +66,7 @@ class Metric:
 
 
 METRICS = (
-    Metric("warp_error", "Warp error", "×10⁻³", 2, "low"),
+    Metric("warp_error", "Warp error", "x1e-3", 2, "low"),
     Metric("clip_score", "CLIP score", "", 3, "high"),
     Metric("clip_frame", "CLIP frames", "", 3, "high"),
     Metric("clip_directional", "CLIP direction", "", 3, "high"),
@@ -437,6 +437,7 @@ def clip_data(
         for result in results
     ]
     edits.sort(key=lambda edit: (edit["label"], edit["prompt"]))
+    add_hints(edits)
     source_prompts = dict.fromkeys(cache.manifest.inversion_prompt for cache in group.caches)
     return {
         "name": name,
@@ -482,6 +483,14 @@ def edit_data(
             if (result.folder / name).exists()
         ],
     }
+
+
+def add_hints(edits: Sequence[dict[str, Any]]) -> None:
+    """Give edits of one clip that share label and prompt a `hint`: the settings they differ in."""
+    for edit in edits:
+        twins = [e for e in edits if (e["label"], e["prompt"]) == (edit["label"], edit["prompt"])]
+        keys = differing_settings([dict(twin["settings"]) for twin in twins])
+        edit["hint"] = ", ".join(f"{key} {value}" for key, value in edit["settings"] if key in keys)
 
 
 def metrics_of(result: Result, row: Mapping[str, Any]) -> dict[str, float]:

@@ -368,7 +368,7 @@
     const heading = make("h2", { id: `clip-${index}`, dir: "auto" }, clip.name);
     const about = make("dl", { class: "about" });
     const say = (name, ...values) =>
-      about.append(make("div", {}, make("dt", {}, name), make("dd", {}, ...values)));
+      about.append(make("dt", {}, name), make("dd", {}, ...values));
     const tiles = make("div", { class: "tiles" },
       ...clip.references.map((reference) => referenceTile(reference, player)),
       ...clip.edits.map((edit) => editTile(edit, player, clip)));
@@ -404,24 +404,28 @@
     const cells = columns.slice(3).map((column) =>
       make("td", { class: "number" }, figure(column.metric, column.value(row))));
     return make("tr", {},
-      make("th", { scope: "row", dir: "auto" }, make("a", { href: `#${row.edit.id}` }, row.edit.label)),
+      make("th", { scope: "row" }, make("a", { href: `#${row.edit.id}`, dir: "auto" }, row.edit.label),
+        row.edit.hint ? make("span", { class: "hint quiet", dir: "auto" }, row.edit.hint) : null),
       make("td", { class: "clip" }, make("a", { href: `#clip-${row.index}`, dir: "auto" }, row.clip.name)),
       make("td", { class: "prompt" }, make("span", { dir: "auto" }, row.edit.prompt)),
       ...cells);
   }
 
+  const BETTER = { low: ["↓", "lower is better"], high: ["↑", "higher is better"], "": ["", ""] };
+
   function buildTable(rows) {
     const body = make("tbody", {}, ...rows.map((row) => row.line));
     const head = make("tr");
-    const arrows = { ascending: "↑", descending: "↓", none: "" };
+    const arrows = { ascending: "▲", descending: "▼", none: "" };
     for (const column of columns) {
       const arrow = make("span", { class: "arrow", "aria-hidden": "true" });
-      const hint = { low: ", lower is better", high: ", higher is better" }[column.better] ?? "";
-      const button = make("button", { type: "button" }, column.label, arrow);
+      const button = make("button", { type: "button" },
+        ...(column.metric ? [arrow, column.label] : [column.label, arrow]));
       if (column.metric) {
-        const unit = [column.unit, { low: "low", high: "high" }[column.better]].filter(Boolean).join(", ");
-        button.append(make("span", { class: "unit" }, column.unit || "\u00a0"));
-        if (unit && hint) button.title = `${column.label}${hint}`;
+        const [sign, words] = BETTER[column.better];
+        button.append(make("span", { class: "unit" }, `${column.unit}\u00a0`,
+          make("span", { "aria-hidden": "true" }, sign), make("span", { class: "hidden-text" }, words)));
+        button.title = words;
       }
       const cell = make("th", { scope: "col", "aria-sort": "none", class: column.metric ? "number" : "" }, button);
       column.mark = (order) => {
@@ -465,8 +469,8 @@
   document.getElementById("made").textContent = `Written ${data.made} by report.py.`;
   document.getElementById("protocol").textContent = data.protocols_differ
     ? "Not all figures were measured in the same way: see \u201cHow it was measured\u201d of each result."
-    : data.protocol.filter(([name]) => !name.startsWith("versions."))
-        .map(([name, value]) => `${name.replaceAll("_", " ")}: ${value}`).join(" · ");
+    : data.protocol.filter(([name, value]) => !name.startsWith("versions.") && value !== "null")
+        .map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(" · ");
   document.getElementById("table").append(buildTable(rows));
   document.getElementById("clips").append(...shownClips.map((shown) => shown.section));
 
@@ -484,9 +488,11 @@
     shownClips.forEach(({ section }, index) => { section.hidden = !left.has(index); });
     count.textContent = words.length ? `${visible} of ${plural(rows.length, "result")}` : "";
   });
-  document.getElementById("size").addEventListener("change", (event) => {
-    document.documentElement.style.setProperty("--tile", event.target.value);
-  });
+  const size = document.getElementById("size");
+  const resize = () => document.documentElement.style.setProperty("--tile", size.value);
+  if (innerWidth < 480) size.selectedIndex = 0; // two videos side by side
+  size.addEventListener("change", resize);
+  resize();
 
   // ---- keys: for the clip that has the focus, else the one used last, else the first in view
 
