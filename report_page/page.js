@@ -90,10 +90,7 @@
         this.element.preload = "none";
         this.element.src = this.video.src;
       }
-      if (this.player.active && this.element.preload === "none") {
-        this.element.preload = "auto";
-        this.element.load();
-      }
+      if (this.player.active) this.element.preload = "auto";
     }
 
     unload() {

@@ -532,10 +532,10 @@ def wait_for_frames(page, section, frame):
 def test_nothing_plays_or_loads_by_itself(shown, visit):
     page = visit(shown[0], reduced_motion="reduce")
     section = the_wall(page)
-    wait(page, "document.querySelectorAll('video[poster]').length === 6")
+    wait(page, "document.querySelectorAll('video[poster]').length === 7")
     assert page.evaluate(PLAYING) == 0
     states = page.evaluate("[...document.querySelectorAll('video')].map((v) => v.readyState)")
-    assert states == [0] * 6
+    assert states == [0] * 7
     assert page.title() == "A <b>title</b>" == page.locator("h1").inner_text()
     assert section.locator("h3").all_inner_texts() == [
         "Source", "Reconstruction", "PnP, TokenFlow", "PnP, per frame", "pnp",
@@ -827,5 +827,6 @@ def test_of_many_videos_few_are_loaded(many, visit):
 def test_a_huge_window_has_no_more_videos_than_a_browser_bears(many, visit):
     page = visit(many, width=1600, height=2000)
     page.get_by_label("Videos").select_option("small")
+    page.locator("h2").last.evaluate("(heading) => heading.scrollIntoView()")
     wait(page, "document.querySelectorAll('video[poster]').length > 60")
     assert page.evaluate(LOADED) == 48
