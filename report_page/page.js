@@ -346,7 +346,7 @@
     box.addEventListener("toggle", () => {
       if (box.childElementCount > 1) return;
       const files = make("ul", { class: "files" });
-      for (const file of [{ name: "video of this page", href: edit.video.src }, ...edit.files]) {
+      for (const file of [{ name: "video in this report", href: edit.video.src }, ...edit.files]) {
         if (file.href !== null) files.append(make("li", {}, make("a", { href: file.href }, file.name)));
       }
       box.append(make("h4", {}, "Files"), files, make("p", { class: "quiet", dir: "auto" }, edit.path));
@@ -372,6 +372,8 @@
     const longest = Math.max(...videos.map((video) => video.frames));
     const cut = player.frames < longest ? `the first ${player.frames} of ${longest} frames` : plural(longest, "frame");
     say("Clip", `${cut} at ${Number(fps.toFixed(3))} fps, ${width}×${height}`);
+    const namesakes = data.clips.filter((other) => other.name === clip.name);
+    if (namesakes.length > 1) say("From", ...longText(clip.data_path));
     for (const prompt of clip.source_prompts) say("Source prompt", ...longText(prompt));
     if (clip.prompt !== null) say("Prompt", ...longText(clip.prompt));
     const section = make("section", { class: "clip-section", "aria-labelledby": `clip-${index}` },
@@ -420,7 +422,7 @@
         ...(column.metric ? [arrow, column.label] : [column.label, arrow]));
       if (column.metric) {
         const [sign, words] = BETTER[column.better];
-        button.append(make("span", { class: "unit" }, `${column.unit}\u00a0`,
+        button.append(make("span", { class: "unit" }, column.unit, column.unit && sign ? " " : "\u200b",
           make("span", { "aria-hidden": "true" }, sign), make("span", { class: "hidden-text" }, words)));
         button.title = words;
       }

@@ -45,7 +45,7 @@ def frames_of(n_frames, size=32):
     ).copy()
 
 
-def make_cache(folder, n_frames=N_FRAMES, **changes):
+def make_cache(folder, n_frames=4, **changes):
     """A finished cache of a clip, without latents."""
     save_source(folder, frames_of(n_frames), "a grey wall", None)
     save_video(folder / "inverted.mp4", frames_of(n_frames), FPS)
@@ -78,7 +78,7 @@ def make_cache(folder, n_frames=N_FRAMES, **changes):
     return folder
 
 
-def make_result(folder, cache, n_frames=N_FRAMES, fps=FPS, technique="pnp", **config):
+def make_result(folder, cache, n_frames=4, fps=FPS, technique="pnp", **config):
     """A finished result; `cache` is the folder of one, or None."""
     frames = frames_of(n_frames)
     save_video(folder / "edited.mp4", frames, Fraction(fps))
@@ -194,12 +194,14 @@ def shown(tmp_path_factory):
     """A report of two clips, moved away from what it was made of, which is gone; and its data."""
     place = tmp_path_factory.mktemp("shown")
     results = place / "results"
-    wall = make_cache(place / "wall")
+    wall = make_cache(place / "wall", N_FRAMES)
     clip = results / "pnp" / "wall"
-    one = make_result(clip / "one", wall, guidance_scale=7.5)
-    two = make_result(clip / "two", wall, consistency="none", guidance_scale=7.5)
-    slow = make_result(clip / "slow", wall, fps=10, guidance_scale=7.5)
-    sky = make_result(results / "sdedit" / "sky" / "x", None, technique="sdedit", prompt="night")
+    one = make_result(clip / "one", wall, N_FRAMES, guidance_scale=7.5)
+    two = make_result(clip / "two", wall, N_FRAMES, consistency="none", guidance_scale=7.5)
+    slow = make_result(clip / "slow", wall, N_FRAMES, fps=10, guidance_scale=7.5)
+    sky = make_result(
+        results / "sdedit" / "sky" / "x", None, N_FRAMES, 20, "sdedit", prompt="night"
+    )
     rows = write_rows(
         place / "rows.json",
         {"folder": str(one), "method": "PnP, TokenFlow", "warp_error": 10.123, "psnr": 20},
@@ -366,9 +368,10 @@ def test_videos_are_copied_where_links_are_not_possible(tmp_path, monkeypatch):
     assert copy.read_bytes() == (folder / "edited.mp4").read_bytes()
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """The current folder, with one result and its cache."""
+@pytest.fixture(scope="module")
+def bad_and_good(tmp_path_factory):
+    """A folder with one result and its cache, and much that is no use."""
+    tmp_path = tmp_path_factory.mktemp("place")
     make_result(tmp_path / "results" / "x", make_cache(tmp_path / "cache"))
     (tmp_path / "nothing").mkdir()
     (tmp_path / "notes").mkdir()
@@ -380,8 +383,14 @@ def place(tmp_path, monkeypatch):
     write_rows(tmp_path / "list.json", [])
     write_rows(tmp_path / "folder.json", {"folder": 3})
     write_rows(tmp_path / "value.json", {}, {"warp_error": "3"})
-    monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def place(bad_and_good, monkeypatch):
+    """That folder as the current one."""
+    monkeypatch.chdir(bad_and_good)
+    return bad_and_good
 
 
 @pytest.mark.parametrize(
@@ -423,8 +432,9 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(
 
 def test_an_empty_folder_and_an_unmatched_row_are_no_errors(place, caplog):
     rows = write_rows(place / "rows.json", {"folder": "elsewhere"}, {"folder": "results/x"})
-    make_report(place / "nothing", place / "results", metrics=[rows])
-    assert (place / "nothing" / "report.html").is_file()
+    (place / "empty").mkdir()
+    make_report(place / "empty", place / "results", metrics=[rows])
+    assert (place / "empty" / "report.html").is_file()
     assert "1 of 2 rows are of other results" in caplog.text
 
 
@@ -825,7 +835,8 @@ def test_of_many_videos_few_are_loaded(many, visit):
 
 
 def test_a_huge_window_has_no_more_videos_than_a_browser_bears(many, visit):
-    page = visit(many, width=1600, height=2000)
+    page = visit(many, height=1200)
+    page.add_style_tag(content="figcaption { display: none !important }")
     page.get_by_label("Videos").select_option("small")
     page.locator("h2").last.evaluate("(heading) => heading.scrollIntoView()")
     wait(page, "document.querySelectorAll('video[poster]').length > 60")
