@@ -568,14 +568,22 @@ def test_videos_advance_together(shown, visit):
         }}"""
     )
     assert statistics.median(samples) < 1
-    # One that is put off finds back.
-    page.evaluate(
-        "document.querySelectorAll('.clip-section:last-of-type video')[2].currentTime = 0"
-    )
-    wait(page, f"Math.min(...({POSITIONS})()) > 1 && {SPREAD} < 1")
     section.get_by_role("button", name="Pause").click()
-    frame = int(section.get_by_label("Frame", exact=True).input_value())
-    wait_for_frames(page, section, frame)
+    wait_for_frames(page, section, int(section.get_by_label("Frame", exact=True).input_value()))
+
+
+def test_a_video_that_is_put_off_finds_back(shown, visit):
+    page = visit(shown[0])
+    section = the_wall(page)
+    section.get_by_label("Loop").uncheck()  # a new round would mend it too
+    section.get_by_label("Speed").select_option("0.25")
+    section.get_by_role("button", name="Play").click()
+    wait(page, f"{PLAYING} === 5 && Math.min(...({POSITIONS})()) > 1")
+    for index, seconds in ((2, 1.5), (4, 0)):  # far ahead, behind
+        section.locator("video").nth(index).evaluate(
+            "(video, seconds) => { video.currentTime = seconds; }", seconds
+        )
+        wait(page, f"{PLAYING} === 5 && Math.min(...({POSITIONS})()) > 1 && {SPREAD} < 1")
 
 
 def test_scrubbing_sets_all_and_a_step_moves_one_frame(shown, visit):
