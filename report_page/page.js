@@ -66,21 +66,41 @@
   // A video with what the page knows of it. It has a source only while it is near the window.
   class Screen {
     constructor(video, player) {
-      Object.assign(this, { video, player, near: false, loaded: false, failed: false });
+      Object.assign(this, { video, player, near: false, loaded: false, begun: false, failed: false });
       this.element = make("video", {
         width: video.width, height: video.height, preload: "none", playsinline: true,
         class: Math.max(video.width, video.height) <= 128 ? "small" : "",
       });
       this.element.muted = true;
       this.element.addEventListener("click", () => player.toggle());
-      this.element.addEventListener("loadedmetadata", () => this.join());
+      this.element.addEventListener("loadeddata", () => this.join());
       this.element.addEventListener("error", () => this.fail());
+      this.drawn = null; // the time of the frame that is on the screen, where the browser tells
+      this.nudges = 0;
+      if (this.element.requestVideoFrameCallback) {
+        const note = (now, frame) => {
+          this.drawn = frame.mediaTime;
+          this.element.requestVideoFrameCallback(note);
+        };
+        this.element.requestVideoFrameCallback(note);
+        this.element.addEventListener("seeked", () => setTimeout(() => this.check(), 120));
+      }
     }
 
-    get ready() { return this.loaded && !this.failed && this.element.readyState >= 1; }
+    // Chromium now and then goes on showing a video's first frame after the first seek: seek again.
+    check() {
+      const { element, video } = this;
+      if (!this.ready || !element.paused || element.seeking || this.nudges >= 5) return;
+      if (this.drawn !== null && Math.round(this.drawn * video.fps) === Math.floor(this.position)) return;
+      this.nudges++;
+      element.currentTime += (this.nudges % 2 ? 0.1 : -0.1) / video.fps;
+    }
+
+    get ready() { return this.begun && !this.failed; }
     get position() { return this.element.currentTime * this.video.fps; } // in frames
     get settled() {
-      return !this.loaded || this.failed || (this.element.readyState >= 2 && !this.element.seeking);
+      if (!this.loaded || this.failed) return true;
+      return this.begun && this.element.readyState >= 2 && !this.element.seeking;
     }
 
     load() {
@@ -95,14 +115,15 @@
 
     unload() {
       if (!this.loaded) return;
-      this.loaded = false;
+      this.loaded = this.begun = false;
       this.element.removeAttribute("src");
       this.element.load();
     }
 
     // Take part in what the clip is doing: this video came into view when others were there.
     join() {
-      if (!this.player.active) return;
+      this.begun = this.loaded;
+      if (!this.player.active || !this.begun) return;
       this.seek(this.player.position);
       if (this.player.running) this.start();
     }
@@ -110,6 +131,7 @@
     // To a place in frames; whole frames are sought at their middle, where rounding is harmless.
     seek(frame) {
       if (!this.ready) return;
+      this.nudges = 0;
       const last = this.video.frames - 1;
       const time = (Math.min(Number.isInteger(frame) ? frame + 0.5 : frame, last + 0.5)) / this.video.fps;
       if (Math.abs(this.element.currentTime - time) > 1e-4) this.element.currentTime = time;
