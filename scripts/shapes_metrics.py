@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shapes_world import BACKGROUNDS, COLORS, FILLS, HUES, SHAPES, Scene, ShapesClip, caption_of
 
+import metrics
 from diffusion import psnr
+from motion import Motion
 from util import MissingFileError
 
 LEAST_CHROMA = 20  # of a pixel with a hue, of 255: its distance from the grey of its brightness
@@ -104,27 +106,21 @@ def _shape(outline: np.ndarray, holes: float) -> str:
     return "square" if is_square else "none"
 
 
-def warp_error(frames: np.ndarray, clip: ShapesClip) -> float:
-    """How much a clip changes along the true motion, x1e-3 (the paper's Table 1).
+def true_motion(clip: ShapesClip, n_frames: int | None = None) -> Motion:
+    """The ground truth of how a clip's first n_frames move (None: all), at least 2."""
+    pairs = [clip.flow(i, i - 1) for i in range(1, n_frames or len(clip.frames))]
+    flow, visible = (torch.from_numpy(np.stack(parts)) for parts in zip(*pairs, strict=True))
+    return Motion(flow.permute(0, 3, 1, 2).contiguous(), visible)
 
-    The mean over consecutive frames of the squared difference, in RGB of [0, 1], between a frame
-    and the one before it warped to it by the true flow, where the true occlusions allow.
+
+def warp_error(frames: np.ndarray, clip: ShapesClip) -> float:
+    """`metrics.warp_error` along a clip's true motion.
 
     Args:
-        frames: (n, H, W, 3) uint8 RGB, n >= 2, edited or not.
+        frames: (n, H, W, 3) uint8 RGB, n >= 2, edited or not: the clip's first.
         clip: the source's ground truth.
     """
-    rows, columns = np.mgrid[: frames.shape[1], : frames.shape[2]].astype(np.float32)
-    errors = []
-    for i in range(1, len(frames)):
-        flow, visible = clip.flow(i, i - 1)
-        before = frames[i - 1].astype(np.float32)
-        warped = cv2.remap(
-            before, columns + flow[..., 0], rows + flow[..., 1], cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_REPLICATE,
-        )  # fmt: skip
-        errors.append((np.square(warped - frames[i])[visible] / 255.0**2).mean())
-    return 1e3 * float(np.mean(errors))
+    return metrics.warp_error(frames, true_motion(clip, len(frames)))
 
 
 def background_psnr(
