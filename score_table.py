@@ -1,0 +1,248 @@
+"""The rows that evaluate.py makes, and their tables: plain text, Markdown, CSV, JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from util import atomic_file
+
+# A row's measures: its column's heading, decimals, factor to the unit of the heading.
+COLUMNS = {
+    "warp_error": ("warp error x1e-3", 2, 1),
+    "clip_score": ("CLIP score", 3, 1),
+    "clip_frame": ("CLIP frame", 3, 1),
+    "clip_directional": ("CLIP direction", 3, 1),
+    "psnr": ("PSNR dB", 2, 1),
+    "ssim": ("SSIM", 3, 1),
+    "psnr_background": ("PSNR backgr.", 2, 1),
+    "ssim_background": ("SSIM backgr.", 3, 1),
+    "psnr_object": ("PSNR object", 2, 1),
+    "ssim_object": ("SSIM object", 3, 1),
+    "dino_distance": ("DINO distance", 4, 1),
+    "seconds_per_frame": ("s/frame", 2, 1),
+    "inversion_seconds_per_frame": ("inversion s/frame", 2, 1),
+    "peak_memory_bytes": ("peak GiB", 2, 1 / 2**30),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One edited video's scores, and the protocol by which they were measured; None: not measured.
+
+    docs/evaluation.md explains every field.
+    """
+
+    method: str
+    clip: str
+    prompt: str | None
+    source_prompt: str | None
+    folder: str | None
+    video: str
+    n_frames: int
+    height: int
+    width: int
+    fps: float
+    protocol: dict[str, Any]
+    warp_error: float | None = None
+    clip_score: float | None = None
+    clip_frame: float | None = None
+    clip_directional: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    psnr_background: float | None = None
+    ssim_background: float | None = None
+    psnr_object: float | None = None
+    ssim_object: float | None = None
+    dino_distance: float | None = None
+    seconds: dict[str, float] | None = None
+    seconds_per_frame: float | None = None
+    inversion_seconds_per_frame: float | None = None
+    peak_memory_bytes: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as JSON's plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The means of one method's rows.
+
+    Attributes:
+        rows: how many there are.
+        clips: of how many clips.
+        means: of each measure over the rows that have it; None where none has.
+        counts: how many rows have it.
+    """
+
+    method: str
+    rows: int
+    clips: int
+    means: dict[str, float | None]
+    counts: dict[str, int]
+
+
+def summarize(rows: Sequence[Row]) -> list[Summary]:
+    """The means over each method's rows, in the order in which the methods first appear."""
+    summaries = []
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row for row in rows if row.method == method]
+        values = {name: [v for row in own if (v := getattr(row, name)) is not None]
+                  for name in COLUMNS}  # fmt: skip
+        summaries.append(
+            Summary(
+                method,
+                rows=len(own),
+                clips=len({row.clip for row in own}),
+                means={n: float(np.mean(v)) if v else None for n, v in values.items()},
+                counts={n: len(v) for n, v in values.items()},
+            )
+        )
+    return summaries
+
+
+# ---------------------------------------------------------------------------------------------
+# For people
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """The rows and, of several clips, each method's means: columns aligned, then the protocol.
+
+    A measure that no row has gets no column; "-" is what one row lacks.
+    """
+    head, *body = _cells(rows)
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = [
+        "  ".join(
+            [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
+            + [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
+        ).rstrip()
+        for line in (head, *body)
+    ]
+    return "\n".join([*lines, "", *protocols(rows)])
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """`text_table` as a Markdown table with the protocol below it."""
+    head, *body = ([_escaped(cell) for cell in line] for line in _cells(rows))
+    rule = ["---", "---", *("---:" for _ in head[2:])]
+    lines = [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
+    return "\n".join([*lines, "", *(f"{_escaped(line)}\n" for line in protocols(rows))])
+
+
+def _escaped(text: str) -> str:
+    """Text that neither ends a Markdown cell nor marks anything up."""
+    return "".join(f"\\{c}" if c in "\\|*_`<[" else c for c in " ".join(text.split()))
+
+
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The table's lines, headings first: method, clip, and the measures that any row has."""
+    names = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
+    lines = [["method", "clip", *(COLUMNS[name][0] for name in names)]]
+    lines += [[r.method, r.clip, *(_shown(n, getattr(r, n)) for n in names)] for r in rows]
+    if len({row.clip for row in rows}) > 1:
+        for summary in summarize(rows):
+            line = [summary.method, f"mean of {summary.rows}"]
+            for name in names:
+                count, shown = summary.counts[name], _shown(name, summary.means[name])
+                line.append(f"{shown} (of {count})" if 0 < count < summary.rows else shown)
+            lines.append(line)
+    return lines
+
+
+def _shown(name: str, value: float | None) -> str:
+    _, decimals, factor = COLUMNS[name]
+    return "-" if value is None else f"{value * factor:.{decimals}f}"
+
+
+def protocols(rows: Sequence[Row]) -> list[str]:
+    """The protocol in one line; where rows differ in theirs, a line each with the rows' numbers."""
+    numbers: dict[str, list[int]] = {}
+    for i, row in enumerate(rows, start=1):
+        numbers.setdefault(_protocol_line(row), []).append(i)
+    if len(numbers) == 1:
+        return [f"Protocol: {line}" for line in numbers]
+    return [f"Protocol of rows {_ranges(own)}: {line}" for line, own in numbers.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[1, 2, 3, 5] as "1-3, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _protocol_line(row: Row) -> str:
+    p = row.protocol
+    parts = [
+        f"flow {p['flow']}" + (f", {p['flow_weights']}" if p["flow_weights"] else ""),
+        f"occlusion {p['occlusion']}",
+        f"{p['resolution']} (HxW), {row.n_frames} frames",
+        f"masks: {p['mask'] or 'none'}",
+        f"CLIP {p['clip_model'] or 'none'}",
+        f"DINO {p['dino_model'] or 'none'}",
+        ", ".join(f"{name} {version}" for name, version in p["versions"].items()),
+    ]
+    return "; ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# For programs
+
+
+def write_json(path: Path, rows: Sequence[Row]) -> None:
+    """A list of the rows; null where not measured."""
+    text = json.dumps([row.as_dict() for row in rows], indent=2, allow_nan=False)
+    _write(path, f"{text}\n")
+
+
+def write_markdown(path: Path, rows: Sequence[Row]) -> None:
+    """`markdown_table`."""
+    _write(path, markdown_table(rows))
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """The rows; each stage's seconds and each part of the protocol in a column of its own."""
+    plain = [_flat(row) for row in rows]
+    names = list(dict.fromkeys(name for line in plain for name in line))
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        writer.writerows(plain)
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for field in fields(row):
+        value = getattr(row, field.name)
+        if field.name == "protocol":
+            versions = "; ".join(f"{name} {v}" for name, v in value["versions"].items())
+            flat |= {f"protocol_{key}": v for key, v in {**value, "versions": versions}.items()}
+        elif field.name == "seconds":
+            flat |= {f"seconds_{stage}": s for stage, s in (value or {}).items()}
+        else:
+            flat[field.name] = value
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+WRITERS: dict[str, Callable[[Path, Sequence[Row]], None]] = {
+    "json": write_json,
+    "csv": write_csv,
+    "markdown": write_markdown,
+}
