@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ COLUMNS = {
     "inversion_seconds_per_frame": ("inversion s/frame", 2, 1),
     "peak_memory_bytes": ("peak GiB", 2, 1 / 2**30),
 }
+TEXTS = ("method", "clip", "prompt")  # headings of columns that are no numbers
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,14 @@ def text_table(rows: Sequence[Row]) -> str:
 
     A measure that no row has gets no column; "-" is what one row lacks.
     """
-    head, *body = _cells(rows)
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = _cells(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    justify = [str.ljust if heading in TEXTS else str.rjust for heading in lines[0]]
     lines = [
         "  ".join(
-            [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
-            + [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
+            put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True)
         ).rstrip()
-        for line in (head, *body)
+        for line in lines
     ]
     return "\n".join([*lines, "", *protocols(rows)])
 
@@ -132,7 +134,7 @@ def text_table(rows: Sequence[Row]) -> str:
 def markdown_table(rows: Sequence[Row]) -> str:
     """`text_table` as a Markdown table with the protocol below it."""
     head, *body = ([_escaped(cell) for cell in line] for line in _cells(rows))
-    rule = ["---", "---", *("---:" for _ in head[2:])]
+    rule = ["---" if heading in TEXTS else "---:" for heading in head]
     lines = [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
     return "\n".join([*lines, "", *(f"{_escaped(line)}\n" for line in protocols(rows))])
 
@@ -143,13 +145,17 @@ def _escaped(text: str) -> str:
 
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The table's lines, headings first: method, clip, and the measures that any row has."""
+    """The table's lines, headings first: what was edited how, and the measures that any row has."""
     names = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
-    lines = [["method", "clip", *(COLUMNS[name][0] for name in names)]]
-    lines += [[r.method, r.clip, *(_shown(n, getattr(r, n)) for n in names)] for r in rows]
+    # Only prompts tell one method's edits of one clip apart.
+    prompts = len({(row.method, row.clip) for row in rows}) < len(rows)
+    lines = [["method", "clip", *["prompt"] * prompts, *(COLUMNS[name][0] for name in names)]]
+    for row in rows:
+        prompt = [shorten(row.prompt or "-", 48, placeholder="...")] * prompts
+        lines.append([row.method, row.clip, *prompt, *(_shown(n, getattr(row, n)) for n in names)])
     if len({row.clip for row in rows}) > 1:
         for summary in summarize(rows):
-            line = [summary.method, f"mean of {summary.rows}"]
+            line = [summary.method, f"mean of {summary.rows}", *[""] * prompts]
             for name in names:
                 count, shown = summary.counts[name], _shown(name, summary.means[name])
                 line.append(f"{shown} (of {count})" if 0 < count < summary.rows else shown)

@@ -1,0 +1,673 @@
+"""evaluate.py from the command line to its tables: results of the tiny model, and other videos."""
+
+import csv
+import dataclasses
+import json
+import logging
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load
+from PIL import Image
+from shapes_metrics import true_motion
+from shapes_world import random_scene, render_clip
+
+import evaluate
+import evaluate_inputs
+import metrics
+import motion
+import run_tokenflow_sdedit
+from evaluate import Evaluator, Protocol, Row, method_name, parse_args, summarize
+from evaluate_inputs import Source, find_masks, find_results, find_truth, read_masks, read_truth
+from motion import save_motion
+from score_table import COLUMNS, markdown_table, text_table, write_csv, write_json
+from source_cache import open_cache
+from util import MissingFileError, UserError, load_yaml, save_yaml
+from video import load_frames, save_frames, save_video
+
+JUDGE = str(Path(__file__).resolve().parents[1] / "models" / "tiny" / "judge")
+QUICK = ["--flow", "dis", "--clip_model", "none", "--device", "cpu"]
+N_FRAMES = 4
+SOURCE_PROMPT, PROMPT = "a red star on a yellow background", "a blue star on a yellow background"
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory):
+    """A folder with two clips, their true motion and masks, caches, and an edit of each."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for seed, name in enumerate(("one", "two")):
+        clip = make_clip(folder / f"{name}.mp4", 5, seed=seed)
+        rendered = render_clip(random_scene(seed), 5, (HEIGHT, WIDTH))
+        save_motion(folder / f"{name}.flow.safetensors", true_motion(rendered))
+        save_masks(folder / "masks" / name, rendered.masks)
+        invert(clip, folder / "latents", tiny_model, inversion_prompt=SOURCE_PROMPT)
+        config = {
+            "data_path": str(clip),
+            "latents_path": str(folder / "latents"),
+            "output_path": str(folder / "out"),
+            "prompt": PROMPT,
+            "model_key": str(tiny_model),
+            "n_inversion_steps": 10,
+            "n_timesteps": 5,
+            "n_frames": N_FRAMES,
+            "batch_size": 2,
+            "start": 0.4,
+        }
+        path = folder / f"{name}.yaml"
+        save_yaml(path, config)
+        run_tokenflow_sdedit.main(["--config", str(path), "--device", "cpu"])
+        if name == "one":
+            other = ["--set", "keyframes=fixed"]
+            run_tokenflow_sdedit.main(["--config", str(path), "--device", "cpu", *other])
+    return folder
+
+
+def save_masks(folder: Path, masks: np.ndarray) -> None:
+    """As DAVIS has them: PNG files whose palette's indices are the objects."""
+    folder.mkdir(parents=True)
+    for i, mask in enumerate(masks):
+        image = Image.fromarray(mask, "P")
+        image.putpalette([255, 255, 255, 128, 0, 0, 0, 128, 0])  # of background too, not black
+        image.save(folder / f"{i:05d}.png")
+
+
+@pytest.fixture
+def results(place, tmp_path):
+    """A copy of the results that a test may damage."""
+    return Path(shutil.copytree(place / "out", tmp_path / "out"))
+
+
+def first(results: Path) -> Path:
+    return find_results(results)[0]
+
+
+def change(path: Path, **keys: object) -> None:
+    """Set keys of a YAML file; None removes one."""
+    record = load_yaml(path) | keys
+    save_yaml(path, {k: v for k, v in record.items() if v is not None})
+
+
+# ---------------------------------------------------------------- results
+
+
+@pytest.fixture(scope="module")
+def scored(place, tmp_path_factory):
+    """All results scored by the whole script: the rows, and the folder of the files."""
+    out = tmp_path_factory.mktemp("scores")
+    files = [f"--{kind}={out / f'scores.{kind}'}" for kind in ("json", "csv", "markdown")]
+    rows = evaluate.main(
+        [str(place / "out"), "--flow", "truth", "--masks", str(place / "masks"),
+         "--clip_model", JUDGE, "--device", "cpu", *files]
+    )  # fmt: skip
+    return rows, out
+
+
+def test_every_result_has_a_row(scored, place):
+    rows, _ = scored
+    assert sorted((row.method, row.clip) for row in rows) == [
+        ("SDEdit, TokenFlow", "one"),
+        ("SDEdit, TokenFlow", "two"),
+        ("SDEdit, fixed keyframes", "one"),
+    ]
+    for row in rows:
+        assert (row.prompt, row.source_prompt) == (PROMPT, SOURCE_PROMPT)
+        assert (row.n_frames, row.height, row.width, row.fps) == (N_FRAMES, HEIGHT, WIDTH, 10.0)
+        assert Path(row.folder).parent == place / "out" / "sdedit" / row.clip
+        assert row.video == f"{row.folder}/edited.mp4"
+
+
+def test_the_scores_are_the_measures_of_the_png_frames(scored, place):
+    rows, _ = scored
+    clip = metrics.ClipEmbedder(Path(JUDGE), torch.device("cpu"))
+    for row in rows:
+        frames = load_frames(Path(row.folder) / "frames")
+        source = open_cache(Path(load_yaml(Path(row.folder) / "run.yaml")["cache"])).frames(4)
+        truth = motion.load_motion(place / f"{row.clip}.flow.safetensors")
+        masks = render_clip(random_scene(["one", "two"].index(row.clip)), 5, (HEIGHT, WIDTH)).masks
+        object_ = masks[:N_FRAMES] > 0
+        assert row.warp_error == metrics.warp_error(frames, truth)
+        assert row.psnr == metrics.psnr(frames, source)
+        assert row.psnr_object == metrics.psnr(frames, source, object_)
+        assert row.psnr_background == metrics.psnr(frames, source, ~object_)
+        assert (row.ssim, row.ssim_object, row.ssim_background) == metrics.ssim(
+            frames, source, object_
+        )
+        edited, text = clip.embed_frames(frames), clip.embed_text(PROMPT)
+        assert row.clip_score == metrics.clip_score(edited, text)
+        assert row.clip_frame == metrics.clip_frame_consistency(edited)
+        assert row.clip_directional == metrics.clip_directional(
+            edited, clip.embed_frames(source), text, clip.embed_text(SOURCE_PROMPT)
+        )
+        assert row.dino_distance is None
+
+
+def test_the_cost_is_the_runs(scored):
+    for row in scored[0]:
+        run = load_yaml(Path(row.folder) / "run.yaml")
+        seconds = run["seconds"]
+        work = seconds["edit"] + seconds["decode"] + seconds["write"]
+        assert row.seconds == seconds
+        assert row.seconds_per_frame == pytest.approx(work / N_FRAMES)
+        manifest = open_cache(Path(run["cache"])).manifest
+        assert row.inversion_seconds_per_frame == pytest.approx(manifest.seconds["inversion"] / 5)
+        assert row.peak_memory_bytes == run["peak_memory_bytes"]
+
+
+def test_the_protocol_is_in_each_row(scored):
+    for row in scored[0]:
+        protocol = dict(row.protocol)
+        assert {"torch", "torchvision", "transformers", "torchmetrics", "cv2"} <= set(
+            protocol.pop("versions")
+        )
+        assert protocol == {
+            "flow": "truth",
+            "flow_weights": None,
+            "occlusion": "ground truth",
+            "resolution": f"{HEIGHT}x{WIDTH}",
+            "mask": evaluate_inputs.MASK_RULE,
+            "clip_model": JUDGE,
+            "dino_model": None,
+        }
+
+
+def test_the_files_hold_the_rows(scored):
+    rows, out = scored
+    assert json.loads((out / "scores.json").read_text()) == [row.as_dict() for row in rows]
+    with open(out / "scores.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        assert line["prompt"] == PROMPT
+        assert float(line["warp_error"]) == row.warp_error
+        assert float(line["seconds_edit"]) == row.seconds["edit"]
+        assert line["protocol_flow"] == "truth"
+        assert line["dino_distance"] == ""
+        assert f"torch {torch.__version__}" in line["protocol_versions"]
+    markdown = (out / "scores.markdown").read_text()
+    assert markdown == markdown_table(rows)
+    assert "| SDEdit, TokenFlow | mean of 2 |" in markdown
+
+
+def test_one_result_is_scored_by_its_folder_and_named_twice_is_one_row(place, capsys):
+    folder = first(place / "out")
+    rows = evaluate.main([str(folder), str(folder.parent), *QUICK])
+    assert len(rows) == len(list(folder.parent.iterdir()))
+    shown = capsys.readouterr().out
+    assert shown.startswith("method ")
+    assert "Protocol: flow dis; occlusion forward-backward, alpha1 0.01, alpha2 0.5" in shown
+    assert "CLIP score" not in shown  # not measured: no column
+    assert all(row.clip_score is None and row.psnr_object is None for row in rows)
+    assert all(row.warp_error > 0 for row in rows)
+
+
+def test_flow_and_embeddings_of_a_source_are_computed_once(place, monkeypatch):
+    calls = []
+    estimate = evaluate.motion_by
+    monkeypatch.setattr(evaluate, "motion_by", lambda *a: calls.append("flow") or estimate(*a))
+    embed = metrics.ClipEmbedder.embed_frames
+    counted = lambda self, frames: calls.append("clip") or embed(self, frames)  # noqa: E731
+    monkeypatch.setattr(metrics.ClipEmbedder, "embed_frames", counted)
+    rows = evaluate.main(
+        [str(place / "out"), "--flow", "dis", "--clip_model", JUDGE, "--device", "cpu"]
+    )
+    assert len(rows) == 3  # of two sources
+    assert calls.count("flow") == 2
+    assert calls.count("clip") == 3 + 2
+
+
+def test_a_source_of_the_same_name_is_another(place, results, tmp_path):
+    """What is kept of a source is used for its very frames only."""
+    source = place / "one.mp4"
+    for i, seed in enumerate((5, 6)):
+        make_clip(tmp_path / f"edit{i}.mp4", 5, seed=seed)
+    evaluator = Evaluator(Protocol(flow="dis", clip_model=None, device="cpu"))
+    first_row = evaluator.score_video(source, tmp_path / "edit0.mp4", prompt=None)
+    assert evaluator.score_video(source, tmp_path / "edit0.mp4", prompt=None) == first_row
+    moved = shutil.copy(source, tmp_path / "clip.mp4")
+    evaluator.score_video(moved, tmp_path / "edit0.mp4", prompt=None)
+    shutil.copy(place / "two.mp4", moved)
+    fresh = Evaluator(evaluator.protocol).score_video(moved, tmp_path / "edit0.mp4", prompt=None)
+    assert evaluator.score_video(moved, tmp_path / "edit0.mp4", prompt=None) == fresh
+    assert fresh.warp_error != first_row.warp_error
+
+
+def test_hidden_and_unfinished_results_are_left_out(results):
+    found = find_results(results)
+    assert len(found) == 3
+    shutil.copytree(found[0], found[0].with_name(f".{found[0].name}.partial"))
+    (found[1] / "run.yaml").unlink()
+    assert find_results(results) == [found[0], found[2]]
+
+
+def test_the_first_frames_of_a_longer_truth_are_used(place):
+    """The results have four frames, the truth five: an edit that is its source has its error."""
+    source = Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH))
+    truth = read_truth(source, find_truth(source, None))
+    whole = motion.load_motion(place / "one.flow.safetensors")
+    assert torch.equal(truth.flow, whole.flow[:3])
+    later = dataclasses.replace(source, shape=(3, HEIGHT, WIDTH), start=2)
+    assert torch.equal(read_truth(later, find_truth(later, None)).flow, whole.flow[2:])
+    half = dataclasses.replace(source, shape=(4, HEIGHT // 2, WIDTH))
+    assert torch.equal(
+        read_truth(half, find_truth(half, place)).flow[:, 1], whole.flow[:3, 1, 1::2] / 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": (6, HEIGHT, WIDTH)}, "holds 5 frames, the edit needs those up to 6"),
+        ({"start": 2}, "holds 5 frames, the edit needs those up to 6"),
+        ({"shape": (2, HEIGHT, WIDTH), "stride": 2}, "of consecutive frames, the edit is of every"),
+        ({"shape": (4, 40, 40), "fit": "crop"}, "the edit of a part cropped from it"),
+        ({"path": Path("nowhere.mp4")}, "nowhere.flow.safetensors: no such file"),
+    ],
+)
+def test_truth_that_does_not_fit_is_refused(changes, message, place):
+    source = Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH))
+    with pytest.raises(UserError, match=message):
+        find_truth(dataclasses.replace(source, **changes), None)
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_a_record_without_figures_gives_nulls(results):
+    folder = first(results)
+    run = load_yaml(folder / "run.yaml")
+    save_yaml(folder / "run.yaml", {key: run[key] for key in ("technique", "cache")})
+    change(folder / "config.yaml", fps=None, keyframes=None)
+    row = Evaluator(Protocol(flow="dis", clip_model=None, device="cpu")).score_result(folder)
+    assert (row.seconds, row.seconds_per_frame, row.peak_memory_bytes) == (None, None, None)
+    assert row.fps == 10
+    json.dumps(row.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "message"),
+    [
+        ("run.yaml", {"seconds": [1]}, r"run.yaml: seconds: expected a mapping"),
+        ("run.yaml", {"seconds": {"edit": "long"}}, r"run.yaml: edit: expected a number"),
+        ("run.yaml", {"peak_memory_bytes": "much"}, r"run.yaml: peak_memory_bytes: expected a num"),
+        ("run.yaml", {"n_frames": 9}, r"4 frames, but run.yaml says 9"),
+        ("run.yaml", {"cache": None}, r"run.yaml: cache: is missing.*--source"),
+        ("run.yaml", {"cache": "nowhere"}, r"no finished cache nowhere; run evaluate.py where"),
+        ("run.yaml", {"cache_sha256": "0"}, r"run.yaml: the cache .* was made anew since"),
+        ("config.yaml", {"prompt": 7}, r"config.yaml: prompt: expected text, got 7"),
+        ("config.yaml", {"fps": "fast"}, r"config.yaml: fps: expected a number, got 'fast'"),
+    ],
+)
+def test_a_malformed_record_is_one_clear_error(file, keys, message, results, monkeypatch):
+    folder = first(results)
+    change(folder / file, **keys)
+    monkeypatch.setattr(Evaluator, "score", no_model_may_load)
+    with pytest.raises(UserError, match=message):
+        evaluate.main([str(results), *QUICK])
+
+
+def test_a_record_that_is_no_yaml_is_named(results):
+    path = first(results) / "run.yaml"
+    path.write_text("technique: [")
+    with pytest.raises(UserError, match=rf"{path}: not valid YAML"):
+        evaluate.main([str(results), *QUICK])
+
+
+def test_frames_that_do_not_fit_the_source_are_refused(results):
+    folder = first(results)
+    save_frames(folder / "frames", np.zeros((4, 40, 40, 3), np.uint8))
+    with pytest.raises(UserError, match=r"4 frames of 40x40.*has 5 of 48x80"):
+        evaluate.main([str(folder), *QUICK])
+    save_frames(folder / "frames", np.zeros((6, HEIGHT, WIDTH, 3), np.uint8))
+    change(folder / "run.yaml", n_frames=None)
+    with pytest.raises(UserError, match=r"6 frames of 48x80.*has 5 of 48x80"):
+        evaluate.main([str(folder), *QUICK])
+
+
+def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place):
+    folder = first(place / "out")
+    caches = {}
+    opened = evaluate_inputs.open_result(folder, caches, "something else")
+    assert opened.source_prompt == SOURCE_PROMPT
+    (cache_folder,) = caches
+    manifest = dataclasses.replace(caches[cache_folder].manifest, inversion_prompt="")
+    caches[cache_folder] = dataclasses.replace(caches[cache_folder], manifest=manifest)
+    opened = evaluate_inputs.open_result(folder, caches, "something else")
+    assert opened.source_prompt == "something else"
+
+
+@pytest.mark.parametrize(
+    ("technique", "config", "name"),
+    [
+        ("pnp", {}, "PnP, TokenFlow"),
+        ("pnp", {"consistency": "tokenflow", "keyframes": "random"}, "PnP, TokenFlow"),
+        ("pnp", {"keyframes": "fixed"}, "PnP, fixed keyframes"),
+        ("pnp", {"consistency": "extended_attention"}, "PnP, extended attention"),
+        ("pnp", {"consistency": "none", "keyframes": "fixed"}, "PnP, per frame"),
+        ("controlnet", {"consistency": "first_frame"}, "ControlNet, first frame"),
+        ("pnp", {"propagation": "released"}, "PnP, TokenFlow (released)"),
+        ("sdedit", {"blend": "linear"}, "SDEdit, TokenFlow (linear blend)"),
+        ("pnp", {"correspondence": "flow"}, "PnP, TokenFlow (optical flow)"),
+        (
+            "pnp",
+            {"propagation": "released", "correspondence": "flow"},
+            "PnP, TokenFlow (released, optical flow)",
+        ),
+        ("reconstruction", {"keyframes": "fixed"}, "VAE reconstruction"),
+        ("rgb_propagation", {}, "RGB propagation"),
+        ("dreamix", {}, "dreamix, TokenFlow"),
+    ],
+)
+def test_a_method_is_named_by_what_it_is(technique, config, name):
+    assert method_name(config, {"technique": technique}) == name
+
+
+# ---------------------------------------------------------------- masks
+
+
+def some_source(**changes: object) -> Source:
+    return Source("bear", Path("bear.mp4"), lambda: None, (2, 4, 8), **changes)
+
+
+def test_masks_are_objects_by_index_resized_by_nearest_neighbour(tmp_path):
+    masks = np.zeros((3, 2, 4), np.uint8)
+    masks[0, 0, 0], masks[1, 1, 3], masks[2] = 1, 2, 1
+    save_masks(tmp_path / "bear", masks)
+    for folder in (tmp_path, tmp_path / "bear"):
+        read = read_masks(some_source(), find_masks(some_source(), folder))
+        assert read.shape == (2, 4, 8)
+        assert np.array_equal(read, masks[:2].repeat(2, axis=1).repeat(2, axis=2) > 0)
+    later = some_source(start=1)
+    assert read_masks(later, find_masks(later, tmp_path))[1].all()
+    every_second = some_source(stride=2)
+    assert read_masks(every_second, find_masks(every_second, tmp_path))[1].all()
+
+
+def test_cropped_frames_have_cropped_masks(tmp_path):
+    masks = np.zeros((2, 4, 16), np.uint8)
+    masks[:, :, 4:8] = 1
+    save_masks(tmp_path / "bear", masks)
+    source = some_source(fit="crop")
+    read = read_masks(source, find_masks(source, tmp_path))
+    assert np.array_equal(read[0], np.arange(8)[None].repeat(4, 0) < 4)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "I;16"])
+def test_masks_may_be_of_any_kind(mode, tmp_path):
+    for i in range(2):
+        image = Image.new(mode, (8, 4))
+        if mode == "RGBA":
+            image = Image.new(mode, (8, 4), (0, 0, 0, 255))
+        white = {"RGB": (0, 0, 255), "RGBA": (9, 0, 0, 255)}.get(mode, 1)
+        image.putpixel((5, 2), white)
+        image.save(tmp_path / f"{i}.png")
+    read = read_masks(some_source(), find_masks(some_source(), tmp_path))
+    assert np.argwhere(read).tolist() == [[0, 2, 5], [1, 2, 5]]
+
+
+def test_masks_without_leading_zeros_are_in_order(tmp_path):
+    for i in range(8, 12):
+        Image.new("L", (8, 4)).save(tmp_path / f"{i}.png")
+    source = some_source(start=1)
+    assert [path.name for path in find_masks(source, tmp_path)] == ["9.png", "10.png"]
+
+
+def test_missing_masks_are_refused(place, tmp_path):
+    with pytest.raises(MissingFileError, match=r"--masks: .*: expected PNG files, or a fol"):
+        find_masks(some_source(), tmp_path)
+    Image.new("L", (8, 4)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match="1 masks, the edit needs 2"):
+        find_masks(some_source(), tmp_path)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1.png: a mask that cannot be read"):
+        read_masks(some_source(), find_masks(some_source(), tmp_path))
+
+
+def test_one_folder_of_masks_is_not_taken_for_several_clips(place):
+    with pytest.raises(UserError, match=r"--masks: .*one: holds no folder one/ of masks"):
+        evaluate.main([str(place / "out"), "--masks", str(place / "masks" / "one"), *QUICK])
+
+
+# ---------------------------------------------------------------- other programs' videos
+
+
+def test_any_video_is_scored(place, tmp_path):
+    """An edit that is the source: no error but what is drawn where nothing was, all similar."""
+    rows = evaluate.main(
+        ["--source", str(place / "one.mp4"), "--edited", str(place / "one.mp4"),
+         "--prompt", PROMPT, "--source_prompt", SOURCE_PROMPT, "--method", "Gen-1",
+         "--flow", "truth", "--clip_model", JUDGE, "--json", str(tmp_path / "rows.json")]
+    )  # fmt: skip
+    (row,) = rows
+    assert (row.method, row.clip, row.folder) == ("Gen-1", "one", None)
+    assert (row.n_frames, row.height, row.width, row.fps) == (5, HEIGHT, WIDTH, 10.0)
+    assert row.psnr > 100
+    assert row.ssim == pytest.approx(1)
+    assert row.clip_directional == 0
+    assert 0 < row.warp_error < 2
+    assert row.clip_frame > 0.5
+    assert json.loads((tmp_path / "rows.json").read_text()) == [row.as_dict()]
+
+
+def test_a_part_and_a_size_in_common_are_chosen(place, tmp_path, caplog):
+    frames = render_clip(random_scene(0), 5, (96, 160)).frames
+    save_frames(tmp_path / "edit", frames[2:])
+    words = ["--source", str(place / "one.mp4"), "--edited", str(tmp_path / "edit"), *QUICK]
+    words += ["--start", "2", "--H", "40", "--W", "64"]
+    with caplog.at_level(logging.WARNING):
+        (row,) = evaluate.main(words)
+    assert (row.n_frames, row.height, row.width) == (3, 40, 64)
+    assert row.method == "edit"
+    assert row.psnr > 28  # the very frames, but for two codecs' and resizings' differences
+    assert not caplog.records
+    (row,) = evaluate.main([*words, "--n_frames", "2"])
+    assert row.n_frames == 2
+
+
+@pytest.fixture
+def odd_clips(tmp_path):
+    """Clips that do not go together."""
+    make_clip(tmp_path / "long.mp4", 5)
+    make_clip(tmp_path / "short.mp4", 3)
+    save_video(tmp_path / "large.mp4", np.zeros((5, 64, 80, 3), np.uint8), Fraction(10))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("edited", "options", "message"),
+    [
+        (
+            "short",
+            [],
+            r"short.mp4: 3, .*long.mp4: 5 from frame 0; .*--n_frames 3 or less",
+        ),
+        ("short", ["--n_frames", "4"], r"frames \(of 4 asked for\): .*--n_frames 3"),
+        ("long", ["--start", "2"], r"long.mp4: 5, .*long.mp4: 3 from frame 2"),
+        ("large", [], r"large.mp4: 64x80, .*long.mp4: 48x80; choose one for both with --H and --W"),
+        ("gone", [], r"gone.mp4: no such video"),
+    ],
+)
+def test_videos_that_differ_are_refused(edited, options, message, odd_clips):
+    words = ["--source", str(odd_clips / "long.mp4"), "--edited", str(odd_clips / f"{edited}.mp4")]
+    with pytest.raises(UserError, match=message):
+        evaluate.main([*words, *options, *QUICK])
+
+
+def test_videos_that_differ_have_a_common_part(odd_clips):
+    long, short, large = (str(odd_clips / f"{n}.mp4") for n in ("long", "short", "large"))
+    words = ["--source", long, *QUICK]
+    assert evaluate.main([*words, "--edited", short, "--n_frames", "3"])[0].n_frames == 3
+    (row,) = evaluate.main([*words, "--edited", large, "--H", "48", "--W", "80"])
+    assert (row.height, row.width) == (48, 80)
+
+
+def test_a_video_of_one_frame_has_no_error_to_measure(odd_clips):
+    long = str(odd_clips / "long.mp4")
+    (row,) = evaluate.main(["--source", long, "--edited", long, "--n_frames", "1", *QUICK])
+    assert row.warp_error is None
+    assert row.psnr is not None
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name results, or any video by --source, --edited and --prompt"),
+        (["--source", "a.mp4"], "--edited: is missing; name results, or"),
+        (["--edited", "a.mp4"], "--source: is missing; name results, or"),
+        (["out", "--prompt", "x"], "--prompt: goes with --source, not with folders of results"),
+        (["out", "--n_frames", "2"], "--n_frames: goes with --source"),
+        (["--source", "a", "--edited", "b", "--n_frames", "0"], "--n_frames: expected at least 1"),
+        (["--source", "a", "--edited", "b", "--start", "-1"], "--start: expected at least 0"),
+        (["--source", "a", "--edited", "b", "--H", "64"], "--H and --W: give both or neither"),
+        (["out", "--json", "."], r"--json: \.: is a folder, expected a file"),
+        (["out", "--csv", f"{__file__}/x.csv"], "--csv: .* is a file, expected a folder"),
+        (["out", "--flou", "dis"], "unrecognized arguments: --flou"),
+    ],
+)
+def test_a_bad_command_line_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--flow", "farneback"], "--flow: expected one of raft, dis, truth; got 'farneback'"),
+        (["--flow", "dis", "--flow_weights", "a"], "--flow_weights: goes with --flow raft only"),
+        (["--flow", "dis", "--truth", "a"], "--truth: goes with --flow truth only"),
+        (["--flow_weights", "gone.safetensors"], "--flow_weights: gone.safetensors: no such file"),
+        (["--flow", "dis", "--clip_model", "gone"], "--clip_model none leaves the measure out"),
+        (["--flow", "dis", "--dino_model", "gone"], "--dino_model none leaves the measure out"),
+    ],
+)
+def test_a_protocol_that_cannot_be_kept_is_refused(words, message, place, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    clip = [] if "--clip_model" in words else ["--clip_model", "none"]
+    with pytest.raises(UserError, match=message):
+        evaluate.main([str(place / "out"), "--device", "cpu", *clip, *words])
+
+
+def test_a_missing_prompt_is_refused_before_anything_is_loaded(place, results, monkeypatch):
+    monkeypatch.setattr(Evaluator, "score", no_model_may_load)
+    dis = ["--flow", "dis", "--clip_model", JUDGE, "--device", "cpu"]
+    clip = str(place / "one.mp4")
+    with pytest.raises(UserError, match=r"one.mp4: the prompt is missing.*--prompt.*none"):
+        evaluate.main(["--source", clip, "--edited", clip, *dis])
+    change(first(results) / "config.yaml", prompt=None)
+    with pytest.raises(UserError, match=r"config.yaml: the prompt is missing"):
+        evaluate.main([str(results), *dis])
+
+
+def test_folders_without_results_are_refused(tmp_path):
+    with pytest.raises(MissingFileError, match="gone: no such folder of results; a video is"):
+        evaluate.main([str(tmp_path / "gone"), *QUICK])
+    with pytest.raises(UserError, match=r"holds no finished result \(edited.mp4, config.yaml, run"):
+        evaluate.main([str(tmp_path), *QUICK])
+
+
+def test_scoring_writes_nothing_into_results(place):
+    before = contents(place)
+    evaluate.main([str(first(place / "out")), *QUICK])
+    assert contents(place) == before
+
+
+# ---------------------------------------------------------------- tables
+
+
+def row(**values: object) -> Row:
+    protocol = {
+        "flow": "dis", "flow_weights": None, "occlusion": "o", "resolution": "4x4", "mask": None,
+        "clip_model": None, "dino_model": None, "versions": {"torch": "1"},
+    }  # fmt: skip
+    plain = {
+        "method": "A", "clip": "one", "prompt": "p", "source_prompt": None, "folder": None,
+        "video": "v", "n_frames": 3, "height": 4, "width": 4, "fps": 10.0, "protocol": protocol,
+    }  # fmt: skip
+    return Row(**plain | values)
+
+
+def test_means_are_of_the_rows_that_have_a_measure():
+    rows = [
+        row(warp_error=1.0, clip_score=0.5),
+        row(method="B", warp_error=9.0),
+        row(clip="two", warp_error=3.0),
+        row(clip="two", warp_error=5.0),
+    ]
+    a, b = summarize(rows)
+    assert (a.method, a.rows, a.clips) == ("A", 3, 2)
+    assert a.means["warp_error"] == 3
+    assert (a.means["clip_score"], a.counts["clip_score"]) == (0.5, 1)
+    assert (a.means["psnr"], a.counts["psnr"]) == (None, 0)
+    assert (b.method, b.rows, b.means["warp_error"]) == ("B", 1, 9)
+    assert set(a.means) == set(COLUMNS)
+
+
+def test_the_text_table_is_aligned_and_says_of_how_many_a_mean_is():
+    rows = [
+        row(warp_error=12.345, clip_score=0.5, peak_memory_bytes=3 * 2**29),
+        row(clip="another", warp_error=1.0),
+        row(method="B", clip="another", clip_score=0.25, warp_error=2.0),
+    ]
+    lines = text_table(rows).splitlines()
+    assert lines[:6] == [
+        "method  clip       warp error x1e-3    CLIP score     peak GiB",
+        "A       one                   12.35         0.500         1.50",
+        "A       another                1.00             -            -",
+        "B       another                2.00         0.250            -",
+        "A       mean of 2              6.67  0.500 (of 1)  1.50 (of 1)",
+        "B       mean of 1              2.00         0.250            -",
+    ]
+    assert lines[7].startswith("Protocol: flow dis; occlusion o; 4x4 (HxW), 3 frames; masks: none;")
+
+
+def test_edits_of_one_clip_by_one_method_are_told_apart_by_their_prompts():
+    rows = [row(prompt="a blue star", psnr=1.0), row(prompt="a green star", psnr=2.0)]
+    lines = text_table(rows).splitlines()
+    assert lines[0].split() == ["method", "clip", "prompt", "PSNR", "dB"]
+    assert "a blue star" in lines[1]
+    assert "prompt" not in text_table(rows[:1])
+
+
+def test_rows_by_other_protocols_are_told():
+    base = row()
+    other = row(protocol=base.protocol | {"flow": "raft", "flow_weights": "w"})
+    lines = text_table([base, other, base, base]).splitlines()[-2:]
+    assert lines[0].startswith("Protocol of rows 1, 3-4: flow dis;")
+    assert lines[1].startswith("Protocol of rows 2: flow raft, w;")
+
+
+def test_names_break_no_markdown_and_no_csv(tmp_path):
+    hostile = row(method="a|b\n*c* <script>", prompt='say "hi",\nthen | go', psnr=1.0)
+    line = markdown_table([hostile]).splitlines()[2]
+    assert line == r"| a\|b \*c\* \<script> | one | 1.00 |"
+    write_csv(tmp_path / "a.csv", [hostile, row(seconds={"edit": 1.5})])
+    with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
+        first_line, second_line = csv.DictReader(file)
+    assert first_line["prompt"] == hostile.prompt
+    assert first_line["seconds_edit"] == ""
+    assert second_line["seconds_edit"] == "1.5"
+
+
+def test_json_is_of_plain_values(tmp_path):
+    write_json(tmp_path / "a.json", [row(warp_error=1.0)])
+    (read,) = json.loads((tmp_path / "a.json").read_text())
+    assert read["warp_error"] == 1.0
+    assert read["clip_score"] is None
+    assert set(read) == {field.name for field in dataclasses.fields(Row)}
+
+
+def test_the_flow_is_the_one_asked_for(place):
+    folder = first(place / "out")
+    rows = [
+        Evaluator(Protocol(flow=flow, clip_model=None, device="cpu")).score_result(folder)
+        for flow in ("dis", "truth")
+    ]
+    assert rows[0].warp_error != rows[1].warp_error
+    assert rows[0].psnr == rows[1].psnr
+    assert [row.protocol["flow"] for row in rows] == ["dis", "truth"]
