@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torchmetrics
 import torchvision
 from torch import Tensor
 
@@ -226,7 +225,6 @@ class Evaluator:
 
     def _protocol_record(self, height: int, width: int) -> dict[str, object]:
         tested = f"forward-backward, alpha1 {ALPHA1}, alpha2 {ALPHA2}"
-        libraries = (torchvision, torchmetrics)
         return {
             "flow": self.protocol.flow,
             "flow_weights": self._weights_name,
@@ -235,7 +233,7 @@ class Evaluator:
             "mask": MASK_RULE if self.protocol.masks else None,
             "clip_model": self.protocol.clip_model,
             "dino_model": self.protocol.dino_model,
-            "versions": versions() | {m.__name__: str(m.__version__) for m in libraries},
+            "versions": versions() | {"torchvision": str(torchvision.__version__)},
         }
 
 
