@@ -97,6 +97,25 @@ class Protocol:
             raise UserError("--truth: goes with --flow truth only")
 
 
+def check_subject(subject: Subject, protocol: Protocol) -> Subject:
+    """Refuse what cannot be scored by a protocol, before a model is needed.
+
+    Raises:
+        UserError: it has no prompt, or its ground truth or masks are missing or do not fit.
+    """
+    where = subject.folder / "config.yaml" if subject.folder else subject.video
+    if protocol.clip_model and not subject.prompt:
+        raise UserError(
+            f"{where}: the prompt is missing, which the CLIP score needs: give it by --prompt "
+            "(a result's by its config.yaml), or leave CLIP out: --clip_model none"
+        )
+    if protocol.flow == "truth":
+        find_truth(subject.source, protocol.truth)
+    if protocol.masks is not None:
+        find_masks(subject.source, protocol.masks)
+    return subject
+
+
 class Evaluator:
     """Scores edited videos by one protocol; models are loaded once, when first needed.
 
@@ -139,33 +158,12 @@ class Evaluator:
 
     def score_result(self, folder: Path, source_prompt: str | None = None) -> Row:
         """Score a result's folder; arguments and errors as those of `open_result`."""
-        return self.score(self.open_result(folder, source_prompt))
+        subject = open_result(folder, self._caches, source_prompt)
+        return self.score(check_subject(subject, self.protocol))
 
     def score_video(self, source: Path, edited: Path, **options: object) -> Row:
         """Score any edited video; arguments and errors as those of `open_video`."""
-        return self.score(self.check(open_video(source, edited, **options)))
-
-    def open_result(self, folder: Path, source_prompt: str | None = None) -> Subject:
-        """Check a result with all that the protocol needs for it; quick."""
-        return self.check(open_result(folder, self._caches, source_prompt))
-
-    def check(self, subject: Subject) -> Subject:
-        """Refuse what cannot be scored by the protocol.
-
-        Raises:
-            UserError: it has no prompt, or its ground truth or masks are missing or do not fit.
-        """
-        where = subject.folder / "config.yaml" if subject.folder else subject.video
-        if self.protocol.clip_model and not subject.prompt:
-            raise UserError(
-                f"{where}: the prompt is missing, which the CLIP score needs: give it by --prompt "
-                "(a result's by its config.yaml), or leave CLIP out: --clip_model none"
-            )
-        if self.protocol.flow == "truth":
-            find_truth(subject.source, self.protocol.truth)
-        if self.protocol.masks is not None:
-            find_masks(subject.source, self.protocol.masks)
-        return subject
+        return self.score(check_subject(open_video(source, edited, **options), self.protocol))
 
     def score(self, subject: Subject) -> Row:
         """Measure a checked subject."""
@@ -346,7 +344,7 @@ def read_protocol(args: argparse.Namespace) -> Protocol:
     )
 
 
-def open_subjects(args: argparse.Namespace, evaluator: Evaluator) -> list[Subject]:
+def open_subjects(args: argparse.Namespace, protocol: Protocol) -> list[Subject]:
     """Find and check all that the command line names."""
     if args.source is not None:
         subject = open_video(
@@ -359,30 +357,39 @@ def open_subjects(args: argparse.Namespace, evaluator: Evaluator) -> list[Subjec
             start=args.start or 0,
             size=(args.H, args.W) if args.H else None,
         )
-        return [evaluator.check(subject)]
+        return [check_subject(subject, protocol)]
     folders = [folder for path in args.results for folder in find_results(path)]
     # The same folder may be named twice, as itself and by one that holds it.
     folders = list({os.path.realpath(folder): folder for folder in folders}.values())
-    subjects = [evaluator.open_result(folder, args.source_prompt) for folder in folders]
-    clips = {subject.source.clip for subject in subjects}
-    if args.masks is not None and len(clips) > 1:
-        flat = sorted(clip for clip in clips if not (args.masks / clip).is_dir())
+    caches: dict[Path, SourceCache] = {}
+    subjects = [open_result(folder, caches, args.source_prompt) for folder in folders]
+    clips = sorted({subject.source.clip for subject in subjects})
+    if protocol.masks is not None and len(clips) > 1:
+        flat = [clip for clip in clips if not (protocol.masks / clip).is_dir()]
         if flat:
-            raise UserError(f"--masks: {args.masks}: holds no folder {flat[0]}/ of masks")
-    return subjects
+            raise UserError(f"--masks: {protocol.masks}: holds no folder {flat[0]}/ of masks")
+    return [check_subject(subject, protocol) for subject in subjects]
 
 
-def evaluate(args: argparse.Namespace) -> list[Row]:
-    """Score all that the command line names; rows in its order, edits of a clip as found."""
-    evaluator = Evaluator(read_protocol(args))
-    subjects = open_subjects(args, evaluator)
+def score_all(subjects: Sequence[Subject], evaluator: Evaluator) -> tuple[list[Row], list[str]]:
+    """Score edits of one source after another.
+
+    Returns:
+        the rows in the subjects' order, and what is wrong with those that could not be scored:
+        hours of others shall not be lost to one damaged frame.
+    """
     order = sorted(range(len(subjects)), key=lambda i: _source_key(subjects[i].source))
     rows: dict[int, Row] = {}
+    errors = []
     for done, i in enumerate(order, start=1):
         subject = subjects[i]
         log.info("%d/%d: %s: %s", done, len(order), subject.source.clip, subject.method)
-        rows[i] = evaluator.score(subject)
-    return [rows[i] for i in range(len(subjects))]
+        try:
+            rows[i] = evaluator.score(subject)
+        except UserError as error:
+            log.error("%s", error)
+            errors.append(str(error))
+    return [rows[i] for i in sorted(rows)], errors
 
 
 def _source_key(source: Source) -> tuple:
@@ -394,12 +401,17 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the script; returns the rows."""
     setup_logging()
     args = parse_args(argv)
-    rows = evaluate(args)
-    for kind, write in WRITERS.items():
-        path = getattr(args, kind)
-        if path is not None:
-            write(path, rows)
-    print(text_table(rows))
+    protocol = read_protocol(args)
+    subjects = open_subjects(args, protocol)
+    rows, errors = score_all(subjects, Evaluator(protocol))
+    if rows:
+        for kind, write in WRITERS.items():
+            path = getattr(args, kind)
+            if path is not None:
+                write(path, rows)
+        print(text_table(rows))
+    if errors:
+        raise UserError(f"{len(errors)} of {len(subjects)} could not be scored: {errors[0]}")
     return rows
 
 

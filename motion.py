@@ -181,7 +181,7 @@ class Raft:
         try:
             model.load_state_dict(_load_raft(weights))
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
+            reason = str(error).splitlines()[-1].strip()[:120]
             raise UserError(f"{weights}: not weights of torchvision's RAFT-large: {reason}") from (
                 error
             )

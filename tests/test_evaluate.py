@@ -337,6 +337,16 @@ def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place):
     assert opened.source_prompt == "something else"
 
 
+def test_one_damaged_result_does_not_lose_the_others(results, tmp_path, capsys):
+    damaged = find_results(results)[1] / "frames" / "00002.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    with pytest.raises(UserError, match=rf"1 of 3 could not be scored: {damaged}: an image that"):
+        evaluate.main([str(results), "--json", str(tmp_path / "rows.json"), *QUICK])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["folder"] for row in rows] == [str(find_results(results)[i]) for i in (0, 2)]
+    assert capsys.readouterr().out.startswith("method ")
+
+
 @pytest.mark.parametrize(
     ("technique", "config", "name"),
     [
@@ -540,12 +550,17 @@ def test_a_bad_command_line_is_refused(words, message):
         (["--flow", "dis", "--flow_weights", "a"], "--flow_weights: goes with --flow raft only"),
         (["--flow", "dis", "--truth", "a"], "--truth: goes with --flow truth only"),
         (["--flow_weights", "gone.safetensors"], "--flow_weights: gone.safetensors: no such file"),
-        (["--flow", "dis", "--clip_model", "gone"], "--clip_model none leaves the measure out"),
-        (["--flow", "dis", "--dino_model", "gone"], "--dino_model none leaves the measure out"),
+        (
+            ["--flow", "dis", "--clip_model", "no such/folder"],
+            "--clip_model none leaves the measure out",
+        ),
+        (
+            ["--flow", "dis", "--dino_model", "no such/folder"],
+            "--dino_model none leaves the measure out",
+        ),
     ],
 )
-def test_a_protocol_that_cannot_be_kept_is_refused(words, message, place, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_protocol_that_cannot_be_kept_is_refused(words, message, place):
     clip = [] if "--clip_model" in words else ["--clip_model", "none"]
     with pytest.raises(UserError, match=message):
         evaluate.main([str(place / "out"), "--device", "cpu", *clip, *words])
@@ -560,6 +575,15 @@ def test_a_missing_prompt_is_refused_before_anything_is_loaded(place, results, m
     change(first(results) / "config.yaml", prompt=None)
     with pytest.raises(UserError, match=r"config.yaml: the prompt is missing"):
         evaluate.main([str(results), *dis])
+
+
+def test_folders_without_results_are_refused_before_weights_are_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_raft_weights", no_model_may_load)
+    monkeypatch.setattr(evaluate, "model_folder", no_model_may_load)
+    with pytest.raises(MissingFileError, match="gone: no such folder of results"):
+        evaluate.main([str(tmp_path / "gone")])
+    with pytest.raises(MissingFileError, match=r"gone.mp4: no such video"):
+        evaluate.main(["--source", str(tmp_path / "gone.mp4"), "--edited", "a.mp4"])
 
 
 def test_folders_without_results_are_refused(tmp_path):

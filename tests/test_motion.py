@@ -55,8 +55,8 @@ def uniform(n_pairs: int, dx: float, dy: float, height: int, width: int) -> torc
 
 def test_whole_pixels_are_looked_up_exactly_and_the_border_is_repeated() -> None:
     frame = np.arange(12, dtype=np.uint8).reshape(1, 3, 4, 1).repeat(3, axis=-1)
-    warped = warp(frame, uniform(1, 1, -1, 3, 4))  # from one to the right and one above
-    expected = [[1, 2, 3, 3], [1, 2, 3, 3], [5, 6, 7, 7]]
+    warped = warp(frame, uniform(1, 2, -1, 3, 4))  # from two to the right and one above
+    expected = [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7]]
     assert warped.dtype == np.float32
     assert warped[0, ..., 0].tolist() == expected
 
@@ -195,12 +195,13 @@ def test_raft_sees_the_frames_it_is_given(raft_weights, monkeypatch) -> None:
     """Padded to what it takes and cropped again; source first, in [-1, 1]."""
     monkeypatch.setattr(motion, "RAFT_UPDATES", 1)
     model = motion.flow_model("raft", raft_weights, CPU)
-    seen = []
+    seen, made = [], []
     model.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    model.model.register_forward_hook(lambda *call: made.append(call[2][-1]))
     frames = panned(2, (3, -2), height=60, width=133)
     found = model(frames[1], frames[0])
     assert found.shape == (2, 60, 133)
-    assert found.isfinite().all()
+    assert torch.equal(found, made[0][0, :, 34:94, 1:134])
     ((source, target),) = seen
     assert source.shape == target.shape == (1, 3, 128, 136)
     for picture, frame in ((source, frames[1]), (target, frames[0])):
