@@ -5,6 +5,8 @@ import dataclasses
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -591,6 +593,17 @@ def test_folders_without_results_are_refused(tmp_path):
         evaluate.main([str(tmp_path / "gone"), *QUICK])
     with pytest.raises(UserError, match=r"holds no finished result \(edited.mp4, config.yaml, run"):
         evaluate.main([str(tmp_path), *QUICK])
+
+
+def test_a_bad_input_ends_the_program_with_one_line():
+    root = Path(evaluate.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "evaluate.py", "--source", "data/star.mp4", "--edited", "data/star.mp4",
+         "--prompt", "x", "--n_frames", "2", "--flow_weights", "gone.safetensors"],
+        cwd=root, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --flow_weights: gone.safetensors: no such file\n"
 
 
 def test_scoring_writes_nothing_into_results(place):
