@@ -396,6 +396,14 @@ def test_masks_are_objects_by_index_resized_by_nearest_neighbour(tmp_path):
     assert read_masks(every_second, find_masks(every_second, tmp_path))[1].all()
 
 
+def test_thin_objects_are_not_averaged_away(tmp_path):
+    masks = np.zeros((2, 4, 16), np.uint8)
+    masks[:, :, 5] = 1
+    save_masks(tmp_path / "bear", masks)
+    read = read_masks(some_source(), find_masks(some_source(), tmp_path))
+    assert np.array_equal(read[0], np.arange(8)[None].repeat(4, 0) == 2)
+
+
 def test_cropped_frames_have_cropped_masks(tmp_path):
     masks = np.zeros((2, 4, 16), np.uint8)
     masks[:, :, 4:8] = 1
