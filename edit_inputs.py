@@ -37,6 +37,7 @@ log = logging.getLogger("tokenflow")
 CPU_BACKENDS = ("native", "_native_math")
 CUDA_BACKENDS = ("xformers", "flash", "sage", "flex", "_native_flash", "_native_efficient")
 CUDA_BACKENDS += ("_native_cudnn",)
+CONSISTENCIES = ("tokenflow", "extended_attention", "first_frame", "none")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class EditConfig:
     batch_size: int = option(8, low=1)
     chunk_size: int | None = option(None, low=1)
     keyframe_seed: int = option(1, low=0)
-    consistency: str = option("tokenflow", choices=("tokenflow", "extended_attention", "none"))
+    consistency: str = option("tokenflow", choices=CONSISTENCIES)
     keyframes: str = option("random", choices=("random", "fixed"))
     propagation: str = option("paper", choices=("paper", "released"))
     blend: str = option("sigmoid", choices=("sigmoid", "linear"))

@@ -126,6 +126,7 @@ class EditSession:
         predict = {
             "tokenflow": loop.predict_tokenflow,
             "extended_attention": loop.predict_extended_attention,
+            "first_frame": loop.predict_first_frame,
             "none": loop.predict_per_frame,
         }[config.consistency]
 
@@ -259,6 +260,16 @@ class _Loop:
             if self._injecting:
                 self._source(Pass.SOURCE, source, t, chunk)
             eps.append(self._edit(Pass.PER_FRAME, x, t, chunk))
+        return torch.cat(eps)
+
+    def predict_first_frame(self, x: Tensor, source: Tensor, t: int, _: Tensor) -> Tensor:
+        """Every frame attends to the first alone (Text2Video-Zero, Khachatryan et al. 2023)."""
+        eps = []
+        for chunk in self.chunks:
+            frames = torch.cat([self.frames[:1], chunk])
+            if self._injecting:
+                self._source(Pass.SOURCE, source, t, frames)
+            eps.append(self._edit(Pass.FIRST_FRAME, x, t, frames)[1:])
         return torch.cat(eps)
 
     @property

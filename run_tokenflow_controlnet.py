@@ -35,6 +35,7 @@ class ControlNetConfig(EditConfig):
     canny_low: int = option(100, low=0, high=255)
     canny_high: int = option(200, low=0, high=255)
     depth_model: str = option(DEPTH_ESTIMATOR)
+    use_ddim_noise: bool = option(True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,11 +72,15 @@ def make_control(session: EditSession, settings: ControlSettings) -> Control:
 
 
 def plan(session: EditSession, settings: ControlSettings) -> EditPlan:
-    """From the inverted latents at the first timestep, guided by the ControlNet at every step."""
+    """From the clip's latents at the first timestep, guided by the ControlNet at every step.
+
+    They are noised by DDIM's noise or by one Gaussian noise that all frames share.
+    """
     timesteps = session.inputs.timesteps
+    noised = session.ddim_start if session.config.use_ddim_noise else session.gaussian_start
     return EditPlan(
         timesteps=timesteps,
-        start=session.ddim_start(timesteps[0]),
+        start=noised(timesteps[0]),
         control=make_control(session, settings),
     )
 

@@ -244,10 +244,11 @@ def extended_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Self-attention in which the queries of every frame see the keys of all frames.
 
     Args:
-        query, key, value: (B, f, L, heads, d): f frames that attend to each other.
+        query: (B, f, L, heads, d).
+        key, value: (B, f', L, heads, d): the frames that are seen, by default the same f.
 
     Returns:
-        (B, f, L, heads, d). With f = 1 this is ordinary self-attention.
+        (B, f, L, heads, d). With f = f' = 1 this is ordinary self-attention.
 
     Source: Eq. 3-4.
     """
@@ -268,6 +269,7 @@ class Pass(Enum):
     EXTENDED = auto()  # edited keyframes attend to each other; their outputs are kept: T_base
     PROPAGATE = auto()  # edited frames of a chunk: no attention, T_base at the matches of MATCH
     PER_FRAME = auto()  # edited frames on their own (consistency: none)
+    FIRST_FRAME = auto()  # edited frames see the first of them alone (consistency: first_frame)
 
 
 @dataclass
@@ -341,10 +343,12 @@ class TokenFlowAttention:
                 return self._propagate()
             case Pass.PER_FRAME:
                 return self._per_frame(attn, hidden_states)
+            case Pass.FIRST_FRAME:
+                return self._first_frame(attn, hidden_states)
 
     def _source(self, attn: Attention, tokens: Tensor) -> Tensor:
         self.context.tokens[self.layer] = tokens
-        output = attend(attn, tokens[:, None], tokens[:, None]).squeeze(1)
+        output = attend_alone(attn, tokens, tokens)
         if self.context.propagate_source:
             self.context.source_base[self.layer] = output[None]
         return output
@@ -362,11 +366,12 @@ class TokenFlowAttention:
         context.matches[self.layer] = match
         if context.propagate_source:
             return propagate(context.source_base[self.layer], match, context.neighbours)[0]
-        return attend(attn, tokens[:, None], tokens[:, None]).squeeze(1)
+        return attend_alone(attn, tokens, tokens)
 
     def _extended(self, attn: Attention, tokens: Tensor) -> Tensor:
         tokens = tokens.unflatten(0, (self.context.branches, -1))  # (B, k, L, c)
-        output = attend(attn, self._query_key_tokens(tokens), tokens)
+        query_key_tokens = self._query_key_tokens(tokens)
+        output = attend(attn, query_key_tokens, query_key_tokens, tokens)
         self.context.base[self.layer] = output
         return output.flatten(0, 1)
 
@@ -378,9 +383,12 @@ class TokenFlowAttention:
     def _per_frame(self, attn: Attention, tokens: Tensor) -> Tensor:
         tokens = tokens.unflatten(0, (self.context.branches, -1))  # (B, m, L, c)
         query_key_tokens = self._query_key_tokens(tokens)
-        # Each frame is a group of its own: (B * m, 1, L, c).
-        groups = (x.flatten(0, 1)[:, None] for x in (query_key_tokens, tokens))
-        return attend(attn, *groups).squeeze(1)
+        return attend_alone(attn, query_key_tokens.flatten(0, 1), tokens.flatten(0, 1))
+
+    def _first_frame(self, attn: Attention, tokens: Tensor) -> Tensor:
+        tokens = tokens.unflatten(0, (self.context.branches, -1))  # (B, m, L, c)
+        query_key_tokens = self._query_key_tokens(tokens)
+        return attend(attn, query_key_tokens, query_key_tokens[:, :1], tokens[:, :1]).flatten(0, 1)
 
     def _query_key_tokens(self, tokens: Tensor) -> Tensor:
         """What queries and keys are made from: under PnP's injection, the source's tokens."""
@@ -389,24 +397,33 @@ class TokenFlowAttention:
         return tokens
 
 
-def attend(attn: Attention, query_key_tokens: Tensor, value_tokens: Tensor) -> Tensor:
+def attend(
+    attn: Attention, query_tokens: Tensor, key_tokens: Tensor, value_tokens: Tensor
+) -> Tensor:
     """A self-attention layer's output for groups of frames that attend within their group.
 
     Args:
         attn: the layer.
-        query_key_tokens: (groups, f, L, c), what queries and keys are made from.
-        value_tokens: (groups, f, L, c), what values are made from.
+        query_tokens: (groups, f, L, c), what queries are made from.
+        key_tokens, value_tokens: (groups, f', L, c), what keys and values are made from.
 
     Returns:
         (groups, f, L, c).
     """
-    query, key = attn.to_q(query_key_tokens), attn.to_k(query_key_tokens)
+    query, key = attn.to_q(query_tokens), attn.to_k(key_tokens)
     value = attn.to_v(value_tokens)
     heads = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
     output = extended_attention(*heads).flatten(-2)
     for layer in attn.to_out:  # projection, dropout (idle in evaluation mode)
         output = layer(output)
     return output
+
+
+def attend_alone(attn: Attention, query_key_tokens: Tensor, value_tokens: Tensor) -> Tensor:
+    """A self-attention layer's output for frames on their own; all (frames, L, c)."""
+    query_key_tokens = query_key_tokens[:, None]  # a group for each frame
+    output = attend(attn, query_key_tokens, query_key_tokens, value_tokens[:, None])
+    return output.squeeze(1)
 
 
 def self_attention_layers(unet: UNet2DConditionModel) -> list[str]:

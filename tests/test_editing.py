@@ -144,7 +144,7 @@ def test_two_runs_are_bit_equal(keys):
     assert not torch.equal(sdedit(keys, **start), sdedit(keys, **start, seed=2))
 
 
-@pytest.mark.parametrize("consistency", ["tokenflow", "none"])
+@pytest.mark.parametrize("consistency", ["tokenflow", "first_frame", "none"])
 @pytest.mark.parametrize("propagation", ["paper", "released"])
 def test_chunk_size_does_not_change_the_result(keys, consistency, propagation):
     options = {"consistency": consistency, "propagation": propagation}
@@ -171,6 +171,7 @@ def test_choices_that_must_change_the_result(keys):
         for name, options in {
             "default": {},
             "extended attention": {"consistency": "extended_attention"},
+            "first frame": {"consistency": "first_frame"},
             "per frame": {"consistency": "none"},
             "fixed keyframes": {"keyframes": "fixed"},
             "keyframe seed": {"keyframe_seed": 2},
@@ -196,7 +197,7 @@ def test_a_single_frame_makes_all_consistencies_one(keys):
     single = {**keys, "n_frames": 1}
     alone = pnp(single, consistency="none")
     assert alone.shape[0] == 1
-    for consistency in ("tokenflow", "extended_attention"):
+    for consistency in ("tokenflow", "extended_attention", "first_frame"):
         assert relative_error(pnp(single, consistency=consistency), alone.double()) < 1e-5
 
 
@@ -271,6 +272,8 @@ def test_sdedit_stays_closer_to_the_clip_with_less_noise(keys):
 def test_controlnet_steers_the_edit_by_its_scale(keys, tiny_model):
     control = {"controlnet_key": str(tiny_model / "controlnet")}
     steered, off = controlnet(keys, **control), controlnet(keys, **control, controlnet_scale=0.0)
+    shared = controlnet(keys, **control, use_ddim_noise=False)
+    assert relative_error(shared, steered.double()) > 1e-2
     plain = pnp(keys, pnp_attn_t=0.0, pnp_f_t=0.0)  # nothing injected, no ControlNet
     assert relative_error(off, plain.double()) < 1e-5
     assert relative_error(steered, plain.double()) > 1e-3

@@ -1,9 +1,11 @@
 """The method's functions against a loop-written float64 reference, and the UNet patch."""
 
+import sys
+
 import pytest
 import reference
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import TextToVideoZeroPipeline, UNet2DConditionModel
 
 from tokenflow_utils import (
     ATTENTION_LAYERS,
@@ -11,7 +13,7 @@ from tokenflow_utils import (
     Correspondence,
     Pass,
     TokenFlowContext,
-    attend,
+    attend_alone,
     blend,
     extended_attention,
     fixed_keyframes,
@@ -202,7 +204,7 @@ def test_extended_attention_matches_the_reference():
 def test_one_frame_alone_attends_as_the_unpatched_layer_does(unet):
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
     tokens = randn(4, 9, layer.to_q.in_features)
-    found = attend(layer, tokens[:, None], tokens[:, None])[:, 0]
+    found = attend_alone(layer, tokens, tokens)
     assert torch.allclose(found, layer(tokens), atol=1e-6)
 
 
@@ -315,3 +317,18 @@ def test_features_and_attention_of_the_source_replace_both_branches(unet):
     assert torch.equal(outputs[1], source.repeat(2, 1, 1, 1))
     assert all(context.tokens[layer] is source_tokens[layer] for layer in source_tokens)
     conv._forward_hooks.clear()
+
+
+def test_first_frame_is_text2video_zero_s_attention(unet):
+    # Diffusers has moved the module that it is in, and will again.
+    module = sys.modules[TextToVideoZeroPipeline.__module__]
+    processor = module.CrossFrameAttnProcessor2_0(batch_size=1)
+    context = TokenFlowContext(mode=Pass.FIRST_FRAME)
+    with tokenflow_patch(unet, context):
+        found = forward(unet, frames=3)
+    original = unet.attn_processors
+    unet.set_attn_processor(processor)
+    expected = forward(unet, frames=3)
+    unet.set_attn_processor(original)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found[1:], forward(unet, frames=3)[1:], atol=1e-3)
