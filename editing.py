@@ -79,6 +79,14 @@ class EditPlan:
     control: Control | None = None
 
 
+@dataclass(frozen=True)
+class Edited:
+    """An edited clip: (n, H, W, 3) uint8 frames and their (n, 4, h, w) float32 latents."""
+
+    frames: np.ndarray
+    latents: Tensor
+
+
 class EditSession:
     """The loaded models and source of one edit."""
 
@@ -140,22 +148,26 @@ class EditSession:
                 x = ddim_step(x, eps, schedule.level(t), schedule.level(t_next))
         return x
 
-    def run(self, technique: str, plan: EditPlan, folder: Path) -> None:
-        """Edits the clip and writes the result's folder, which appears whole or not at all."""
+    def edit(self, plan: EditPlan) -> Edited:
+        """Edits the clip."""
         with self.watch("edit"):
             latents = self.edit_latents(plan)
         with self.watch("decode"):
-            edited = decode_latents(self.models, latents, self.chunk_size)
+            frames = decode_latents(self.models, latents, self.chunk_size)
+        return Edited(frames, latents)
+
+    def save(self, edited: Edited, technique: str, folder: Path) -> None:
+        """Writes the result's folder, which appears whole or not at all."""
         fps = self.cache.fps
         if self.config.fps is not None:
             fps = Fraction(self.config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
         with replacing_folder(folder) as partial:
             with self.watch("write"):
-                save_frames(partial / "frames", edited)
-                save_video(partial / "edited.mp4", edited, fps)
-                both = np.concatenate([self.frames, edited], axis=2)
+                save_frames(partial / "frames", edited.frames)
+                save_video(partial / "edited.mp4", edited.frames, fps)
+                both = np.concatenate([self.frames, edited.frames], axis=2)
                 save_video(partial / "side_by_side.mp4", both, fps)
-                save_tensors(partial / "edited_latents.safetensors", {"latents": latents})
+                save_tensors(partial / "edited_latents.safetensors", {"latents": edited.latents})
             save_yaml(partial / "config.yaml", asdict(self.config))
             save_yaml(partial / "run.yaml", self._run_record(technique))
 
@@ -188,11 +200,32 @@ def run_edit(
     make_plan: Callable[[EditSession], EditPlan],
     overwrite: bool = False,
 ) -> Path:
-    """Makes the result of one edit, or finds it made from the same cache by the same settings.
+    """Makes the result of one edit, or finds it made; `make_result` of what a technique plans.
 
     Args:
         technique: its name in the result's path.
         make_plan: what the technique does, given the loaded session.
+        overwrite: make it again in any case.
+
+    Returns:
+        the result's folder.
+    """
+    return make_result(
+        technique, inputs, lambda session: session.edit(make_plan(session)), overwrite
+    )
+
+
+def make_result(
+    technique: str,
+    inputs: EditInputs,
+    edit: Callable[[EditSession], Edited],
+    overwrite: bool = False,
+) -> Path:
+    """Makes the result of one edit, or finds it made from the same cache by the same settings.
+
+    Args:
+        technique: its name in the result's path.
+        edit: makes the edited clip, given the loaded session.
         overwrite: make it again in any case.
 
     Returns:
@@ -204,7 +237,7 @@ def run_edit(
         log.info("%s is there already, made with these settings; --overwrite makes it anew", folder)
         return folder
     session = EditSession(inputs)
-    session.run(technique, make_plan(session), folder)
+    session.save(edit(session), technique, folder)
     return folder
 
 

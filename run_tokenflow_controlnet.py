@@ -85,16 +85,25 @@ def plan(session: EditSession, settings: ControlSettings) -> EditPlan:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the script; returns the result's folder."""
-    setup_logging()
-    config, overwrite = read_config(ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
+def edit(config: ControlNetConfig, overwrite: bool = False) -> Path:
+    """Makes the result of one edit, or finds it made; returns its folder.
+
+    Raises:
+        UserError: naming what is missing or does not fit.
+    """
     settings = control_settings(config)
     inputs = open_inputs(config)
     check_controlnet_fits(inputs.checkpoint, settings.key)
     if config.control == "depth" and not inputs.cache.has_depth:
         single_model_folder(config.depth_model, "depth_model")
-    folder = run_edit(TECHNIQUE, inputs, partial(plan, settings=settings), overwrite)
+    return run_edit(TECHNIQUE, inputs, partial(plan, settings=settings), overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the script; returns the result's folder."""
+    setup_logging()
+    config, overwrite = read_config(ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
+    folder = edit(config, overwrite)
     print(f"result: {folder}")
     return folder
 

@@ -52,13 +52,22 @@ def plan(session: EditSession) -> EditPlan:
     )
 
 
+def edit(config: PnPConfig, overwrite: bool = False) -> Path:
+    """Makes the result of one edit, or finds it made; returns its folder.
+
+    Raises:
+        UserError: naming what is missing or does not fit.
+    """
+    inputs = open_inputs(config)
+    check_injection_layers(inputs)
+    return run_edit(TECHNIQUE, inputs, plan, overwrite)
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the result's folder."""
     setup_logging()
     config, overwrite = read_config(PnPConfig, argv, CONFIG, __doc__.splitlines()[0])
-    inputs = open_inputs(config)
-    check_injection_layers(inputs)
-    folder = run_edit(TECHNIQUE, inputs, plan, overwrite)
+    folder = edit(config, overwrite)
     print(f"result: {folder}")
     return folder
 

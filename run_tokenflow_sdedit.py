@@ -44,11 +44,20 @@ def plan(session: EditSession) -> EditPlan:
     return EditPlan(timesteps=timesteps, start=noised(timesteps[0]))
 
 
+def edit(config: SDEditConfig, overwrite: bool = False) -> Path:
+    """Makes the result of one edit, or finds it made; returns its folder.
+
+    Raises:
+        UserError: naming what is missing or does not fit.
+    """
+    return run_edit(TECHNIQUE, open_inputs(config), plan, overwrite)
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the result's folder."""
     setup_logging()
     config, overwrite = read_config(SDEditConfig, argv, CONFIG, __doc__.splitlines()[0])
-    folder = run_edit(TECHNIQUE, open_inputs(config), plan, overwrite)
+    folder = edit(config, overwrite)
     print(f"result: {folder}")
     return folder
 

@@ -292,7 +292,6 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
         UserError: a key is unknown, missing or malformed; a value is of the wrong type, out of
             range or not among the choices. Begins with "<path>: <key>: " or "--set <key>: ".
     """
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     given = {key: (value, f"{path}: {key}") for key, value in load_yaml(path).items()}
     for text in overrides:
@@ -302,7 +301,23 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
             raise UserError(f"--set {text}: expected key=value")
         where = f"--set {key}"
         given[key] = (_override(value_text, hints.get(key, str), where), where)
+    return _make_config(cls, given, str(path))
 
+
+def make_config(cls: type[C], given: Mapping[str, Any], where: str) -> C:
+    """Make a config dataclass of a mapping, checking every key and value like `load_config`.
+
+    Args:
+        where: what the mapping is of, for errors.
+    """
+    placed = {key: (value, f"{where}: {key}") for key, value in given.items()}
+    return _make_config(cls, placed, where)
+
+
+def _make_config(cls: type[C], given: Mapping[str, tuple[Any, str]], origin: str) -> C:
+    """`given` has each key's value and where it stands."""
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
     values = {}
     for key, (value, where) in given.items():
         if key not in fields:
@@ -313,11 +328,11 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     for name, field in fields.items():
         has_default = field.default is not dataclasses.MISSING
         if name not in values and not has_default and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{path}: {name}: is missing; expected {_expected(hints[name])}")
+            raise UserError(f"{origin}: {name}: is missing; expected {_expected(hints[name])}")
     try:
         return cls(**values)
     except UserError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{origin}: {error}") from error
 
 
 def _override(text: str, hint: Any, where: str) -> Any:

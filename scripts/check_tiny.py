@@ -42,11 +42,11 @@ from shapes_metrics import (
 )
 from shapes_pictures import HELD_OUT, SIZE
 from shapes_world import (
-    COLORS,
     SAMPLE_FRAMES,
     Scene,
-    caption_of,
+    another_color,
     random_scene,
+    recolored,
     render,
     render_clip,
 )
@@ -63,8 +63,6 @@ from diffusion import (
     resolve_device,
     resolve_dtype,
 )
-from edit_inputs import open_inputs, read_config
-from editing import run_edit
 from source_cache import Manifest, open_cache
 from util import (
     ArgumentParser,
@@ -73,6 +71,7 @@ from util import (
     check_writable,
     command_line,
     load_yaml,
+    make_config,
     setup_logging,
 )
 from video import load_frames, save_frames
@@ -227,36 +226,17 @@ class ClipCheck:
     def _edit(self, source: Path, scene: Scene, target: str, method: str) -> np.ndarray:
         settings = {
             **self.config,
-            "data_path": source,
-            "model_key": self.model,
-            "latents_path": self.work / "latents",
-            "output_path": self.work / "results",
+            "data_path": str(source),
+            "model_key": str(self.model),
+            "latents_path": str(self.work / "latents"),
+            "output_path": str(self.work / "results"),
             "prompt": recolored(scene, target),
             "negative_prompt": scene.caption,
             "device": self.device,
             **METHODS[method],
         }
-        words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        path = str(ROOT / CONFIG)
-        config, _ = read_config(pnp.PnPConfig, ["--config", path, *words], path, "")
-        folder = run_edit(pnp.TECHNIQUE, open_inputs(config), pnp.plan)
-        return load_frames(folder / "frames")
-
-
-def recolored(scene: Scene, color: str) -> str:
-    """The caption of a scene with one object, with the object of another colour."""
-    thing = scene.objects[0]
-    return caption_of([(thing.fill, color, thing.shape)], scene.background)
-
-
-def another_color(scene: Scene) -> str:
-    """A colour for the object of a scene, far from its own: red to green, yellow to teal, ...
-
-    The next but one in COLORS, or the one after that where the background has it.
-    """
-    first = COLORS.index(scene.objects[0].color) + 2
-    turned = [*COLORS[first:], *COLORS[:first]]
-    return next(color for color in turned if color != scene.background)
+        config = make_config(pnp.PnPConfig, settings, f"{CONFIG} for {source}")
+        return load_frames(pnp.edit(config) / "frames")
 
 
 def summary(clips: Sequence[dict]) -> dict:

@@ -108,6 +108,22 @@ def caption_of(things: Sequence[tuple[str, str, str]], background: str) -> str:
     return f"{' and '.join(names)} on a {background} background"
 
 
+def recolored(scene: Scene, color: str) -> str:
+    """The caption of a scene with one object, with the object of another colour."""
+    thing = scene.objects[0]
+    return caption_of([(thing.fill, color, thing.shape)], scene.background)
+
+
+def another_color(scene: Scene) -> str:
+    """A colour for the object of a scene, far from its own: red to green, yellow to teal, ...
+
+    The next but one in COLORS, or the one after that where the background has it.
+    """
+    first = COLORS.index(scene.objects[0].color) + 2
+    turned = [*COLORS[first:], *COLORS[:first]]
+    return next(color for color in turned if color != scene.background)
+
+
 @dataclass(frozen=True)
 class ShapesClip:
     """Rendered frames with their ground truth.

@@ -4,7 +4,7 @@ import re
 
 import check_tiny
 import pytest
-from shapes_world import COLORS, random_scene
+from shapes_world import COLORS, another_color, random_scene, recolored
 
 from util import UserError
 
@@ -31,10 +31,10 @@ def test_only_the_colour_of_the_object_is_replaced():
     fills = set()
     for seed in range(100):
         scene = random_scene(seed, n_objects=1)
-        thing, target = scene.objects[0], check_tiny.another_color(scene)
+        thing, target = scene.objects[0], another_color(scene)
         fills.add((thing.fill, thing.color))
         assert target in COLORS and target not in (thing.color, scene.background)
-        words, asked = scene.caption.split(), check_tiny.recolored(scene, target).split()
+        words, asked = scene.caption.split(), recolored(scene, target).split()
         assert [(a, b) for a, b in zip(words, asked, strict=True) if a != b] == [
             (thing.color, target)
         ]

@@ -1,0 +1,442 @@
+"""Reproduce the paper's Table 1 on a list of clips: edits by every row's method, and their scores.
+
+    sh scripts/table1.sh latents/shapes/clips.yaml --jobs 2
+
+Each clip is inverted once, edited by every row's method and scored (evaluate.py), in a process of
+its own: what goes wrong with one does not lose the others. What is finished is not made again.
+Rows that are missing at the end are named in an error, and the exit status is not 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+# Scripts in this folder are run from the repository root, which Python does not search by itself.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import baselines
+
+import evaluate
+import preprocess
+import run_tokenflow_controlnet as controlnet
+import run_tokenflow_pnp as pnp
+import run_tokenflow_sdedit as sdedit
+from edit_inputs import EditConfig
+from evaluate import Evaluator, Protocol
+from score_table import Row, Summary, protocols, summarize, write_json
+from util import (
+    ArgumentParser,
+    UserError,
+    atomic_file,
+    check_writable,
+    command_line,
+    load_yaml,
+    make_config,
+    setup_logging,
+)
+from video import clip_name
+
+log = logging.getLogger("tokenflow")
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A family of rows: the class of its configuration, and what makes a result of one."""
+
+    config: type[EditConfig]
+    make: Callable[[Any], Path]
+
+
+TECHNIQUES = {
+    "pnp": Technique(pnp.PnPConfig, pnp.edit),
+    "sdedit": Technique(sdedit.SDEditConfig, sdedit.edit),
+    "controlnet": Technique(controlnet.ControlNetConfig, controlnet.edit),
+}
+BASELINES = {
+    "reconstruction": Technique(pnp.PnPConfig, baselines.reconstruction),
+    "rgb_propagation": Technique(pnp.PnPConfig, baselines.rgb_propagation),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: whose result it is, with which settings, and the paper's figures."""
+
+    name: str
+    technique: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+    paper: tuple[float, float] | None = None  # warp error x1e-3, CLIP score
+
+
+METHODS = (
+    Method("VAE reconstruction", "reconstruction", paper=(2.0, 0.23)),
+    Method("PnP, per frame", "pnp", {"consistency": "none"}, (11.3, 0.33)),
+    Method(
+        "Text2Video-Zero",
+        "controlnet",
+        {"consistency": "first_frame", "use_ddim_noise": False},
+        (12.5, 0.33),
+    ),
+    Method("RGB propagation", "rgb_propagation"),
+    Method("PnP, extended attention", "pnp", {"consistency": "extended_attention"}, (5.9, 0.33)),
+    Method("PnP, fixed keyframes", "pnp", {"keyframes": "fixed"}, (3.7, 0.33)),
+    Method("PnP, TokenFlow", "pnp", paper=(3.0, 0.33)),
+    Method("PnP, TokenFlow (released)", "pnp", {"propagation": "released"}),
+    Method("PnP, TokenFlow (linear blend)", "pnp", {"blend": "linear"}),
+    Method("PnP, TokenFlow (optical flow)", "pnp", {"correspondence": "flow"}),
+    Method("SDEdit, per frame", "sdedit", {"consistency": "none"}),
+    Method("SDEdit, TokenFlow", "sdedit"),
+    Method("ControlNet, per frame", "controlnet", {"consistency": "none"}),
+    Method("ControlNet, TokenFlow", "controlnet"),
+)
+# The paper's Tune-A-Video row; it trains a video model, and enters by evaluate.py --edited.
+ELSEWHERE = (("Tune-A-Video", (30.0, 0.31)),)
+ORDER = (  # of the warp errors in the paper
+    "VAE reconstruction",
+    "PnP, TokenFlow",
+    "PnP, fixed keyframes",
+    "PnP, extended attention",
+    "PnP, per frame",
+)
+
+
+# --------------------------------------------------------------------------------- list of clips
+
+
+@dataclass(frozen=True)
+class ClipList:
+    """What a list of clips says; configs/table1_davis.yaml explains the keys."""
+
+    path: Path
+    latents_path: str
+    output_path: str
+    settings: dict[str, object]
+    own: dict[str, dict[str, object]]  # settings of each technique
+    preprocess: dict[str, object]
+    protocol: Protocol
+    clips: dict[str, dict[str, object]]  # by name
+
+    def config(self, clip: str, method: Method) -> EditConfig:
+        """The configuration of one row's edit of a clip."""
+        technique = {**TECHNIQUES, **BASELINES}[method.technique]
+        family = method.technique if method.technique in TECHNIQUES else "pnp"
+        entry = self.clips[clip]
+        keys = {
+            "latents_path": self.latents_path,
+            "output_path": self.output_path,
+            **self.settings,
+            **self.own.get(family, {}),
+            **{k: v for k, v in entry.items() if k not in (*TECHNIQUES, "inversion_prompt")},
+            **entry.get(family, {}),
+            **method.settings,
+        }
+        return make_config(technique.config, keys, f"{self.path}: {clip}: {method.name}")
+
+    def inversion(self, clip: str) -> dict[str, object]:
+        """The options of preprocess.py for a clip."""
+        config = self.config(clip, METHODS[1])
+        options = {
+            "data_path": config.data_path,
+            "save_dir": config.latents_path,
+            "sd_version": config.sd_version,
+            "steps": config.n_inversion_steps,
+            "save_steps": config.n_timesteps,
+            "n_frames": config.n_frames,
+            "inversion_prompt": self.clips[clip]["inversion_prompt"],
+            "device": config.device,
+            "dtype": config.dtype,
+            **({"model_key": config.model_key} if config.model_key else {}),
+        }
+        return options | self.preprocess
+
+
+def read_list(path: Path) -> ClipList:
+    """Read a list of clips, and check all of it that needs no model.
+
+    Raises:
+        UserError: naming the key that is unknown, missing or wrong.
+    """
+    given = load_yaml(path)
+    known = {
+        "latents_path", "output_path", "settings", *TECHNIQUES, "preprocess", "evaluate", "clips",
+    }  # fmt: skip
+    unknown = sorted(map(str, set(given) - known))
+    if unknown:
+        listed = ", ".join(sorted(known))
+        raise UserError(f"{path}: {unknown[0]}: unknown key; known keys: {listed}")
+    entries = given.get("clips")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: clips: expected a list of clips")
+    clips = {}
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}: clips: number {number}"
+        entry = _mapping(entry, where)
+        for key in ("data_path", "inversion_prompt", "prompt"):
+            if not isinstance(entry.get(key), str):
+                raise UserError(f"{where}: {key}: expected text, got {entry.get(key)!r}")
+        name = clip_name(entry["data_path"])
+        if name in clips:
+            raise UserError(f"{where}: a clip named {name} is in the list already")
+        clips[name] = entry
+    sections = {
+        name: _mapping(given.get(name, {}), f"{path}: {name}")
+        for name in ("settings", "preprocess", "evaluate", *TECHNIQUES)
+    }
+    plan = ClipList(
+        path=path,
+        latents_path=given.get("latents_path", "latents"),
+        output_path=given.get("output_path", "tokenflow-results/table1"),
+        settings=sections["settings"],
+        own={name: sections[name] for name in TECHNIQUES},
+        preprocess=sections["preprocess"],
+        protocol=_protocol(sections["evaluate"]),
+        clips=clips,
+    )
+    for clip in clips:
+        for method in METHODS:
+            plan.config(clip, method)
+        preprocess.parse_args(_words(plan.inversion(clip)))
+    return plan
+
+
+def _protocol(options: Mapping[str, object]) -> Protocol:
+    """The protocol that options of evaluate.py ask for."""
+    return evaluate.read_protocol(evaluate.parse_args([".", *_words(options)]))
+
+
+def _mapping(value: object, where: str) -> dict[str, object]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{where}: expected keys and values, got {value!r:.60}")
+    return value
+
+
+def _words(options: Mapping[str, object]) -> list[str]:
+    """Options as a script's command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+# ------------------------------------------------------------------------------------- one clip
+
+
+def make_rows(plan: ClipList, clip: str, methods: Sequence[Method]) -> list[Row]:
+    """Invert one clip, edit it by every method, and score the results.
+
+    A method whose input is refused (a ControlNet that is not there, say) is logged and left out.
+    """
+    preprocess.preprocess(preprocess.parse_args(_words(plan.inversion(clip))))
+    evaluator = Evaluator(plan.protocol)
+    rows = []
+    for method in methods:
+        technique = {**TECHNIQUES, **BASELINES}[method.technique]
+        try:
+            folder = technique.make(plan.config(clip, method))
+        except UserError as error:
+            log.error("%s: %s: %s", clip, method.name, error)
+            continue
+        rows.append(replace(evaluator.score_result(folder), method=method.name))
+        write_json(rows_file(plan, clip), rows)
+    return rows
+
+
+def rows_file(plan: ClipList, clip: str) -> Path:
+    """Where the rows of a clip are kept; its messages are in a .log beside it."""
+    return Path(plan.output_path) / "rows" / f"{clip}.json"
+
+
+# ------------------------------------------------------------------------------------ all clips
+
+
+def make_clips(plan: ClipList, words: Sequence[str], jobs: int) -> dict[str, int]:
+    """Make the rows of every clip, `jobs` clips at a time, each in a process of its own.
+
+    Args:
+        words: what more to say on each process's command line.
+
+    Returns:
+        each clip's exit status.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
+
+    def make(clip: str) -> tuple[int, float]:
+        file = rows_file(plan, clip)
+        file.unlink(missing_ok=True)  # of other settings, maybe; from finished edits soon made anew
+        command = [sys.executable, str(Path(__file__).resolve()), str(plan.path), "--clip", clip]
+        start = time.monotonic()
+        with file.with_suffix(".log").open("w", encoding="utf-8") as messages:
+            done = subprocess.run(
+                [*command, *words],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=messages,
+                stderr=messages,
+            )
+        return done.returncode, time.monotonic() - start
+
+    status = {}
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(plan.clips), unit="clip") as bar:
+        running = {pool.submit(make, clip): clip for clip in plan.clips}
+        for finished in as_completed(running):
+            clip = running[finished]
+            status[clip], seconds = finished.result()
+            log_file = rows_file(plan, clip).with_suffix(".log")
+            how = f"failed, see {log_file}" if status[clip] else "done"
+            bar.write(f"{clip}: {how} ({seconds:.0f} s)", file=sys.stderr)
+            bar.update()
+    return status
+
+
+# ---------------------------------------------------------------------------------------- table
+
+COLUMNS = {  # of a method's means: heading and decimals
+    "warp_error": ("warp error x1e-3", 2),
+    "clip_score": ("CLIP score", 3),
+    "clip_frame": ("CLIP frame", 3),
+    "psnr_background": ("PSNR background", 1),
+    "seconds_per_frame": ("s/frame", 2),
+}
+PAPER_NOTE = (
+    "The paper's figures are of other data: its own DAVIS and web clips, Stable Diffusion 2.1 (but "
+    "for the baselines' own models), RAFT, 512x512."
+)
+
+
+def table(summaries: Sequence[Summary]) -> list[list[str]]:
+    """Lines of cells, headings first: each method's means, and what the paper has for it.
+
+    Measures that no method has are left out.
+    """
+    means = {summary.method: summary for summary in summaries}
+    shown = [c for c in COLUMNS if any(s.means[c] is not None for s in summaries)]
+    head = ["method", "clips", *(COLUMNS[c][0] for c in shown), "paper: warp error", "paper: CLIP"]
+    lines = [head]
+    papers = {method.name: method.paper for method in METHODS} | dict(ELSEWHERE)
+    for name, paper in papers.items():
+        cells = [name, "-", *("-" for _ in shown)]
+        if name in means:
+            own = means[name]
+            cells[1] = str(own.clips)
+            cells[2:] = [
+                "-" if own.means[c] is None else f"{own.means[c]:.{COLUMNS[c][1]}f}" for c in shown
+            ]
+        elif paper is None:
+            continue
+        lines.append([*cells, *(("-", "-") if paper is None else map("{:g}".format, paper))])
+    return lines
+
+
+def plain(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as aligned text."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    )
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as a Markdown table."""
+    head, *body = lines
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+
+
+def verdict(summaries: Sequence[Summary]) -> str:
+    """Whether the warp errors are in the paper's order, of the methods that were measured."""
+    errors = {s.method: s.means["warp_error"] for s in summaries}
+    order = [name for name in ORDER if errors.get(name) is not None]
+    found = sorted(order, key=errors.get)
+    held = "holds" if found == order else f"does not hold, but {' < '.join(found)}"
+    return f"The paper's order, {' < '.join(order)}: {held}"
+
+
+# ------------------------------------------------------------------------------------ the script
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("clips", type=Path, metavar="CLIPS_YAML", help="see configs/table1_davis.yaml")
+    add("--jobs", type=int, default=1, help="clips at a time (default: 1)")
+    names = ", ".join(method.name for method in METHODS)
+    add("--methods", nargs="+", metavar="NAME", help=f"some of: {names} (default: all)")
+    add("--clip", metavar="NAME", help="make this clip's rows only, in this process, no table")
+    add("--json", type=Path, metavar="FILE", help="write all rows there, as evaluate.py does")
+    add("--markdown", type=Path, metavar="FILE", help="write the table there")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise UserError(f"--jobs: expected at least 1, got {args.jobs}")
+    known = {method.name: method for method in METHODS}
+    for name in args.methods or ():
+        if name not in known:
+            raise UserError(f"--methods: expected some of {names}; got {name}")
+    for name in ("json", "markdown"):
+        if path := getattr(args, name):
+            check_writable(path.parent, f"--{name}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Run the script; returns the rows.
+
+    Raises:
+        UserError: the input is wrong, or, after all else is done and written, rows are missing.
+    """
+    setup_logging()
+    args = parse_args(argv)
+    methods = [m for m in METHODS if not args.methods or m.name in args.methods]
+    plan = read_list(args.clips)
+    check_writable(plan.output_path, "output_path")
+    if args.clip is not None:
+        if args.clip not in plan.clips:
+            raise UserError(f"--clip: expected one of {', '.join(plan.clips)}; got {args.clip}")
+        rows = make_rows(plan, args.clip, methods)
+        if len(rows) < len(methods):
+            raise UserError(f"{args.clip}: {len(methods) - len(rows)} rows could not be made")
+        return rows
+
+    rows_file(plan, "any").parent.mkdir(parents=True, exist_ok=True)
+    words = ["--methods", *(m.name for m in methods)]
+    make_clips(plan, words, args.jobs)
+    rows = []
+    for clip in plan.clips:
+        file = rows_file(plan, clip)
+        if file.is_file():
+            rows += [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    missing = len(plan.clips) * len(methods) - len(rows)
+    if args.json:
+        write_json(args.json, rows)
+    if rows:
+        summaries = summarize(rows)
+        lines = table(summaries)
+        print(f"{plain(lines)}\n\n{verdict(summaries)}\n{PAPER_NOTE}")
+        if args.markdown:
+            notes = [verdict(summaries), PAPER_NOTE, *protocols(rows)]
+            with atomic_file(args.markdown) as temporary:
+                text = "\n\n".join([markdown(lines), *notes])
+                temporary.write_text(text + "\n", encoding="utf-8")
+    if missing:
+        raise UserError(
+            f"{missing} of {len(rows) + missing} rows are missing; why is in the logs, "
+            f"{rows_file(plan, '*').with_suffix('.log')}"
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    command_line(main)

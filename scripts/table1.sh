@@ -1,0 +1,9 @@
+#!/bin/sh
+# Table 1 on clips of your own: every row's edits, their scores, and the paper's figures beside them.
+#
+#     sh scripts/table1.sh CLIPS_YAML [--jobs N] [--json FILE] [--markdown FILE] ...
+#
+# CLIPS_YAML is explained in configs/table1_davis.yaml; scripts/shapes_clips.py writes one for the
+# small model. Stopped at any time, the same command goes on. PYTHON names another interpreter.
+set -eu
+exec "${PYTHON:-python}" "$(dirname "$0")/table1.py" "$@"

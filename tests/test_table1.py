@@ -1,0 +1,168 @@
+"""Table 1: the list of clips, the rows' settings, the table, and the whole on two clips."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import table1
+
+from run_tokenflow_controlnet import ControlNetConfig
+from run_tokenflow_pnp import PnPConfig
+from score_table import COLUMNS as MEASURES
+from score_table import Row, summarize
+from util import UserError, save_yaml
+
+CLIP = {"data_path": "clips/a.mp4", "inversion_prompt": "a red star", "prompt": "a green star"}
+LIST = {
+    "latents_path": "caches",
+    "output_path": "results",
+    "settings": {"sd_version": "tiny", "n_frames": 4, "n_inversion_steps": 10, "n_timesteps": 5},
+    "pnp": {"guidance_scale": 2.0},
+    "controlnet": {"canny_low": 50},
+    "preprocess": {"inversion_iters": 2},
+    "evaluate": {"flow": "dis", "clip_model": "none"},
+    "clips": [CLIP, {**CLIP, "data_path": "b", "seed": 7, "pnp": {"negative_prompt": "red"}}],
+}
+METHODS = {method.name: method for method in table1.METHODS}
+
+
+def write(folder, changes=None):
+    path = folder / "clips.yaml"
+    save_yaml(path, LIST | (changes or {}))
+    return path
+
+
+def test_settings_come_from_the_most_special_place(tmp_path):
+    plan = table1.read_list(write(tmp_path))
+    a, b = (plan.config(clip, METHODS["PnP, fixed keyframes"]) for clip in plan.clips)
+    assert isinstance(a, PnPConfig)
+    assert (a.guidance_scale, a.keyframes, a.latents_path) == (2.0, "fixed", "caches")
+    assert (a.seed, a.negative_prompt) == (1, "")
+    assert (b.seed, b.negative_prompt) == (7, "red")
+    zero = plan.config("b", METHODS["Text2Video-Zero"])
+    assert isinstance(zero, ControlNetConfig)
+    assert (zero.consistency, zero.use_ddim_noise, zero.canny_low) == ("first_frame", False, 50)
+    assert (zero.guidance_scale, zero.negative_prompt) == (7.5, "")  # PnP's are PnP's alone
+    assert plan.inversion("a") | {"inversion_iters": 2, "steps": 10} == plan.inversion("a")
+
+
+def test_every_row_differs_from_every_other(tmp_path):
+    plan = table1.read_list(write(tmp_path))
+    made = {(m.technique, plan.config("a", m)) for m in table1.METHODS}
+    assert len(made) == len(table1.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clips": []}, "clips: expected a list of clips"),
+        ({"clip": []}, "clip: unknown key"),
+        ({"clips": [{**CLIP, "prompt": None}]}, "clips: number 1: prompt: expected text, got None"),
+        ({"clips": [CLIP, CLIP]}, "number 2: a clip named a is in the list already"),
+        ({"clips": [{**CLIP, "sed": 3}]}, "a: .*: sed: unknown key; did you mean seed"),
+        ({"settings": {"n_frames": "many"}}, "n_frames: expected a whole number"),
+        ({"settings": []}, "settings: expected keys and values"),
+        ({"evaluate": {"flow": "guess"}}, "--flow: expected one of raft, dis, truth"),
+        ({"preprocess": {"stepz": 3}}, "stepz"),
+    ],
+)
+def test_a_wrong_list_is_refused_before_any_work(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        table1.read_list(write(tmp_path, changes))
+
+
+def test_the_davis_list_is_right():
+    plan = table1.read_list(table1.ROOT / "configs/table1_davis.yaml")
+    assert plan.protocol.flow == "raft"
+    assert plan.config("dog", METHODS["PnP, TokenFlow"]).batch_size == 8
+
+
+def row(method, clip, **measures):
+    needed = {field.name: None for field in fields(Row) if field.name not in MEASURES}
+    return Row(**needed | {"method": method, "clip": clip} | measures)
+
+
+def test_the_table_has_means_beside_the_paper_s_figures():
+    rows = [row("PnP, TokenFlow", clip, warp_error=e) for clip, e in (("a", 1.0), ("b", 2.0))]
+    rows.append(row("RGB propagation", "a", warp_error=0.5))
+    head, *lines = table1.table(summarize(rows))
+    assert head == ["method", "clips", "warp error x1e-3", "paper: warp error", "paper: CLIP"]
+    assert ["PnP, TokenFlow", "2", "1.50", "3", "0.33"] in lines
+    assert ["RGB propagation", "1", "0.50", "-", "-"] in lines
+    assert ["Tune-A-Video", "-", "-", "30", "0.31"] in lines
+    assert "| RGB propagation | 1 | 0.50 | - | - |" in table1.markdown([head, *lines])
+    assert len({len(line) for line in table1.plain([head, *lines]).splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("errors", "message"),
+    [
+        ((0.2, 1.0, 2.0, 3.0, 4.0), "per frame: holds"),
+        ((0.2, 1.0, 4.0, 3.0, 2.0), "does not hold, but VAE reconstruction < PnP, TokenFlow < PnP"),
+    ],
+)
+def test_the_verdict_on_the_paper_s_order(errors, message):
+    pairs = zip(table1.ORDER, errors, strict=True)
+    rows = [row(name, "a", warp_error=error) for name, error in pairs]
+    assert message in table1.verdict(summarize(rows))
+
+
+# ------------------------------------------------------------------------------------- the whole
+
+FEW = ("VAE reconstruction", "Text2Video-Zero", "PnP, TokenFlow")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Three rows of one good clip and one that is not there."""
+    folder = tmp_path_factory.mktemp("table1")
+    (folder / "data").symlink_to(table1.ROOT / "data")
+    (folder / "models").symlink_to(table1.ROOT / "models")
+    steps = {"n_frames": 2, "n_inversion_steps": 2, "n_timesteps": 2, "device": "cpu"}
+    good = {"data_path": "data/star.mp4", "inversion_prompt": "a red star", "prompt": "a blue star"}
+    changes = {
+        "settings": {"sd_version": "tiny", **steps},
+        "preprocess": {"H": 64, "W": 64},
+        "evaluate": {"flow": "dis", "clip_model": "models/tiny/judge"},
+        "clips": [{**good, "data_path": "data/none.mp4"}, good],
+    }
+    write(folder, changes)
+    words = ["clips.yaml", "--jobs", "2", "--json", "rows.json", "--markdown", "table.md"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(UserError, match="3 of 6 rows are missing"):
+            table1.main([*words, "--methods", *FEW])
+        yield folder
+
+
+def test_one_clip_s_failure_does_not_lose_the_other(done):
+    rows = json.loads((done / "rows.json").read_text())
+    assert [(r["method"], r["clip"]) for r in rows] == [(name, "star") for name in FEW]
+    assert all(r["warp_error"] > 0 and -1 < r["clip_score"] < 1 for r in rows)
+    assert "data/none.mp4" in (done / "results/rows/none.log").read_text()
+    markdown = (done / "table.md").read_text()
+    assert "| VAE reconstruction | 1 |" in markdown
+    assert "Protocol: flow dis" in markdown
+
+
+def test_what_is_made_is_not_made_again(done, monkeypatch):
+    monkeypatch.chdir(done)
+    made = {p: p.stat().st_mtime_ns for p in (done / "results").rglob("edited.mp4")}
+    assert len(made) == 3
+    rows = table1.main(["clips.yaml", "--clip", "star", "--methods", *FEW])
+    assert [r.method for r in rows] == list(FEW)
+    assert {p: p.stat().st_mtime_ns for p in (done / "results").rglob("edited.mp4")} == made
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--jobs", "0"], "--jobs: expected at least 1"),
+        (["--methods", "Gen-1"], "--methods: expected some of"),
+        (["--clip", "c"], "--clip: expected one of a, b; got c"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        table1.main([str(write(tmp_path)), *words])
