@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from evaluate_inputs import method_name
 from source_cache import MANIFEST, SourceCache, read_manifest
 from util import (
     ArgumentParser,
@@ -96,10 +97,6 @@ class Result:
     folder: Path
     config: Mapping[str, Any]
     run: Mapping[str, Any]
-
-    @property
-    def technique(self) -> str:
-        return plain(self.run.get("technique", "?"))
 
     @property
     def prompt(self) -> str:
@@ -464,7 +461,7 @@ def edit_data(
 ) -> dict[str, Any]:
     """What the page shows of a result; its video is taken in on the way."""
     row = row or {}
-    label = row.get("method") or result.technique
+    label = row.get("method") or method_name(result.config, result.run)
     settings = [(plain(key), plain(value)) for key, value in result.config.items()]
     video = media.add(result.folder / "edited.mp4", f"{result.folder.parent.name}-{result.prompt}")
     return {

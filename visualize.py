@@ -17,6 +17,7 @@ import torch
 
 from diffusion import decode_latents, psnr
 from edit_inputs import EditConfig
+from evaluate_inputs import TECHNIQUES, method_name
 from features import (
     LAYER,
     View,
@@ -64,14 +65,6 @@ from util import (
 from video import load_frames, save_video
 
 CONFIGS = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
-TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
-CONSISTENCY = {
-    "tokenflow": "TokenFlow",
-    "extended_attention": "extended\nattention",
-    "first_frame": "first-frame\nattention",
-    "none": "per-frame",
-}
-
 
 # ---------------------------------------------------------------------------------------------
 # Results
@@ -92,9 +85,7 @@ class Result:
     @property
     def label(self) -> str:
         """What made it, in a word or two."""
-        technique = self.run["technique"]
-        consistency = CONSISTENCY.get(self.config.get("consistency"), "")
-        return f"{TECHNIQUES.get(technique, technique)}\n{consistency}".strip()
+        return method_name(self.config, self.run).replace(", ", "\n", 1)
 
     def cache(self) -> SourceCache:
         """The source cache that it was made from.
