@@ -40,6 +40,7 @@ from evaluate import Evaluator, Protocol
 from score_table import Row, Summary, protocols, summarize, write_json
 from util import (
     ArgumentParser,
+    MissingFileError,
     UserError,
     atomic_file,
     check_writable,
@@ -103,7 +104,7 @@ METHODS = (
     Method("ControlNet, per frame", "controlnet", {"consistency": "none"}),
     Method("ControlNet, TokenFlow", "controlnet"),
 )
-# The paper's Tune-A-Video row; it trains a video model, and enters by evaluate.py --edited.
+# Tune-A-Video trains a model on the clip and cannot be run here: its videos enter by --also.
 ELSEWHERE = (("Tune-A-Video", (30.0, 0.31)),)
 ORDER = (  # of the warp errors in the paper
     "VAE reconstruction",
@@ -257,6 +258,20 @@ def rows_file(plan: ClipList, clip: str) -> Path:
     return Path(plan.output_path) / "rows" / f"{clip}.json"
 
 
+def read_rows(path: Path) -> list[Row]:
+    """Read rows that `write_json` wrote.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    try:
+        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except OSError as error:
+        raise MissingFileError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not rows as evaluate.py --json writes them ({error})") from error
+
+
 # ------------------------------------------------------------------------------------ all clips
 
 
@@ -325,7 +340,8 @@ def table(summaries: Sequence[Summary]) -> list[list[str]]:
     head = ["method", "clips", *(COLUMNS[c][0] for c in shown), "paper: warp error", "paper: CLIP"]
     lines = [head]
     papers = {method.name: method.paper for method in METHODS} | dict(ELSEWHERE)
-    for name, paper in papers.items():
+    others = [name for name in means if name not in papers]
+    for name, paper in (*papers.items(), *((name, None) for name in others)):
         cells = [name, "-", *("-" for _ in shown)]
         if name in means:
             own = means[name]
@@ -376,6 +392,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     names = ", ".join(method.name for method in METHODS)
     add("--methods", nargs="+", metavar="NAME", help=f"some of: {names} (default: all)")
     add("--clip", metavar="NAME", help="make this clip's rows only, in this process, no table")
+    add(
+        "--also",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="ROWS",
+        help="more rows for the table, of other programs' videos: what evaluate.py --json wrote",
+    )
     add("--json", type=Path, metavar="FILE", help="write all rows there, as evaluate.py does")
     add("--markdown", type=Path, metavar="FILE", help="write the table there")
     args = parser.parse_args(argv)
@@ -402,6 +426,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     methods = [m for m in METHODS if not args.methods or m.name in args.methods]
     plan = read_list(args.clips)
     check_writable(plan.output_path, "output_path")
+    others = [row for path in args.also for row in read_rows(path)]
     if args.clip is not None:
         if args.clip not in plan.clips:
             raise UserError(f"--clip: expected one of {', '.join(plan.clips)}; got {args.clip}")
@@ -413,12 +438,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     rows_file(plan, "any").parent.mkdir(parents=True, exist_ok=True)
     words = ["--methods", *(m.name for m in methods)]
     make_clips(plan, words, args.jobs)
-    rows = []
-    for clip in plan.clips:
-        file = rows_file(plan, clip)
-        if file.is_file():
-            rows += [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    files = [rows_file(plan, clip) for clip in plan.clips]
+    rows = [row for file in files if file.is_file() for row in read_rows(file)]
     missing = len(plan.clips) * len(methods) - len(rows)
+    rows += others
     if args.json:
         write_json(args.json, rows)
     if rows:
@@ -432,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
                 temporary.write_text(text + "\n", encoding="utf-8")
     if missing:
         raise UserError(
-            f"{missing} of {len(rows) + missing} rows are missing; why is in the logs, "
+            f"{missing} of {len(plan.clips) * len(methods)} rows are missing; why is in the logs, "
             f"{rows_file(plan, '*').with_suffix('.log')}"
         )
     return rows

@@ -198,9 +198,7 @@ def shown(tmp_path_factory):
     clip = results / "pnp" / "wall"
     one = make_result(clip / "one", wall, N_FRAMES, guidance_scale=7.5)
     two = make_result(clip / "two", wall, N_FRAMES, consistency="none", guidance_scale=7.5)
-    slow = make_result(
-        clip / "slow", wall, N_FRAMES, fps=10, guidance_scale=7.5, keyframes="fixed"
-    )
+    slow = make_result(clip / "slow", wall, N_FRAMES, fps=10, guidance_scale=7.5, keyframes="fixed")
     sky = make_result(
         results / "sdedit" / "sky" / "x", None, N_FRAMES, 20, "sdedit", prompt="night"
     )

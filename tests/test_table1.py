@@ -1,6 +1,7 @@
 """Table 1: the list of clips, the rows' settings, the table, and the whole on two clips."""
 
 import json
+import re
 from dataclasses import fields
 
 import pytest
@@ -10,7 +11,7 @@ from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from score_table import COLUMNS as MEASURES
 from score_table import Row, summarize
-from util import UserError, save_yaml
+from util import UserError, load_yaml, save_yaml
 
 CLIP = {"data_path": "clips/a.mp4", "inversion_prompt": "a red star", "prompt": "a green star"}
 LIST = {
@@ -90,6 +91,10 @@ def test_the_table_has_means_beside_the_paper_s_figures():
     assert ["PnP, TokenFlow", "2", "1.50", "3", "0.33"] in lines
     assert ["RGB propagation", "1", "0.50", "-", "-"] in lines
     assert ["Tune-A-Video", "-", "-", "30", "0.31"] in lines
+    rows += [row("Gen-1", "a", warp_error=8.0), row("Tune-A-Video", "a", warp_error=9.0)]
+    lines = table1.table(summarize(rows))
+    assert lines[-1] == ["Gen-1", "1", "8.00", "-", "-"]
+    assert ["Tune-A-Video", "1", "9.00", "30", "0.31"] in lines
     assert "| RGB propagation | 1 | 0.50 | - | - |" in table1.markdown([head, *lines])
     assert len({len(line) for line in table1.plain([head, *lines]).splitlines()}) == 1
 
@@ -109,6 +114,7 @@ def test_the_verdict_on_the_paper_s_order(errors, message):
 
 # ------------------------------------------------------------------------------------- the whole
 
+GOOD = {"data_path": "data/star.mp4", "inversion_prompt": "a red star", "prompt": "a blue star"}
 FEW = ("VAE reconstruction", "Text2Video-Zero", "PnP, TokenFlow")
 
 
@@ -119,12 +125,11 @@ def done(tmp_path_factory):
     (folder / "data").symlink_to(table1.ROOT / "data")
     (folder / "models").symlink_to(table1.ROOT / "models")
     steps = {"n_frames": 2, "n_inversion_steps": 2, "n_timesteps": 2, "device": "cpu"}
-    good = {"data_path": "data/star.mp4", "inversion_prompt": "a red star", "prompt": "a blue star"}
     changes = {
         "settings": {"sd_version": "tiny", **steps},
         "preprocess": {"H": 64, "W": 64},
         "evaluate": {"flow": "dis", "clip_model": "models/tiny/judge"},
-        "clips": [{**good, "data_path": "data/none.mp4"}, good],
+        "clips": [{**GOOD, "data_path": "data/none.mp4"}, GOOD],
     }
     write(folder, changes)
     words = ["clips.yaml", "--jobs", "2", "--json", "rows.json", "--markdown", "table.md"]
@@ -143,6 +148,19 @@ def test_one_clip_s_failure_does_not_lose_the_other(done):
     markdown = (done / "table.md").read_text()
     assert "| VAE reconstruction | 1 |" in markdown
     assert "Protocol: flow dis" in markdown
+
+
+def test_other_programs_rows_join_the_table(done, monkeypatch, capsys):
+    monkeypatch.chdir(done)
+    ours = json.loads((done / "rows.json").read_text())[0]
+    (done / "theirs.json").write_text(json.dumps([ours | {"method": "Gen-1"}]))
+    clips = write(done, load_yaml(done / "clips.yaml") | {"clips": [GOOD]})
+    rows = table1.main([str(clips), "--methods", FEW[0], "--also", "theirs.json"])
+    assert [r.method for r in rows] == [FEW[0], "Gen-1"]
+    assert re.search(r"^Gen-1 +1 ", capsys.readouterr().out, re.MULTILINE)
+    (done / "theirs.json").write_text('[{"method": 3}]')
+    with pytest.raises(UserError, match=r"theirs.json: not rows as evaluate.py --json writes"):
+        table1.main([str(clips), "--also", "theirs.json"])
 
 
 def test_what_is_made_is_not_made_again(done, monkeypatch):
