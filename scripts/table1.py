@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import baselines
+from demo import arguments
 
 import evaluate
 import preprocess
@@ -210,24 +211,19 @@ def read_list(path: Path) -> ClipList:
     for clip in clips:
         for method in METHODS:
             plan.config(clip, method)
-        preprocess.parse_args(_words(plan.inversion(clip)))
+        preprocess.parse_args(arguments(plan.inversion(clip)))
     return plan
 
 
 def _protocol(options: Mapping[str, object]) -> Protocol:
     """The protocol that options of evaluate.py ask for."""
-    return evaluate.read_protocol(evaluate.parse_args([".", *_words(options)]))
+    return evaluate.read_protocol(evaluate.parse_args([".", *arguments(options)]))
 
 
 def _mapping(value: object, where: str) -> dict[str, object]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(f"{where}: expected keys and values, got {value!r:.60}")
     return value
-
-
-def _words(options: Mapping[str, object]) -> list[str]:
-    """Options as a script's command line."""
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 # ------------------------------------------------------------------------------------- one clip
@@ -238,7 +234,7 @@ def make_rows(plan: ClipList, clip: str, methods: Sequence[Method]) -> list[Row]
 
     A method whose input is refused (a ControlNet that is not there, say) is logged and left out.
     """
-    preprocess.preprocess(preprocess.parse_args(_words(plan.inversion(clip))))
+    preprocess.preprocess(preprocess.parse_args(arguments(plan.inversion(clip))))
     evaluator = Evaluator(plan.protocol)
     rows = []
     for method in methods:
