@@ -32,7 +32,7 @@ from diffusion import (
     make_denoiser,
 )
 from edit_inputs import EditInputs
-from run_info import Stopwatch, device_name, peak_memory_bytes, versions
+from run_info import Stopwatch, device_name, peak_memory_bytes, reset_peak_memory, versions
 from source_cache import CLEAN_LATENTS, MANIFEST
 from tokenflow_utils import (
     Correspondence,
@@ -93,6 +93,7 @@ class EditSession:
     def __init__(self, inputs: EditInputs) -> None:
         self.inputs, self.config, self.cache = inputs, inputs.config, inputs.cache
         self.watch = Stopwatch(inputs.device)
+        reset_peak_memory(inputs.device)
         with self.watch("load"):
             self.models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
             self.frames = self.cache.frames(inputs.n_frames)

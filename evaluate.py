@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 import torchvision
 from torch import Tensor
 
@@ -386,7 +387,7 @@ def score_all(subjects: Sequence[Subject], evaluator: Evaluator) -> tuple[list[R
         log.info("%d/%d: %s: %s", done, len(order), subject.source.clip, subject.method)
         try:
             rows[i] = evaluator.score(subject)
-        except UserError as error:
+        except (UserError, torch.OutOfMemoryError) as error:
             log.error("%s", error)
             errors.append(str(error))
     return [rows[i] for i in sorted(rows)], errors

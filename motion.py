@@ -324,7 +324,10 @@ def truth_shape(path: Path) -> tuple[int, int, int]:
         UserError: it is damaged, or does not hold a clip's motion.
     """
     if not path.is_file():
-        raise MissingFileError(f"{path}: no such file of a clip's true motion")
+        raise MissingFileError(
+            f"{path}: no such file of a clip's true motion; name one by --truth FILE, or estimate "
+            "the motion: --flow raft, --flow dis"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             pairs, _, height, width = file.get_slice("flow").get_shape()

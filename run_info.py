@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import av
 import cv2
@@ -15,6 +17,8 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class Stopwatch:
@@ -34,12 +38,23 @@ class Stopwatch:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        elapsed = time.perf_counter() - start
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + elapsed, 3)
+        self.add(stage, time.perf_counter() - start)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add seconds that were measured elsewhere."""
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 3)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` count from here, on CUDA and where Linux allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access(CLEAR_REFS, os.W_OK):
+        CLEAR_REFS.write_text("5")  # proc(5): resets the resident set's high water mark
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory the run has held: of the CUDA allocator, else of the process."""
+    """The most memory held since the last reset: of the CUDA allocator, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -29,7 +29,7 @@ from edit_inputs import open_inputs, read_config
 from editing import Edited, EditSession, make_result
 from motion import warp
 from source_cache import CLEAN_LATENTS
-from util import UserError, command_line, setup_logging
+from util import UserError, command_line, load_yaml, setup_logging
 from video import load_frames
 
 
@@ -55,6 +55,8 @@ def rgb_propagation(config: pnp.PnPConfig, overwrite: bool = False) -> Path:
         keyframe = load_frames(per_frame / "frames")[middle]
         with session.watch("edit"):
             frames = propagate_rgb(keyframe, session.frames, middle)
+        for stage in ("edit", "decode"):  # the keyframe's edit, which was of all frames
+            session.watch.add(stage, load_yaml(per_frame / "run.yaml")["seconds"][stage])
         # No latents were edited: those of the frames stand in their place.
         return Edited(frames, encode_frames(session.models, frames, session.chunk_size))
 
@@ -94,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Run the script; returns the result's folder."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
+        print(__doc__)
         rest = [name]
     elif name not in BASELINES:
         raise UserError(f"expected {' or '.join(BASELINES)} as the first word, got {name!r}")

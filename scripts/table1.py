@@ -16,12 +16,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 # Scripts in this folder are run from the repository root, which Python does not search by itself.
@@ -38,6 +40,7 @@ import run_tokenflow_pnp as pnp
 import run_tokenflow_sdedit as sdedit
 from edit_inputs import EditConfig
 from evaluate import Evaluator, Protocol
+from motion import truth_file, truth_shape
 from score_table import Row, Summary, protocols, summarize, write_json
 from util import (
     ArgumentParser,
@@ -50,7 +53,7 @@ from util import (
     make_config,
     setup_logging,
 )
-from video import clip_name
+from video import clip_name, resolve_clip
 
 log = logging.getLogger("tokenflow")
 
@@ -74,14 +77,28 @@ BASELINES = {
 }
 
 
+# What tells rows apart is the rows' alone; a list of clips cannot change it.
+TOKENFLOW = {
+    "consistency": "tokenflow",
+    "keyframes": "random",
+    "propagation": "paper",
+    "blend": "sigmoid",
+    "correspondence": "nn",
+}
+
+
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: whose result it is, with which settings, and the paper's figures."""
+    """A row of the table: whose result it is, in what it is not TokenFlow, the paper's figures."""
 
     name: str
     technique: str
-    settings: Mapping[str, object] = field(default_factory=dict)
+    changes: Mapping[str, object] = field(default_factory=dict)
     paper: tuple[float, float] | None = None  # warp error x1e-3, CLIP score
+
+    @property
+    def settings(self) -> dict[str, object]:
+        return {**TOKENFLOW, **self.changes}
 
 
 METHODS = (
@@ -137,20 +154,21 @@ class ClipList:
         technique = {**TECHNIQUES, **BASELINES}[method.technique]
         family = method.technique if method.technique in TECHNIQUES else "pnp"
         entry = self.clips[clip]
+        where = f"{self.path}: {clip}"
         keys = {
             "latents_path": self.latents_path,
             "output_path": self.output_path,
             **self.settings,
             **self.own.get(family, {}),
             **{k: v for k, v in entry.items() if k not in (*TECHNIQUES, "inversion_prompt")},
-            **entry.get(family, {}),
+            **_mapping(entry.get(family, {}), f"{where}: {family}"),
             **method.settings,
         }
-        return make_config(technique.config, keys, f"{self.path}: {clip}: {method.name}")
+        return make_config(technique.config, keys, f"{where}: {method.name}")
 
     def inversion(self, clip: str) -> dict[str, object]:
         """The options of preprocess.py for a clip."""
-        config = self.config(clip, METHODS[1])
+        config = self.config(clip, METHODS[0])  # the inversion's keys are the same in all
         options = {
             "data_path": config.data_path,
             "save_dir": config.latents_path,
@@ -161,9 +179,9 @@ class ClipList:
             "inversion_prompt": self.clips[clip]["inversion_prompt"],
             "device": config.device,
             "dtype": config.dtype,
-            **({"model_key": config.model_key} if config.model_key else {}),
         }
-        return options | self.preprocess
+        others = {"model_key": config.model_key, "H": config.H, "W": config.W}
+        return options | {k: v for k, v in others.items() if v is not None} | self.preprocess
 
 
 def read_list(path: Path) -> ClipList:
@@ -198,6 +216,12 @@ def read_list(path: Path) -> ClipList:
         name: _mapping(given.get(name, {}), f"{path}: {name}")
         for name in ("settings", "preprocess", "evaluate", *TECHNIQUES)
     }
+    for place, section in _sections_of_settings(path, sections, clips):
+        for key in section:
+            if key in TOKENFLOW:
+                raise UserError(f"{place}: {key}: is what tells the rows apart; leave it out")
+            if key in ("sd_version", "model_key") and place.endswith(tuple(TECHNIQUES)):
+                raise UserError(f"{place}: {key}: all rows share one inversion; put it in settings")
     plan = ClipList(
         path=path,
         latents_path=given.get("latents_path", "latents"),
@@ -205,7 +229,7 @@ def read_list(path: Path) -> ClipList:
         settings=sections["settings"],
         own={name: sections[name] for name in TECHNIQUES},
         preprocess=sections["preprocess"],
-        protocol=_protocol(sections["evaluate"]),
+        protocol=_protocol(sections["evaluate"], f"{path}: evaluate"),
         clips=clips,
     )
     for clip in clips:
@@ -215,8 +239,27 @@ def read_list(path: Path) -> ClipList:
     return plan
 
 
-def _protocol(options: Mapping[str, object]) -> Protocol:
+def _sections_of_settings(
+    path: Path, sections: Mapping[str, dict], clips: Mapping[str, dict]
+) -> Iterator[tuple[str, dict]]:
+    """All places of a list that hold an edit's settings."""
+    for name in ("settings", *TECHNIQUES):
+        yield f"{path}: {name}", sections[name]
+    for clip, entry in clips.items():
+        yield f"{path}: {clip}", entry
+        for name in TECHNIQUES:
+            yield (
+                f"{path}: {clip}: {name}",
+                _mapping(entry.get(name, {}), f"{path}: {clip}: {name}"),
+            )
+
+
+def _protocol(options: Mapping[str, object], where: str) -> Protocol:
     """The protocol that options of evaluate.py ask for."""
+    known = [option.name for option in fields(Protocol)]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{where}: {name}: unknown key; known keys: {', '.join(known)}")
     return evaluate.read_protocol(evaluate.parse_args([".", *arguments(options)]))
 
 
@@ -232,19 +275,23 @@ def _mapping(value: object, where: str) -> dict[str, object]:
 def make_rows(plan: ClipList, clip: str, methods: Sequence[Method]) -> list[Row]:
     """Invert one clip, edit it by every method, and score the results.
 
-    A method whose input is refused (a ControlNet that is not there, say) is logged and left out.
+    A method whose input is refused (a ControlNet that is not there, say) or which needs more memory
+    than there is, is logged and left out.
     """
-    preprocess.preprocess(preprocess.parse_args(arguments(plan.inversion(clip))))
     evaluator = Evaluator(plan.protocol)
+    source = resolve_clip(plan.clips[clip]["data_path"])
+    if plan.protocol.flow == "truth":
+        truth_shape(truth_file(source, plan.protocol.truth))
+    preprocess.preprocess(preprocess.parse_args(arguments(plan.inversion(clip))))
     rows = []
     for method in methods:
         technique = {**TECHNIQUES, **BASELINES}[method.technique]
         try:
             folder = technique.make(plan.config(clip, method))
-        except UserError as error:
-            log.error("%s: %s: %s", clip, method.name, error)
+            rows.append(replace(evaluator.score_result(folder), method=method.name))
+        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+            log.error("%s: %s: %s", clip, method.name, error or "out of memory")
             continue
-        rows.append(replace(evaluator.score_result(folder), method=method.name))
         write_json(rows_file(plan, clip), rows)
     return rows
 
@@ -283,31 +330,40 @@ def make_clips(plan: ClipList, words: Sequence[str], jobs: int) -> dict[str, int
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
 
+    started: list[subprocess.Popen] = []
+
     def make(clip: str) -> tuple[int, float]:
         file = rows_file(plan, clip)
         file.unlink(missing_ok=True)  # of other settings, maybe; from finished edits soon made anew
         command = [sys.executable, str(Path(__file__).resolve()), str(plan.path), "--clip", clip]
         start = time.monotonic()
         with file.with_suffix(".log").open("w", encoding="utf-8") as messages:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [*command, *words],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=messages,
                 stderr=messages,
             )
-        return done.returncode, time.monotonic() - start
+            started.append(process)
+            return process.wait(), time.monotonic() - start
 
     status = {}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(plan.clips), unit="clip") as bar:
         running = {pool.submit(make, clip): clip for clip in plan.clips}
-        for finished in as_completed(running):
-            clip = running[finished]
-            status[clip], seconds = finished.result()
-            log_file = rows_file(plan, clip).with_suffix(".log")
-            how = f"failed, see {log_file}" if status[clip] else "done"
-            bar.write(f"{clip}: {how} ({seconds:.0f} s)", file=sys.stderr)
-            bar.update()
+        try:
+            for finished in as_completed(running):
+                clip = running[finished]
+                status[clip], seconds = finished.result()
+                log_file = rows_file(plan, clip).with_suffix(".log")
+                how = f"failed, see {log_file}" if status[clip] else "done"
+                bar.write(f"{clip}: {how} ({seconds:.0f} s)", file=sys.stderr)
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.terminate()
+            raise
     return status
 
 
@@ -367,13 +423,32 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 
 
-def verdict(summaries: Sequence[Summary]) -> str:
-    """Whether the warp errors are in the paper's order, of the methods that were measured."""
-    errors = {s.method: s.means["warp_error"] for s in summaries}
-    order = [name for name in ORDER if errors.get(name) is not None]
-    found = sorted(order, key=errors.get)
-    held = "holds" if found == order else f"does not hold, but {' < '.join(found)}"
-    return f"The paper's order, {' < '.join(order)}: {held}"
+def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:
+    """Whether the mean warp errors are in the paper's order: None where that is not measured.
+
+    The means are over the clips of which every method of that order has a row.
+    """
+    errors = {(row.method, row.clip): row.warp_error for row in rows}
+    clips = {row.clip for row in rows}
+    shared = [c for c in clips if all(errors.get((name, c)) is not None for name in ORDER)]
+    asked = f"The paper's order, {' < '.join(ORDER)}"
+    if not shared:
+        return None, f"{asked}: not measured, no clip has them all"
+    means = {name: float(np.mean([errors[name, clip] for clip in shared])) for name in ORDER}
+    found = sorted(ORDER, key=means.get)
+    held = "holds" if found == list(ORDER) else f"does not hold, but {' < '.join(found)}"
+    return found == list(ORDER), f"{asked}: {held} (means of {len(shared)} clips)"
+
+
+def settings_line(plan: ClipList) -> str:
+    """What the list sets for all clips, in a line."""
+    sections = {"all": plan.settings, **plan.own, "preprocess": plan.preprocess}
+    told = [
+        f"{name}: " + ", ".join(f"{key} {value}" for key, value in section.items())
+        for name, section in sections.items()
+        if section
+    ]
+    return f"Settings ({plan.path}): {'; '.join(told) or 'defaults'}"
 
 
 # ------------------------------------------------------------------------------------ the script
@@ -385,8 +460,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("clips", type=Path, metavar="CLIPS_YAML", help="see configs/table1_davis.yaml")
     add("--jobs", type=int, default=1, help="clips at a time (default: 1)")
-    names = ", ".join(method.name for method in METHODS)
-    add("--methods", nargs="+", metavar="NAME", help=f"some of: {names} (default: all)")
+    names = ", ".join(f'"{method.name}"' for method in METHODS)
+    add("--methods", nargs="+", metavar="NAME", help=f"some of {names} (default: all)")
     add("--clip", metavar="NAME", help="make this clip's rows only, in this process, no table")
     add(
         "--also",
@@ -396,6 +471,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="ROWS",
         help="more rows for the table, of other programs' videos: what evaluate.py --json wrote",
     )
+    add("--check", action="store_true", help="fail unless the warp errors are in the paper's order")
     add("--json", type=Path, metavar="FILE", help="write all rows there, as evaluate.py does")
     add("--markdown", type=Path, metavar="FILE", help="write the table there")
     args = parser.parse_args(argv)
@@ -431,6 +507,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             raise UserError(f"{args.clip}: {len(methods) - len(rows)} rows could not be made")
         return rows
 
+    Evaluator(plan.protocol)  # fetches what it needs, or says now that it cannot
     rows_file(plan, "any").parent.mkdir(parents=True, exist_ok=True)
     words = ["--methods", *(m.name for m in methods)]
     make_clips(plan, words, args.jobs)
@@ -443,9 +520,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     if rows:
         summaries = summarize(rows)
         lines = table(summaries)
-        print(f"{plain(lines)}\n\n{verdict(summaries)}\n{PAPER_NOTE}")
+        notes = [verdict(rows)[1], PAPER_NOTE, settings_line(plan), *protocols(rows)]
+        print("\n".join([plain(lines), "", *notes]))
         if args.markdown:
-            notes = [verdict(summaries), PAPER_NOTE, *protocols(rows)]
             with atomic_file(args.markdown) as temporary:
                 text = "\n\n".join([markdown(lines), *notes])
                 temporary.write_text(text + "\n", encoding="utf-8")
@@ -454,6 +531,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             f"{missing} of {len(plan.clips) * len(methods)} rows are missing; why is in the logs, "
             f"{rows_file(plan, '*').with_suffix('.log')}"
         )
+    if args.check and not verdict(rows)[0]:
+        raise UserError(f"--check: {verdict(rows)[1]}")
     return rows
 
 

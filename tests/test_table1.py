@@ -2,10 +2,11 @@
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import table1
+import torch
 
 from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
@@ -63,6 +64,11 @@ def test_every_row_differs_from_every_other(tmp_path):
         ({"clips": [{**CLIP, "sed": 3}]}, "a: .*: sed: unknown key; did you mean seed"),
         ({"settings": {"n_frames": "many"}}, "n_frames: expected a whole number"),
         ({"settings": []}, "settings: expected keys and values"),
+        ({"settings": {"consistency": "none"}}, "settings: consistency: is what tells the rows"),
+        ({"clips": [{**CLIP, "pnp": {"blend": "linear"}}]}, "a: pnp: blend: is what tells"),
+        ({"clips": [{**CLIP, "pnp": 3}]}, "a: pnp: expected keys and values"),
+        ({"sdedit": {"sd_version": "1.5"}}, "sdedit: sd_version: all rows share one inversion"),
+        ({"evaluate": {"json": "x"}}, "evaluate: json: unknown key"),
         ({"evaluate": {"flow": "guess"}}, "--flow: expected one of raft, dis, truth"),
         ({"preprocess": {"stepz": 3}}, "stepz"),
     ],
@@ -99,17 +105,22 @@ def test_the_table_has_means_beside_the_paper_s_figures():
     assert len({len(line) for line in table1.plain([head, *lines]).splitlines()}) == 1
 
 
-@pytest.mark.parametrize(
-    ("errors", "message"),
-    [
-        ((0.2, 1.0, 2.0, 3.0, 4.0), "per frame: holds"),
-        ((0.2, 1.0, 4.0, 3.0, 2.0), "does not hold, but VAE reconstruction < PnP, TokenFlow < PnP"),
-    ],
-)
-def test_the_verdict_on_the_paper_s_order(errors, message):
-    pairs = zip(table1.ORDER, errors, strict=True)
-    rows = [row(name, "a", warp_error=error) for name, error in pairs]
-    assert message in table1.verdict(summarize(rows))
+def rows_of(clip, errors):
+    return [row(n, clip, warp_error=e) for n, e in zip(table1.ORDER, errors, strict=True)]
+
+
+def test_the_verdict_on_the_paper_s_order():
+    right, wrong = (0.2, 1.0, 2.0, 3.0, 4.0), (0.2, 1.0, 4.0, 3.0, 2.0)
+    holds, told = table1.verdict(rows_of("a", right))
+    assert holds is True
+    assert told.endswith("per frame: holds (means of 1 clips)")
+    holds, told = table1.verdict(rows_of("a", wrong))
+    assert holds is False
+    assert "does not hold, but VAE reconstruction < PnP, TokenFlow < PnP, per frame" in told
+    # A clip without one of them does not count, however hard it is.
+    easy = [*rows_of("a", right), *rows_of("b", [9.0] * 5)[:-1]]
+    assert table1.verdict(easy)[0] is True
+    assert table1.verdict(rows_of("a", right)[1:])[0] is None
 
 
 # ------------------------------------------------------------------------------------- the whole
@@ -170,6 +181,43 @@ def test_what_is_made_is_not_made_again(done, monkeypatch):
     rows = table1.main(["clips.yaml", "--clip", "star", "--methods", *FEW])
     assert [r.method for r in rows] == list(FEW)
     assert {p: p.stat().st_mtime_ns for p in (done / "results").rglob("edited.mp4")} == made
+
+
+def test_a_row_that_runs_out_of_memory_leaves_the_others(done, monkeypatch):
+    def too_large(config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.chdir(done)
+    too_much = replace(table1.BASELINES["reconstruction"], make=too_large)
+    monkeypatch.setitem(table1.BASELINES, "reconstruction", too_much)
+    plan = table1.read_list(done / "clips.yaml")
+    rows = table1.make_rows(plan, "star", [METHODS[name] for name in FEW])
+    assert [r.method for r in rows] == list(FEW[1:])
+
+
+def test_an_interrupt_starts_no_further_clip(tmp_path, monkeypatch):
+    begun = []
+
+    class Child:
+        def __init__(self, command, **streams):
+            begun.append(command[command.index("--clip") + 1])
+
+        def wait(self):
+            raise KeyboardInterrupt
+
+        def terminate(self):
+            begun.append("terminated")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table1.subprocess, "Popen", Child)
+    clips = [{**CLIP, "data_path": name} for name in "abcdefgh"]
+    plan = table1.read_list(write(tmp_path, {"clips": clips}))
+    table1.rows_file(plan, "a").parent.mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        table1.make_clips(plan, [], jobs=1)
+    assert begun[0] == "a"
+    assert "terminated" in begun
+    assert len([name for name in begun if name != "terminated"]) <= 2  # one may just have begun
 
 
 @pytest.mark.parametrize(
