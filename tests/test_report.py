@@ -450,9 +450,10 @@ def test_results_inside_an_older_report_are_not_lost(tmp_path):
 
 # ---------------------------------------------------------------- in a browser
 
-# Each video's place in frames; the third edit of the shown clip has half the others' rate.
-POSITIONS = """() => [...document.querySelectorAll('.clip-section:last-of-type video')]
-    .map((video, i) => video.currentTime * (i === 4 ? 10 : 20))"""
+SLOW = 3  # which of the shown clip's videos has half the others' rate: the second edit's
+# Each video's place in frames.
+POSITIONS = f"""() => [...document.querySelectorAll('.clip-section:last-of-type video')]
+    .map((video, i) => video.currentTime * (i === {SLOW} ? 10 : 20))"""
 SPREAD = f"(() => {{ const all = ({POSITIONS})(); return Math.max(...all) - Math.min(...all); }})()"
 STILL = """() => [...document.querySelectorAll('.clip-section:last-of-type video')]
     .every((video) => video.paused && video.readyState >= 2 && !video.seeking)"""
@@ -580,7 +581,7 @@ def test_a_video_that_is_put_off_finds_back(shown, visit):
     section.get_by_label("Speed").select_option("0.25")
     section.get_by_role("button", name="Play").click()
     wait(page, f"{PLAYING} === 5 && Math.min(...({POSITIONS})()) > 1")
-    for index, seconds in ((2, 1.5), (4, 0)):  # far ahead, behind
+    for index, seconds in ((2, 1.5), (SLOW, 0)):  # far ahead, behind
         section.locator("video").nth(index).evaluate(
             "(video, seconds) => { video.currentTime = seconds; }", seconds
         )
@@ -628,8 +629,8 @@ def test_speed_is_that_of_all_videos(shown, visit):
     section.get_by_label("Speed").select_option("0.5")
     section.get_by_role("button", name="Play").click()
     wait(page, f"{PLAYING} === 5")
-    rates = """[...document.querySelectorAll('.clip-section:last-of-type video')]
-        .map((video, i) => video.playbackRate / (i === 4 ? 2 : 1))"""
+    rates = f"""[...document.querySelectorAll('.clip-section:last-of-type video')]
+        .map((video, i) => video.playbackRate / (i === {SLOW} ? 2 : 1))"""
     wait(page, f"{rates}.every((rate) => rate > 0.2 && rate < 0.8)")
 
 

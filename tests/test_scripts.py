@@ -344,7 +344,11 @@ def test_the_commented_config_is_the_defaults(technique):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted((ROOT / "configs").iterdir()) if not path.name.startswith("config_")],
+    [
+        path
+        for script in SCRIPTS
+        for path in sorted((ROOT / "configs").glob(f"[!c]*_{script}*.yaml"))
+    ],
     ids=lambda path: path.stem,
 )
 def test_the_configs_of_the_bundled_clips_load(path):
