@@ -81,7 +81,7 @@ log = logging.getLogger("tokenflow")
 CONFIG = "configs/demo_pnp.yaml"
 FPS = Fraction(10)
 SEED = 4_000_000
-QUICK = {"n_inversion_steps": 8, "n_timesteps": 8, "n_frames": 4, "batch_size": 2}
+QUICK = {"n_inversion_steps": 7, "n_timesteps": 7, "n_frames": 4, "batch_size": 2}
 METHODS = {
     "tokenflow": {},
     "fixed_keyframes": {"keyframes": "fixed"},
@@ -333,11 +333,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     models = load_stable_diffusion(
         checkpoint_folder(str(args.model)), device, resolve_dtype("auto", device)
     )
-    config = load_yaml(ROOT / CONFIG) | (QUICK if args.quick else {})
+    quick = QUICK if args.quick else {}
+    config = load_yaml(ROOT / CONFIG) | quick
 
     accuracy = {"accuracy_steps": 10 if args.quick else 50}
     accuracy |= {"accuracy_frames": 1 if args.quick else 2}
-    sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml")  # has no negative prompt either
+    # Like a picture from text, it has no negative prompt.
+    sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml") | quick
     judge = Judge(args.model / "judge", device)
     figures = check_text_to_image(models, args.model, judge, sdedit, args.pictures, args.seed)
     # Another model's caches and edits would be refused: each model has a folder.
