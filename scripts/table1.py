@@ -97,6 +97,10 @@ class Method:
     paper: tuple[float, float] | None = None  # warp error x1e-3, CLIP score
 
     @property
+    def made_by(self) -> Technique:
+        return {**TECHNIQUES, **BASELINES}[self.technique]
+
+    @property
     def settings(self) -> dict[str, object]:
         return {**TOKENFLOW, **self.changes}
 
@@ -151,20 +155,18 @@ class ClipList:
 
     def config(self, clip: str, method: Method) -> EditConfig:
         """The configuration of one row's edit of a clip."""
-        technique = {**TECHNIQUES, **BASELINES}[method.technique]
         family = method.technique if method.technique in TECHNIQUES else "pnp"
         entry = self.clips[clip]
-        where = f"{self.path}: {clip}"
         keys = {
             "latents_path": self.latents_path,
             "output_path": self.output_path,
             **self.settings,
             **self.own.get(family, {}),
             **{k: v for k, v in entry.items() if k not in (*TECHNIQUES, "inversion_prompt")},
-            **_mapping(entry.get(family, {}), f"{where}: {family}"),
+            **entry.get(family, {}),
             **method.settings,
         }
-        return make_config(technique.config, keys, f"{where}: {method.name}")
+        return make_config(method.made_by.config, keys, f"{self.path}: {clip}: {method.name}")
 
     def inversion(self, clip: str) -> dict[str, object]:
         """The options of preprocess.py for a clip."""
@@ -216,11 +218,11 @@ def read_list(path: Path) -> ClipList:
         name: _mapping(given.get(name, {}), f"{path}: {name}")
         for name in ("settings", "preprocess", "evaluate", *TECHNIQUES)
     }
-    for place, section in _sections_of_settings(path, sections, clips):
+    for place, section, shared in _sections_of_settings(path, sections, clips):
         for key in section:
             if key in TOKENFLOW:
                 raise UserError(f"{place}: {key}: is what tells the rows apart; leave it out")
-            if key in ("sd_version", "model_key") and place.endswith(tuple(TECHNIQUES)):
+            if key in ("sd_version", "model_key") and not shared:
                 raise UserError(f"{place}: {key}: all rows share one inversion; put it in settings")
     plan = ClipList(
         path=path,
@@ -241,17 +243,16 @@ def read_list(path: Path) -> ClipList:
 
 def _sections_of_settings(
     path: Path, sections: Mapping[str, dict], clips: Mapping[str, dict]
-) -> Iterator[tuple[str, dict]]:
-    """All places of a list that hold an edit's settings."""
-    for name in ("settings", *TECHNIQUES):
-        yield f"{path}: {name}", sections[name]
+) -> Iterator[tuple[str, dict, bool]]:
+    """All places of a list that hold settings, and whether they are of all techniques."""
+    yield f"{path}: settings", sections["settings"], True
+    for name in TECHNIQUES:
+        yield f"{path}: {name}", sections[name], False
     for clip, entry in clips.items():
-        yield f"{path}: {clip}", entry
+        yield f"{path}: {clip}", entry, True
         for name in TECHNIQUES:
-            yield (
-                f"{path}: {clip}: {name}",
-                _mapping(entry.get(name, {}), f"{path}: {clip}: {name}"),
-            )
+            where = f"{path}: {clip}: {name}"
+            yield where, _mapping(entry.get(name, {}), where), False
 
 
 def _protocol(options: Mapping[str, object], where: str) -> Protocol:
@@ -285,9 +286,8 @@ def make_rows(plan: ClipList, clip: str, methods: Sequence[Method]) -> list[Row]
     preprocess.preprocess(preprocess.parse_args(arguments(plan.inversion(clip))))
     rows = []
     for method in methods:
-        technique = {**TECHNIQUES, **BASELINES}[method.technique]
         try:
-            folder = technique.make(plan.config(clip, method))
+            folder = method.made_by.make(plan.config(clip, method))
             rows.append(replace(evaluator.score_result(folder), method=method.name))
         except (UserError, MemoryError, torch.OutOfMemoryError) as error:
             log.error("%s: %s: %s", clip, method.name, error or "out of memory")
@@ -318,14 +318,11 @@ def read_rows(path: Path) -> list[Row]:
 # ------------------------------------------------------------------------------------ all clips
 
 
-def make_clips(plan: ClipList, words: Sequence[str], jobs: int) -> dict[str, int]:
+def make_clips(plan: ClipList, words: Sequence[str], jobs: int) -> None:
     """Make the rows of every clip, `jobs` clips at a time, each in a process of its own.
 
     Args:
         words: what more to say on each process's command line.
-
-    Returns:
-        each clip's exit status.
     """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
@@ -348,15 +345,14 @@ def make_clips(plan: ClipList, words: Sequence[str], jobs: int) -> dict[str, int
             started.append(process)
             return process.wait(), time.monotonic() - start
 
-    status = {}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(plan.clips), unit="clip") as bar:
         running = {pool.submit(make, clip): clip for clip in plan.clips}
         try:
             for finished in as_completed(running):
                 clip = running[finished]
-                status[clip], seconds = finished.result()
+                status, seconds = finished.result()
                 log_file = rows_file(plan, clip).with_suffix(".log")
-                how = f"failed, see {log_file}" if status[clip] else "done"
+                how = f"failed, see {log_file}" if status else "done"
                 bar.write(f"{clip}: {how} ({seconds:.0f} s)", file=sys.stderr)
                 bar.update()
         except KeyboardInterrupt:
@@ -364,7 +360,6 @@ def make_clips(plan: ClipList, words: Sequence[str], jobs: int) -> dict[str, int
             for process in started:
                 process.terminate()
             raise
-    return status
 
 
 # ---------------------------------------------------------------------------------------- table

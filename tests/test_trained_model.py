@@ -55,7 +55,7 @@ def test_the_controlnet_fits_the_unet():
 def test_text_to_image_follows_the_caption(figures):
     assert figures["color_accuracy"] >= 0.9
     assert figures["background_accuracy"] >= 0.9
-    assert figures["shape_accuracy"] >= 0.6
+    assert figures["shape_accuracy"] >= 0.7
 
 
 def test_measurement_and_judge_are_right_about_ground_truth(figures):
