@@ -27,7 +27,6 @@ from evaluate_inputs import (
     find_masks,
     find_results,
     find_truth,
-    method_name,
     open_result,
     open_video,
     read_masks,
@@ -56,11 +55,9 @@ from motion import (
     raft_weights_name,
 )
 from run_info import versions
-from score_table import WRITERS, Row, markdown_table, summarize, text_table
+from score_table import WRITERS, Row, text_table
 from source_cache import SourceCache
 from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
-
-__all__ = ["Evaluator", "Protocol", "Row", "markdown_table", "method_name", "summarize"]
 
 log = logging.getLogger("tokenflow")
 

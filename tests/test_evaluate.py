@@ -23,10 +23,26 @@ import evaluate_inputs
 import metrics
 import motion
 import run_tokenflow_sdedit
-from evaluate import Evaluator, Protocol, Row, method_name, parse_args, summarize
-from evaluate_inputs import Source, find_masks, find_results, find_truth, read_masks, read_truth
+from evaluate import Evaluator, Protocol, parse_args
+from evaluate_inputs import (
+    Source,
+    find_masks,
+    find_results,
+    find_truth,
+    method_name,
+    read_masks,
+    read_truth,
+)
 from motion import save_motion
-from score_table import COLUMNS, markdown_table, text_table, write_csv, write_json
+from score_table import (
+    COLUMNS,
+    Row,
+    markdown_table,
+    summarize,
+    text_table,
+    write_csv,
+    write_json,
+)
 from source_cache import open_cache
 from util import MissingFileError, UserError, load_yaml, save_yaml
 from video import load_frames, save_frames, save_video
