@@ -262,6 +262,7 @@ class Denoiser:
         if models.takes_depth != (depth is not None):
             raise ValueError("depth maps go with a depth-conditioned UNet, and only with one")
         self.models, self.text, self.depth, self.control = models, text, depth, control
+        self.image_forwards = 0
 
     @property
     def branches(self) -> int:
@@ -281,6 +282,7 @@ class Denoiser:
             UserError: if the prediction is not finite; the message names the step.
         """
         models, m = self.models, len(frames)
+        self.image_forwards += self.branches * m
         x = x.to(models.device, torch.float32)
         model_input = x if self.depth is None else torch.cat([x, self._of(self.depth, frames)], 1)
         model_input = model_input.to(models.dtype).repeat(self.branches, 1, 1, 1)  # (B*m, c, h, w)
@@ -289,8 +291,10 @@ class Denoiser:
         if self.control is not None:
             images = self._of(self.control.images, frames).repeat(self.branches, 1, 1, 1)
             residuals = self.control.residuals(model_input, t, text, images)
+        # As a tensor: a compiled UNet would be compiled anew for every number.
+        timestep = torch.tensor(t, device=models.device)
         prediction = models.unet(
-            model_input, t, encoder_hidden_states=text, return_dict=False, **residuals
+            model_input, timestep, encoder_hidden_states=text, return_dict=False, **residuals
         )[0]
         prediction = prediction.float().unflatten(0, (self.branches, m))
         if models.schedule.prediction_type == "v_prediction":

@@ -65,6 +65,7 @@ class EditConfig:
     device: str = option("auto")
     dtype: str = option("auto", choices=("auto", "float32", "float16", "bfloat16"))
     attention_backend: str = option("native", choices=CPU_BACKENDS + CUDA_BACKENDS)
+    compile: bool = option(False)
     # sampling
     seed: int = option(1, low=0)
     n_timesteps: int = option(50, low=1, high=1000)
@@ -72,6 +73,8 @@ class EditConfig:
     # TokenFlow
     batch_size: int = option(8, low=1)
     chunk_size: int | None = option(None, low=1)
+    source_features: str = option("auto", choices=("auto", "live"))
+    max_keyframes: int | None = option(None, low=2)
     keyframe_seed: int = option(1, low=0)
     consistency: str = option("tokenflow", choices=CONSISTENCIES)
     keyframes: str = option("random", choices=("random", "fixed"))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,9 +32,18 @@ from diffusion import (
     load_stable_diffusion,
     make_denoiser,
 )
-from edit_inputs import EditInputs
+from edit_inputs import EditConfig, EditInputs
 from run_info import Stopwatch, device_name, peak_memory_bytes, reset_peak_memory, versions
 from source_cache import CLEAN_LATENTS, MANIFEST
+from source_features import (
+    CachedFeatures,
+    CachedSource,
+    FeatureSettings,
+    LiveSource,
+    Source,
+    StepNeeds,
+    find_features,
+)
 from tokenflow_utils import (
     Correspondence,
     Neighbours,
@@ -41,6 +51,7 @@ from tokenflow_utils import (
     TokenFlowContext,
     flow_tokens,
     keyframe_schedule,
+    keyframe_windows,
     neighbours,
     released_neighbours,
     tokenflow_patch,
@@ -58,6 +69,17 @@ RESULT_FILES = (
     "config.yaml",
     "run.yaml",
 )
+PLACES = ("output_path", "latents_path", "data_path")
+CHANGES_NO_RESULT = ("chunk_size", "source_features", "compile")
+
+# The choices of a config that the cached features are made for.
+SERVED_BY_CACHED_FEATURES = {
+    "source_features": "auto",
+    "consistency": "tokenflow",
+    "propagation": "paper",
+    "correspondence": "nn",
+    "keyframes": "random",
+}
 
 
 @dataclass(frozen=True)
@@ -88,14 +110,28 @@ class Edited:
 
 
 class EditSession:
-    """The loaded models and source of one edit."""
+    """The loaded models and source of one edit.
 
-    def __init__(self, inputs: EditInputs) -> None:
+    Args:
+        models: of the inputs' checkpoint, device and dtype, if they are loaded already.
+
+    Attributes:
+        image_forwards: of the last edit, evaluations of the UNet on one image and branch.
+        source_features: of the last edit, "cached" or "live".
+    """
+
+    def __init__(self, inputs: EditInputs, models: StableDiffusion | None = None) -> None:
         self.inputs, self.config, self.cache = inputs, inputs.config, inputs.cache
+        self.image_forwards = 0
+        self.source_features = "live"
         self.watch = Stopwatch(inputs.device)
         reset_peak_memory(inputs.device)
         with self.watch("load"):
-            self.models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
+            self.models = models or load_stable_diffusion(
+                inputs.checkpoint, inputs.device, inputs.dtype
+            )
+            if inputs.config.compile:
+                self.models.unet.compile(fullgraph=True)
             self.frames = self.cache.frames(inputs.n_frames)
             self.depth = self.cache.depth(inputs.n_frames)
 
@@ -123,15 +159,10 @@ class EditSession:
     @torch.inference_mode()
     def edit_latents(self, plan: EditPlan) -> Tensor:
         """The denoising loop: from the plan's start to clean edited latents, (n, 4, h, w)."""
-        config, schedule = self.config, self.models.schedule
+        config, models = self.config, self.models
+        schedule = models.schedule
+        steps = plan_steps(config, plan, len(self.frames))
         loop = _Loop(self, plan)
-        keyframes = keyframe_schedule(
-            len(self.frames),
-            config.batch_size,
-            config.n_timesteps,
-            config.keyframe_seed,
-            config.keyframes,
-        )[-len(plan.timesteps) :]
         predict = {
             "tokenflow": loop.predict_tokenflow,
             "extended_attention": loop.predict_extended_attention,
@@ -140,14 +171,52 @@ class EditSession:
         }[config.consistency]
 
         x = plan.start
-        with tokenflow_patch(self.models.unet, loop.context, config.attention_backend):
-            steps = zip(plan.timesteps, [*plan.timesteps[1:], CLEAN], keyframes, strict=True)
-            for i, (t, t_next, kf) in enumerate(tqdm(list(steps), desc="edit", unit="step")):
-                loop.context.inject_attention = i < plan.attention_steps
-                loop.context.inject_features = i < plan.feature_steps
-                eps = predict(x, self._latents(t), t, kf)
-                x = ddim_step(x, eps, schedule.level(t), schedule.level(t_next))
+        with (
+            tokenflow_patch(models.unet, loop.context, config.attention_backend),
+            closing(self._source(loop, steps)) as source,
+        ):
+            following = [*plan.timesteps[1:], CLEAN]
+            progress = tqdm(list(zip(steps, following, strict=True)), desc="edit", unit="step")
+            for step, t_next in progress:
+                loop.context.inject_attention = step.attention
+                loop.context.inject_features = step.features
+                eps = predict(source, x, step.t, step.keyframes)
+                x = ddim_step(x, eps, schedule.level(step.t), schedule.level(t_next))
+        self.image_forwards = loop.source.image_forwards + loop.edit.image_forwards
         return x
+
+    def _source(self, loop: _Loop, steps: Sequence[StepNeeds]) -> Source:
+        """Where the loop has the source's part of these steps from; says so in the log."""
+        features, reason = self._cached_features(steps)
+        self.source_features = "cached" if features is not None else "live"
+        if features is not None:
+            log.info("source features: read from %s", features.folder)
+            return CachedSource(loop.context, self.models.device, features, steps, loop.chunks)
+        if self.config.consistency == "tokenflow":
+            log.info("source features: computed live (%s)", reason)
+        return LiveSource(loop.source, loop.context, self._latents)
+
+    def _cached_features(self, steps: Sequence[StepNeeds]) -> tuple[CachedFeatures | None, str]:
+        """The cache's features if they serve this edit; else None, and why not."""
+        config = self.config
+        for key, served in SERVED_BY_CACHED_FEATURES.items():
+            if getattr(config, key) != served:
+                return None, f"{key}: {getattr(config, key)}"
+        features = find_features(self.cache)
+        if features is None:
+            return None, f"{self.cache.folder} holds none; preprocess.py --cache_features adds them"
+        skipped = config.n_timesteps - len(steps)  # SDEdit leaves the noisiest out
+        needed = FeatureSettings(
+            n_frames=len(self.frames),
+            interval=config.batch_size,
+            keyframe_seed=config.keyframe_seed,
+            n_timesteps=config.n_timesteps,
+            attention_steps=_last_true([step.attention for step in steps], skipped),
+            feature_steps=_last_true([step.features for step in steps], skipped),
+            dtype=self.models.dtype_name,
+        )
+        reason = features.settings.serve(needed)
+        return (None, f"{features.folder}: {reason}") if reason else (features, "")
 
     def edit(self, plan: EditPlan) -> Edited:
         """Edits the clip."""
@@ -166,7 +235,8 @@ class EditSession:
             with self.watch("write"):
                 save_frames(partial / "frames", edited.frames)
                 save_video(partial / "edited.mp4", edited.frames, fps)
-                both = np.concatenate([self.frames, edited.frames], axis=2)
+                pairs = zip(self.frames, edited.frames, strict=True)
+                both = (np.concatenate(pair, axis=1) for pair in pairs)
                 save_video(partial / "side_by_side.mp4", both, fps)
                 save_tensors(partial / "edited_latents.safetensors", {"latents": edited.latents})
             save_yaml(partial / "config.yaml", asdict(self.config))
@@ -189,6 +259,8 @@ class EditSession:
             "n_frames": len(self.frames),
             "device": device_name(self.inputs.device),
             "dtype": self.models.dtype_name,
+            "source_features": self.source_features,
+            "image_forwards": self.image_forwards,
             "seconds": self.watch.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.inputs.device),
             "versions": versions(),
@@ -242,11 +314,31 @@ def make_result(
     return folder
 
 
+def plan_steps(config: EditConfig, plan: EditPlan, n_frames: int) -> list[StepNeeds]:
+    """The steps of a plan: timestep, keyframes, and what is injected."""
+    keyframes = keyframe_schedule(
+        n_frames,
+        config.batch_size,
+        config.n_timesteps,
+        config.keyframe_seed,
+        config.keyframes,
+    )[-len(plan.timesteps) :]
+    return [
+        StepNeeds(t, kf, attention=i < plan.attention_steps, features=i < plan.feature_steps)
+        for i, (t, kf) in enumerate(zip(plan.timesteps, keyframes, strict=True))
+    ]
+
+
+def _last_true(flags: Sequence[bool], offset: int) -> int:
+    """How many steps of the whole schedule come before the last one with a flag, and it."""
+    return max((offset + i + 1 for i, flag in enumerate(flags) if flag), default=0)
+
+
 class _Loop:
     """One run's denoisers and context; predicts the guided noise of all frames at a step.
 
-    Each predictor takes x and source, (n, 4, h, w) latents of the edit and of the source at
-    timestep t, and returns eps, (n, 4, h, w) float32 on the CPU.
+    Each predictor takes the source, x (n, 4, h, w), the edit's latents at timestep t, and the
+    step's keyframes, and returns eps, (n, 4, h, w) float32 on the CPU.
     """
 
     def __init__(self, session: EditSession, plan: EditPlan) -> None:
@@ -262,47 +354,51 @@ class _Loop:
         text = encode_prompts(models, prompts)
         self.edit = Denoiser(models, text, self.source.depth, plan.control)
         self.context = TokenFlowContext(
-            branches=len(prompts), propagate_source=config.propagation == "released"
+            branches=len(prompts),
+            propagate_source=config.propagation == "released",
+            images_at_once=session.chunk_size * len(prompts),
         )
         self.frames = torch.arange(len(session.frames))
+        self.chunk_size = session.chunk_size
         self.chunks = self.frames.split(session.chunk_size)
         self.flow = None
         if config.correspondence == "flow":
             self.flow = FlowField(session.frames, plan.start.shape[-2:], models)
+            self.context.flow = {}
 
-    def predict_tokenflow(self, x: Tensor, source: Tensor, t: int, keyframes: Tensor) -> Tensor:
+    def predict_tokenflow(self, source: Source, x: Tensor, t: int, keyframes: Tensor) -> Tensor:
         """Keyframes are edited together; every frame is made from their output tokens."""
-        self._source(Pass.SOURCE, source, t, keyframes)
-        self._edit(Pass.EXTENDED, x, t, keyframes)
+        source.tokens(t, keyframes)
+        self._edit_jointly(x, t, keyframes)
         eps = []
         for chunk in self.chunks:
             self._set_neighbours(chunk, keyframes)
-            self._source(Pass.MATCH, source, t, chunk)
+            source.matches(t, chunk)
             eps.append(self._edit(Pass.PROPAGATE, x, t, chunk))
         return torch.cat(eps)
 
-    def predict_extended_attention(self, x: Tensor, source: Tensor, t: int, _: Tensor) -> Tensor:
+    def predict_extended_attention(self, source: Source, x: Tensor, t: int, _: Tensor) -> Tensor:
         """Every frame is a keyframe, and nothing is propagated (Table 1, "w/o TokenFlow")."""
         if self._injecting:
-            self._source(Pass.SOURCE, source, t, self.frames)
-        return self._edit(Pass.EXTENDED, x, t, self.frames)
+            source.tokens(t, self.frames)
+        return self._edit_jointly(x, t, self.frames)
 
-    def predict_per_frame(self, x: Tensor, source: Tensor, t: int, _: Tensor) -> Tensor:
+    def predict_per_frame(self, source: Source, x: Tensor, t: int, _: Tensor) -> Tensor:
         """The base technique alone, each frame by itself."""
         eps = []
         for chunk in self.chunks:
             if self._injecting:
-                self._source(Pass.SOURCE, source, t, chunk)
+                source.tokens(t, chunk)
             eps.append(self._edit(Pass.PER_FRAME, x, t, chunk))
         return torch.cat(eps)
 
-    def predict_first_frame(self, x: Tensor, source: Tensor, t: int, _: Tensor) -> Tensor:
+    def predict_first_frame(self, source: Source, x: Tensor, t: int, _: Tensor) -> Tensor:
         """Every frame attends to the first alone (Text2Video-Zero, Khachatryan et al. 2023)."""
         eps = []
         for chunk in self.chunks:
             frames = torch.cat([self.frames[:1], chunk])
             if self._injecting:
-                self._source(Pass.SOURCE, source, t, frames)
+                source.tokens(t, frames)
             eps.append(self._edit(Pass.FIRST_FRAME, x, t, frames)[1:])
         return torch.cat(eps)
 
@@ -310,9 +406,10 @@ class _Loop:
     def _injecting(self) -> bool:
         return self.context.inject_attention or self.context.inject_features
 
-    def _source(self, mode: Pass, source: Tensor, t: int, frames: Tensor) -> None:
-        self.context.mode = mode
-        self.source(source[frames], t, frames)
+    def _edit_jointly(self, x: Tensor, t: int, frames: Tensor) -> Tensor:
+        windows = keyframe_windows(len(frames), self.config.max_keyframes, self.chunk_size)
+        self.context.windows = [window.to(self.device) for window in windows]
+        return self._edit(Pass.EXTENDED, x, t, frames)
 
     def _edit(self, mode: Pass, x: Tensor, t: int, frames: Tensor) -> Tensor:
         self.context.mode = mode
@@ -327,9 +424,7 @@ class _Loop:
             near = released_neighbours(chunk, self.config.batch_size)
         else:
             near = neighbours(chunk, keyframes, self.config.blend)
-        self.context.neighbours = Neighbours(
-            near.previous.to(self.device), near.next.to(self.device), near.weight.to(self.device)
-        )
+        self.context.neighbours = near.to(self.device)
         if self.flow is not None:
             self.context.flow = self.flow.matches(chunk, keyframes, near)
 
@@ -375,8 +470,8 @@ def result_folder(inputs: EditInputs, technique: str) -> Path:
     """<output_path>/<technique>/<clip>/<prompt slug>-<8 hex of what the result depends on>."""
     config = inputs.config
     settings = asdict(config) | {"dtype": str(inputs.dtype), "device": inputs.device.type}
-    for key in ("output_path", "latents_path", "data_path", "chunk_size"):
-        del settings[key]  # where things lie, and what changes no result
+    for key in (*PLACES, *CHANGES_NO_RESULT):
+        del settings[key]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     clip = clip_name(config.data_path)
     return Path(config.output_path) / technique / clip / f"{slug(config.prompt)}-{digest}"

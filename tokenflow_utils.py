@@ -4,8 +4,9 @@ From the paper to this file:
 
     Sec. 4.1, keyframes, one drawn at random in each interval    sample_keyframes
     Eq. 3-4, extended attention over all keyframes               extended_attention
-    Eq. 5, nearest neighbours gamma+- of source tokens           nearest_tokens
+    Eq. 5, nearest neighbours gamma+- of source tokens           nearest.nearest_tokens
     Eq. 6-7, blend of the two neighbours' edited tokens          neighbours, blend, propagate
+    (ours) joint attention of very many keyframes, in windows    keyframe_windows
     PnP (Tumanyan et al. 2023), injected features and attention  FEATURE_LAYER, ATTENTION_LAYERS
 
 Symbols: n frames, k keyframes, m frames of a pass, L tokens of a layer, c channels, B branches
@@ -19,7 +20,7 @@ what an attn1 processor is given (the self-attention's input tokens, phi in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -27,9 +28,15 @@ from enum import Enum, auto
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+
+from nearest import nearest_tokens
 
 # PnP injects the output of this convolution ("layer 4" of the decoder) ...
 FEATURE_LAYER = "up_blocks.1.resnets.1.conv2"
@@ -39,9 +46,6 @@ ATTENTION_LAYERS = tuple(
     for block, indices in ((1, (1, 2)), (2, (0, 1, 2)), (3, (0, 1, 2)))
     for index in indices
 )
-
-# Largest similarity matrix held at once by `nearest_tokens`: 64 MiB in float32.
-MAX_SIMILARITIES = 1 << 24
 
 
 # ---------------------------------------------------------------------------------------------
@@ -109,6 +113,10 @@ class Neighbours:
     next: Tensor
     weight: Tensor
 
+    def to(self, device: torch.device) -> Neighbours:
+        """The same on another device."""
+        return Neighbours(*(x.to(device) for x in (self.previous, self.next, self.weight)))
+
 
 def neighbours(frames: Tensor, keyframes: Tensor, blend: str = "sigmoid") -> Neighbours:
     """The closest keyframe at or before each frame, the closest one after it, and the weights.
@@ -153,6 +161,62 @@ def released_neighbours(frames: Tensor, interval: int) -> Neighbours:
     return Neighbours(previous, own, torch.where(previous == own, 1.0, weight))
 
 
+@dataclass(frozen=True)
+class Window:
+    """Some keyframes, and those that they attend to.
+
+    Attributes:
+        queries: a range of 0..k-1.
+        seen: (s,) int64 numbers in 0..k-1, or None: all keyframes.
+    """
+
+    queries: slice
+    seen: Tensor | None = None
+
+    def to(self, device: torch.device) -> Window:
+        """The same on another device."""
+        return Window(self.queries, self.seen if self.seen is None else self.seen.to(device))
+
+
+def keyframe_windows(
+    n_keyframes: int, max_keyframes: int | None = None, at_once: int | None = None
+) -> list[Window]:
+    """Which keyframes each keyframe attends to: all of them, or at most max_keyframes.
+
+    With a bound, every window sees the same anchors, a quarter of what it may see, spread evenly
+    over the clip: they carry one appearance through it. The rest are neighbours in time, the middle
+    half of which are the window's queries, so that windows overlap. Time then grows with k instead
+    of its square.
+
+    Args:
+        n_keyframes: k.
+        max_keyframes: >= 2, or None for the paper's Eq. 3-4. A bound of k or more is none.
+        at_once: the most queries of a window; bounds memory, changes no result.
+
+    Returns:
+        windows whose queries are 0..k-1 in order, each once.
+    """
+    everyone = slice(0, n_keyframes)
+    if max_keyframes is None or max_keyframes >= n_keyframes:
+        return [Window(queries) for queries in _split(everyone, at_once)]
+    n_anchors = max(1, max_keyframes // 4)
+    anchors = torch.linspace(0, n_keyframes - 1, n_anchors + 2)[1:-1].round().long()
+    span = max_keyframes - n_anchors
+    windows = []
+    for block in _split(everyone, max(1, span // 2)):
+        start = (block.start + block.stop - span) // 2
+        start = min(max(start, 0), n_keyframes - span)
+        seen = torch.cat([anchors, torch.arange(start, start + span)]).unique()
+        windows += [Window(queries, seen) for queries in _split(block, at_once)]
+    return windows
+
+
+def _split(span: slice, size: int | None) -> list[slice]:
+    """A range in pieces of `size` at most."""
+    starts = range(span.start, span.stop, size or max(1, span.stop - span.start))
+    return [slice(start, min(start + starts.step, span.stop)) for start in starts]
+
+
 # ---------------------------------------------------------------------------------------------
 # Correspondences and propagation
 
@@ -163,28 +227,6 @@ class Correspondence:
 
     previous: Tensor
     next: Tensor
-
-
-def nearest_tokens(
-    tokens: Tensor, keyframe_tokens: Tensor, max_similarities: int = MAX_SIMILARITIES
-) -> Tensor:
-    """For each token of each frame, the most similar token (cosine) of the frame's keyframe.
-
-    Args:
-        tokens: (m, L, c).
-        keyframe_tokens: (m, L', c), the keyframe that frame i is compared with at index i.
-        max_similarities: bound on the similarities held in memory at once.
-
-    Returns:
-        (m, L) int64 in 0..L'-1.
-
-    Source: Eq. 5.
-    """
-    # In half precision most similarities of neighbouring frames round to the same few numbers.
-    tokens = F.normalize(tokens.float(), dim=-1)
-    keys = F.normalize(keyframe_tokens.float(), dim=-1).transpose(1, 2)  # (m, c, L')
-    rows = max(1, max_similarities // (len(tokens) * keys.shape[-1]))
-    return torch.cat([(piece @ keys).argmax(dim=-1) for piece in tokens.split(rows, dim=1)], dim=1)
 
 
 def flow_tokens(flow: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -234,8 +276,12 @@ def propagate(base: Tensor, where: Correspondence, near: Neighbours) -> Tensor:
     Source: Eq. 6.
     """
 
+    n_tokens = base.shape[2]
+    rows = base.flatten(1, 2)  # (B, k * L, c)
+
     def gather(keyframes: Tensor, index: Tensor) -> Tensor:
-        return base[:, keyframes].take_along_dim(index[None, :, :, None], dim=2)
+        chosen = keyframes[:, None] * n_tokens + index  # (m, L)
+        return rows.index_select(1, chosen.flatten()).unflatten(1, index.shape)
 
     return blend(gather(near.previous, where.previous), gather(near.next, where.next), near.weight)
 
@@ -244,8 +290,8 @@ def extended_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Self-attention in which the queries of every frame see the keys of all frames.
 
     Args:
-        query: (B, f, L, heads, d).
-        key, value: (B, f', L, heads, d): the frames that are seen, by default the same f.
+        query, key: (B or 1, f, L, heads, d) and (B or 1, f', L, heads, d); 1 serves every branch.
+        value: (B, f', L, heads, d): the frames that are seen.
 
     Returns:
         (B, f, L, heads, d). With f = f' = 1 this is ordinary self-attention.
@@ -253,7 +299,9 @@ def extended_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Source: Eq. 3-4.
     """
     frames = query.shape[1]
-    query, key, value = (x.flatten(1, 2) for x in (query, key, value))  # (B, f * L, heads, d)
+    query, key, value = (
+        x.expand(len(value), *x.shape[1:]).flatten(1, 2) for x in (query, key, value)
+    )  # (B, f * L, heads, d)
     return dispatch_attention_fn(query, key, value).unflatten(1, (frames, -1))
 
 
@@ -287,13 +335,18 @@ class TokenFlowContext:
         propagate_source: whether the source pass of a chunk is made of propagated tokens too
             (`propagation: released`).
         neighbours: of the chunk's frames, on the UNet's device.
-        flow: correspondences by optical flow, by a layer's number of tokens L; replaces the
-            nearest-neighbour search where it is set.
+        flow: correspondences by optical flow, by a layer's number of tokens L; where it is set
+            there is no nearest-neighbour search, and `matches` are not used.
+        images_at_once: bound on the images whose convolutions, feed-forwards and queries are
+            computed at once, whatever the batch; None: no bound. Changes no result.
+        windows: of the joint attention over the keyframes of an EXTENDED pass.
         tokens: source tokens phi of the last SOURCE pass, (m, L, c).
         features: source features of the last source pass, (m, C, h, w).
         source_base: attention outputs of the last SOURCE pass, (1, k, L, c); `propagate_source`.
         base: attention outputs T_base of the last EXTENDED pass, (B, k, L, c).
         matches: correspondences of the last MATCH pass.
+        keep_matched_tokens: whether MATCH passes keep their tokens too.
+        matched_tokens: tokens of the last MATCH pass, (m, L, c), if they are kept.
     """
 
     mode: Pass = Pass.SOURCE
@@ -303,12 +356,16 @@ class TokenFlowContext:
     propagate_source: bool = False
     neighbours: Neighbours | None = None
     flow: dict[int, Correspondence] | None = None
+    images_at_once: int | None = None
+    windows: Sequence[Window] = (Window(slice(None)),)
+    keep_matched_tokens: bool = False
 
     tokens: dict[str, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
     source_base: dict[str, Tensor] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     matches: dict[str, Correspondence] = field(default_factory=dict)
+    matched_tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TokenFlowAttention:
@@ -340,7 +397,7 @@ class TokenFlowAttention:
             case Pass.EXTENDED:
                 return self._extended(attn, hidden_states)
             case Pass.PROPAGATE:
-                return self._propagate()
+                return self._propagate(hidden_states)
             case Pass.PER_FRAME:
                 return self._per_frame(attn, hidden_states)
             case Pass.FIRST_FRAME:
@@ -348,82 +405,124 @@ class TokenFlowAttention:
 
     def _source(self, attn: Attention, tokens: Tensor) -> Tensor:
         self.context.tokens[self.layer] = tokens
-        output = attend_alone(attn, tokens, tokens)
+        output = attend_alone(attn, tokens[None], tokens[None])
         if self.context.propagate_source:
-            self.context.source_base[self.layer] = output[None]
-        return output
+            self.context.source_base[self.layer] = output
+        return output[0]
 
     def _match(self, attn: Attention, tokens: Tensor) -> Tensor:
-        context = self.context
-        if context.flow is not None:
-            match = context.flow[tokens.shape[1]]
-        else:
-            keyframe_tokens, near = context.tokens[self.layer], context.neighbours
-            match = Correspondence(
-                previous=nearest_tokens(tokens, keyframe_tokens[near.previous]),
-                next=nearest_tokens(tokens, keyframe_tokens[near.next]),
-            )
-        context.matches[self.layer] = match
+        context, near = self.context, self.context.neighbours
+        if context.keep_matched_tokens:
+            context.matched_tokens[self.layer] = tokens
+        if context.flow is None:
+            which = torch.stack([near.previous, near.next], dim=1)  # (m, 2)
+            found = nearest_tokens(tokens, context.tokens[self.layer], which)  # (m, 2, L)
+            context.matches[self.layer] = Correspondence(found[:, 0], found[:, 1])
         if context.propagate_source:
-            return propagate(context.source_base[self.layer], match, context.neighbours)[0]
-        return attend_alone(attn, tokens, tokens)
+            match = self._correspondence(tokens)
+            return propagate(context.source_base[self.layer], match, near)[0]
+        return attend_alone(attn, tokens[None], tokens[None])[0]
 
     def _extended(self, attn: Attention, tokens: Tensor) -> Tensor:
         tokens = tokens.unflatten(0, (self.context.branches, -1))  # (B, k, L, c)
         query_key_tokens = self._query_key_tokens(tokens)
-        output = attend(attn, query_key_tokens, query_key_tokens, tokens)
+        windows = self.context.windows
+        output = attend(attn, query_key_tokens, query_key_tokens, tokens, windows)
         self.context.base[self.layer] = output
         return output.flatten(0, 1)
 
-    def _propagate(self) -> Tensor:
+    def _propagate(self, tokens: Tensor) -> Tensor:
         context = self.context
-        base, match = context.base[self.layer], context.matches[self.layer]
+        base, match = context.base[self.layer], self._correspondence(tokens)
         return propagate(base, match, context.neighbours).flatten(0, 1)
+
+    def _correspondence(self, tokens: Tensor) -> Correspondence:
+        context = self.context
+        if context.flow is not None:
+            return context.flow[tokens.shape[1]]
+        return context.matches[self.layer]
 
     def _per_frame(self, attn: Attention, tokens: Tensor) -> Tensor:
         tokens = tokens.unflatten(0, (self.context.branches, -1))  # (B, m, L, c)
-        query_key_tokens = self._query_key_tokens(tokens)
-        return attend_alone(attn, query_key_tokens.flatten(0, 1), tokens.flatten(0, 1))
+        return attend_alone(attn, self._query_key_tokens(tokens), tokens).flatten(0, 1)
 
     def _first_frame(self, attn: Attention, tokens: Tensor) -> Tensor:
         tokens = tokens.unflatten(0, (self.context.branches, -1))  # (B, m, L, c)
         query_key_tokens = self._query_key_tokens(tokens)
-        return attend(attn, query_key_tokens, query_key_tokens[:, :1], tokens[:, :1]).flatten(0, 1)
+        output = attend(attn, query_key_tokens, query_key_tokens[:, :1], tokens[:, :1])
+        return output.flatten(0, 1)
 
     def _query_key_tokens(self, tokens: Tensor) -> Tensor:
-        """What queries and keys are made from: under PnP's injection, the source's tokens."""
+        """What queries and keys are made from, (B or 1, m, L, c): under injection, the source's."""
         if self.injectable and self.context.inject_attention:
-            return self.context.tokens[self.layer].expand_as(tokens)
+            return self.context.tokens[self.layer][None]
         return tokens
 
 
 def attend(
-    attn: Attention, query_tokens: Tensor, key_tokens: Tensor, value_tokens: Tensor
+    attn: Attention,
+    query_tokens: Tensor,
+    key_tokens: Tensor,
+    value_tokens: Tensor,
+    windows: Sequence[Window] = (Window(slice(None)),),
 ) -> Tensor:
-    """A self-attention layer's output for groups of frames that attend within their group.
+    """A self-attention layer's output for frames that attend to each other.
 
     Args:
         attn: the layer.
-        query_tokens: (groups, f, L, c), what queries are made from.
-        key_tokens, value_tokens: (groups, f', L, c), what keys and values are made from.
+        query_tokens: (B or 1, f, L, c), what queries are made from; 1 serves every branch.
+        key_tokens: (B or 1, f', L, c), what keys are made from.
+        value_tokens: (B, f', L, c), what values are made from.
+        windows: which frames see which.
 
     Returns:
-        (groups, f, L, c).
+        (B, f, L, c).
     """
-    query, key = attn.to_q(query_tokens), attn.to_k(key_tokens)
-    value = attn.to_v(value_tokens)
-    heads = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-    output = extended_attention(*heads).flatten(-2)
-    for layer in attn.to_out:  # projection, dropout (idle in evaluation mode)
-        output = layer(output)
-    return output
+    key, value = _heads(attn, attn.to_k, key_tokens), _heads(attn, attn.to_v, value_tokens)
+    outputs = []
+    for window in windows:
+        query = _heads(attn, attn.to_q, query_tokens[:, window.queries])
+        if window.seen is None:
+            output = extended_attention(query, key, value)
+        else:
+            output = extended_attention(query, key[:, window.seen], value[:, window.seen])
+        outputs.append(_project_out(attn, output))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def attend_alone(attn: Attention, query_key_tokens: Tensor, value_tokens: Tensor) -> Tensor:
-    """A self-attention layer's output for frames on their own; all (frames, L, c)."""
-    query_key_tokens = query_key_tokens[:, None]  # a group for each frame
-    output = attend(attn, query_key_tokens, query_key_tokens, value_tokens[:, None])
-    return output.squeeze(1)
+    """A self-attention layer's output for frames on their own.
+
+    Args:
+        query_key_tokens: (B or 1, m, L, c); 1 serves every branch.
+        value_tokens: (B, m, L, c).
+
+    Returns:
+        (B, m, L, c).
+    """
+    branches = len(value_tokens)
+    query, key, value = (
+        # every frame of every branch is a group: (B * m, 1, L, heads, d)
+        _heads(attn, layer, tokens).expand(branches, *[-1] * 4).flatten(0, 1)[:, None]
+        for layer, tokens in (
+            (attn.to_q, query_key_tokens),
+            (attn.to_k, query_key_tokens),
+            (attn.to_v, value_tokens),
+        )
+    )
+    output = extended_attention(query, key, value)
+    return _project_out(attn, output.squeeze(1).unflatten(0, (branches, -1)))
+
+
+def _heads(attn: Attention, projection: nn.Module, tokens: Tensor) -> Tensor:
+    return projection(tokens).unflatten(-1, (attn.heads, -1))  # (..., L, heads, d)
+
+
+def _project_out(attn: Attention, output: Tensor) -> Tensor:
+    output = output.flatten(-2)
+    for layer in attn.to_out:  # projection, dropout (idle in evaluation mode)
+        output = layer(output)
+    return output
 
 
 def self_attention_layers(unet: UNet2DConditionModel) -> list[str]:
@@ -464,6 +563,7 @@ def tokenflow_patch(
         undo.callback(unet.set_attn_processor, dict(original))
         unet.set_attn_processor({**original, **ours})
         undo.enter_context(_feature_hook(unet, context))
+        undo.enter_context(_in_pieces(unet, context))
         yield context
 
 
@@ -487,3 +587,56 @@ def _feature_hook(unet: UNet2DConditionModel, context: TokenFlowContext) -> Iter
     finally:
         if handle is not None:
             handle.remove()
+
+
+# What is computed image by image, and whose inner activations are several times the hidden states
+# that go in and come out.
+_PER_IMAGE = (ResnetBlock2D, Downsample2D, Upsample2D, FeedForward)
+
+
+@contextmanager
+def _in_pieces(unet: UNet2DConditionModel, context: TokenFlowContext) -> Iterator[None]:
+    """Lets these modules take at most `context.images_at_once` images of a batch at a time.
+
+    Joint attention needs all keyframes at the same layer at the same time, so their batch goes
+    through the UNet as one; like this only hidden states, keys and values grow with it.
+    """
+    injected = FEATURE_LAYER.rpartition(".")[0]  # its hook must see the whole batch
+    modules = [
+        module
+        for name, module in unet.named_modules()
+        if isinstance(module, _PER_IMAGE) and name != injected
+    ]
+
+    def bounded(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(hidden: Tensor, *args: object) -> Tensor:
+            n, size = len(hidden), context.images_at_once
+            if size is None or n <= size:
+                return whole(hidden, *args)
+            pieces = []
+            for start in range(0, n, size):
+                images = slice(start, start + size)
+                pieces.append(whole(hidden[images], *(_piece(x, n, images) for x in args)))
+            return torch.cat(pieces)
+
+        return forward
+
+    with ExitStack() as undo:
+        for module in modules:
+            undo.callback(_restore_forward, module, module.__dict__.get("forward"))
+            module.forward = bounded(module.forward)
+        yield
+
+
+def _restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> None:
+    """Gives a module its class's forward again, or the one that it had of its own (accelerate)."""
+    if own is not None:
+        module.forward = own
+    else:
+        module.__dict__.pop("forward", None)
+
+
+def _piece(argument: object, n_images: int, images: slice) -> object:
+    """The part of a forward's argument that belongs to some of its images."""
+    per_image = isinstance(argument, Tensor) and argument.shape[:1] == (n_images,)
+    return argument[images] if per_image else argument

@@ -46,11 +46,12 @@ from figures import (
     xt_slice,
 )
 from inversion import reconstruct
+from nearest import nearest_tokens
 from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig, steps_from
 from source_cache import MANIFEST, SourceCache, open_cache
-from tokenflow_utils import keyframe_schedule, nearest_tokens
+from tokenflow_utils import keyframe_schedule
 from util import (
     ArgumentParser,
     MissingFileError,
@@ -292,7 +293,7 @@ def draw_correspondence(args: argparse.Namespace) -> list[Path]:
     size = frame.shape[:2]
     tokens = source_tokens(view, models, chosen)
     grid = token_grid(tuple(n // models.vae_factor for n in size), tokens.shape[1])
-    match = nearest_tokens(tokens[:1], tokens[1:])[0]
+    match = nearest_tokens(tokens[:1], tokens[1:], torch.zeros(1, 1, dtype=torch.long))[0, 0]
     field = displacements(match.numpy(), grid, size)
 
     denoiser = source_denoiser(view, models, chosen)

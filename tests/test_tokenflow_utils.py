@@ -1,5 +1,6 @@
 """The method's functions against a loop-written float64 reference, and the UNet patch."""
 
+import itertools
 import sys
 
 import pytest
@@ -7,20 +8,22 @@ import reference
 import torch
 from diffusers import TextToVideoZeroPipeline, UNet2DConditionModel
 
+from nearest import nearest_tokens
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
     Correspondence,
     Pass,
     TokenFlowContext,
+    attend,
     attend_alone,
     blend,
     extended_attention,
     fixed_keyframes,
     flow_tokens,
     keyframe_schedule,
+    keyframe_windows,
     missing_injection_layers,
-    nearest_tokens,
     neighbours,
     propagate,
     released_neighbours,
@@ -116,35 +119,6 @@ def test_released_neighbours_match_the_reference(interval):
 # ---------------------------------------------------------------- correspondences and propagation
 
 
-@pytest.mark.parametrize("bound", [1, 100, 1 << 24])
-def test_nearest_tokens_match_the_reference(bound):
-    tokens, keys = randn(3, 21, 7, seed=1), randn(3, 13, 7, seed=2)
-    found = nearest_tokens(tokens, keys, max_similarities=bound)
-    expected = [
-        [reference.nearest(token.double(), key.double()) for token in frame]
-        for frame, key in zip(tokens, keys, strict=True)
-    ]
-    assert found.tolist() == expected
-
-
-def test_a_frame_against_itself_is_the_identity():
-    tokens = randn(2, 33, 16)
-    assert torch.equal(nearest_tokens(tokens, tokens), torch.arange(33).expand(2, -1))
-
-
-def test_similarity_is_the_cosine_not_the_product():
-    token = torch.tensor([[[1.0, 0.0]]])
-    keys = torch.tensor([[[100.0, 100.0], [0.1, 0.0]]])
-    assert nearest_tokens(token, keys).tolist() == [[1]]
-
-
-def test_close_tokens_are_told_apart_in_half_precision():
-    # Cosines of 1 and 0.99998 are one number in float16.
-    keys = torch.tensor([[[1.0, 0.00625], [1.0, 0.0]]])
-    tokens = torch.tensor([[[1.0, 0.0]]])
-    assert nearest_tokens(tokens.half(), keys.half()).tolist() == [[1]]
-
-
 def test_blend_weighs_the_next_keyframe():
     previous, next_ = torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4, 5)
     mixed = blend(previous, next_, torch.tensor([0.0, 0.25, 1.0]))
@@ -165,10 +139,9 @@ def test_propagation_matches_the_reference(mode):
     else:
         near = released_neighbours(frames, interval)
         mixes = [reference.released_neighbours(i, interval) for i in range(n_frames)]
-    where = Correspondence(
-        nearest_tokens(source, source_keyframes[near.previous]),
-        nearest_tokens(source, source_keyframes[near.next]),
-    )
+    which = torch.stack([near.previous, near.next], dim=1)
+    nearest = nearest_tokens(source, source_keyframes, which)
+    where = Correspondence(nearest[:, 0], nearest[:, 1])
     found = propagate(base, where, near)
     for i, mix in enumerate(mixes):
         expected = reference.propagate(
@@ -204,8 +177,60 @@ def test_extended_attention_matches_the_reference():
 def test_one_frame_alone_attends_as_the_unpatched_layer_does(unet):
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
     tokens = randn(4, 9, layer.to_q.in_features)
-    found = attend_alone(layer, tokens, tokens)
+    found = attend_alone(layer, tokens[None], tokens[None])[0]
     assert torch.allclose(found, layer(tokens), atol=1e-6)
+
+
+def test_queries_and_keys_of_one_branch_serve_both(unet):
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    source, edit = (randn(b, 3, 9, layer.to_q.in_features, seed=b) for b in (1, 2))
+    for attention in (attend_alone, lambda attn, qk, v: attend(attn, qk, qk, v)):
+        found = attention(layer, source, edit)
+        expected = attention(layer, source.repeat(2, 1, 1, 1), edit)
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------- windows of many keyframes
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 3])
+@pytest.mark.parametrize(("k", "most"), [(5, 5), (25, 8), (25, 2), (125, 12), (9, 3), (7, 100)])
+def test_every_keyframe_is_a_query_once_and_sees_itself_and_the_anchors(k, most, at_once):
+    windows = keyframe_windows(k, most, at_once)
+    queries = [i for window in windows for i in range(k)[window.queries]]
+    assert queries == list(range(k))
+    if most >= k:
+        assert all(window.seen is None for window in windows)
+        return
+    seen = [set(window.seen.tolist()) for window in windows]
+    for window, those in zip(windows, seen, strict=True):
+        assert set(range(k)[window.queries]) <= those
+        assert len(those) <= most
+    assert len(set.intersection(*seen)) >= max(1, most // 4)  # the anchors
+    if most > 3:  # neighbouring windows share more than these
+        for a, b in itertools.pairwise(seen):
+            assert len(a & b) > max(1, most // 4)
+
+
+def test_how_many_queries_at_once_changes_no_window():
+    whole = {i: w.seen.tolist() for w in keyframe_windows(25, 8) for i in range(25)[w.queries]}
+    parts = keyframe_windows(25, 8, at_once=1)
+    assert whole == {i: w.seen.tolist() for w in parts for i in range(25)[w.queries]}
+
+
+def test_windows_bound_what_attention_sees(unet):
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    tokens = randn(2, 9, 5, layer.to_q.in_features)
+    everyone = attend(layer, tokens, tokens, tokens)
+    in_parts = attend(layer, tokens, tokens, tokens, keyframe_windows(9, None, at_once=2))
+    assert torch.allclose(in_parts, everyone, atol=1e-6)
+    windows = keyframe_windows(9, 4)
+    bounded = attend(layer, tokens, tokens, tokens, windows)
+    for window in windows:
+        seen = tokens[:, window.seen]
+        expected = attend(layer, tokens[:, window.queries], seen, seen)
+        assert torch.allclose(bounded[:, window.queries], expected, atol=1e-6)
+    assert not torch.allclose(bounded, everyone, atol=1e-3)
 
 
 # ---------------------------------------------------------------- the patch
@@ -220,7 +245,8 @@ def forward(unet, frames=2, seed=0):
 
 def state_of(unet):
     hooks = {name: len(m._forward_hooks) for name, m in unet.named_modules()}
-    return dict(unet.attn_processors), hooks
+    forwards = [name for name, m in unet.named_modules() if "forward" in vars(m)]
+    return dict(unet.attn_processors), hooks, forwards
 
 
 def test_a_source_pass_predicts_what_the_unpatched_unet_does(unet):
@@ -332,3 +358,47 @@ def test_first_frame_is_text2video_zero_s_attention(unet):
     unet.set_attn_processor(original)
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found[1:], forward(unet, frames=3)[1:], atol=1e-3)
+
+
+@pytest.mark.parametrize("inject", [False, True])
+def test_images_in_pieces_give_the_same(unet, inject):
+    def edited(images_at_once):
+        context = TokenFlowContext(inject_features=inject, images_at_once=images_at_once)
+        with tokenflow_patch(unet, context):
+            forward(unet, frames=5)
+            context.mode = Pass.EXTENDED
+            return forward(unet, frames=5, seed=9)
+
+    whole = edited(None)
+    for images_at_once in (1, 2, 7):
+        assert torch.allclose(edited(images_at_once), whole, atol=1e-5)
+
+
+def test_no_convolution_or_feed_forward_sees_more_images_than_allowed(unet):
+    seen = set()
+
+    def note(module, args, output):
+        seen.add(len(args[0]))
+
+    names = {"Conv2d": [".conv1", ".conv2", "samplers.0.conv"], "GEGLU": [".net.0"]}
+    context = TokenFlowContext(images_at_once=2)
+    handles = [
+        module.register_forward_hook(note)
+        for name, module in unet.named_modules()
+        if name.endswith(tuple(names.get(type(module).__name__, ["never"])))
+        and not name.startswith(FEATURE_LAYER.rpartition(".")[0])
+    ]
+    assert len(handles) > 40
+    with tokenflow_patch(unet, context):
+        forward(unet, frames=5)
+    assert seen == {1, 2}
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_forward_that_a_module_had_of_its_own_comes_back(unet):
+    block = unet.mid_block.resnets[0]
+    block.forward = own = block.forward
+    with tokenflow_patch(unet, TokenFlowContext(images_at_once=1)):
+        assert block.forward is not own
+    assert block.forward is own
