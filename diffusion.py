@@ -158,6 +158,9 @@ class NoiseSchedule:
     def timesteps(self, n_steps: int) -> list[int]:
         """The n_steps sampling timesteps, noisiest first, spaced as the checkpoint says.
 
+        With as many steps as the model was trained on, a checkpoint's offset (1 for Stable
+        Diffusion) would lead beyond the last level: it is left out then.
+
         Raises:
             UserError: if the model was trained with fewer timesteps.
         """
@@ -167,7 +170,9 @@ class NoiseSchedule:
             )
         scheduler = DDIMScheduler.from_config(self.config)
         scheduler.set_timesteps(n_steps)
-        return scheduler.timesteps.tolist()
+        timesteps = scheduler.timesteps.tolist()
+        beyond = max(0, timesteps[0] - (len(self.alphas_cumprod) - 1))
+        return [t - beyond for t in timesteps]
 
     def level(self, t: int) -> tuple[float, float]:
         """(alpha_t, sigma_t); t may be CLEAN."""
@@ -197,12 +202,14 @@ def ddim_step(x: Tensor, eps: Tensor, level_from: tuple, level_to: tuple) -> Ten
 
 
 def ddim_inversion_step(
-    eps_model: Callable[[Tensor, int], Tensor],
+    eps_model: Callable[[Tensor, int, Tensor], Tensor],
     x: Tensor,
     schedule: NoiseSchedule,
     t_from: int,
     t_to: int,
     iterations: int = 1,
+    tolerance: float = 0.0,
+    start: Tensor | None = None,
 ) -> Tensor:
     """One DDIM step towards noise: the x' from which sampling's step t_to -> t_from returns to x.
 
@@ -214,25 +221,41 @@ def ddim_inversion_step(
     finds and r = g - estimate, the next estimate is g - c (g - g_before), where
     c = <r, r - r_before> / |r - r_before|^2, and 0 < c < 1 in any such direction.
 
+    A frame is finished, and not evaluated again, once |r| < tolerance * |g|. This pays where the
+    first estimate is a good one (`start`): then the first evaluation may be the last.
+
     Args:
-        eps_model: eps(x, t), the predicted noise of a latent at timestep t.
+        eps_model: eps(x, t, rows), the predicted noise at timestep t of some of the latents, whose
+            numbers in the batch are `rows`; each as if it were alone.
         x: latents at t_from, (m, c, h, w).
-        iterations: evaluations of eps_model, >= 1.
+        iterations: evaluations of eps_model for a latent, at most; >= 1.
+        tolerance: relative residual of a finished frame; 0 makes every iteration for every frame.
+        start: the first estimate of x', (m, c, h, w); x itself where none is given.
 
     Source: Pan et al. 2023, "Accelerated Iterative Diffusion Inversion", which mixes so too.
     """
     levels = schedule.level(t_from), schedule.level(t_to)
-    estimate = last_found = last_residual = x
+    estimate = x.clone() if start is None else start.clone()
+    rows = torch.arange(len(x), device=x.device)  # the unfinished frames
+    last_found = last_residual = estimate
     for iteration in range(iterations):
-        found = ddim_step(x, eps_model(estimate, t_to), *levels)
-        residual = found - estimate
+        found = ddim_step(x[rows], eps_model(estimate[rows], t_to, rows), *levels)
+        residual = found - estimate[rows]
         if iteration < 2:
-            estimate = found
+            estimate[rows] = found
         else:
             mixing = _least_squares(residual, residual - last_residual)
-            estimate = found - mixing * (found - last_found)
-        last_found, last_residual = found, residual
+            estimate[rows] = found - mixing * (found - last_found)
+        unfinished = _norms(residual) >= tolerance * _norms(found)
+        if not unfinished.any():
+            break
+        rows, last_found, last_residual = rows[unfinished], found[unfinished], residual[unfinished]
     return estimate
+
+
+def _norms(x: Tensor) -> Tensor:
+    """The length of each frame, (m,)."""
+    return x.flatten(1).norm(dim=1)
 
 
 def _least_squares(x: Tensor, direction: Tensor) -> Tensor:
@@ -250,6 +273,9 @@ class Denoiser:
         text: (B, 77, c) text embeddings, one per branch.
         depth: (n, 1, h, w) in [-1, 1], a depth model's fifth latent channel.
         control: what a ControlNet adds to the UNet, if anything.
+
+    Attributes:
+        image_forwards: how often the UNet was evaluated on one image for one branch so far.
     """
 
     def __init__(
@@ -296,6 +322,7 @@ class Denoiser:
         prediction = models.unet(
             model_input, timestep, encoder_hidden_states=text, return_dict=False, **residuals
         )[0]
+        self.image_forwards += self.branches * m
         prediction = prediction.float().unflatten(0, (self.branches, m))
         if models.schedule.prediction_type == "v_prediction":
             alpha, sigma = models.schedule.level(t)
@@ -377,7 +404,6 @@ def encode_frames(models: StableDiffusion, frames: np.ndarray, batch_size: int =
     return torch.cat(latents)
 
 
-@torch.inference_mode()
 def decode_latents(models: StableDiffusion, latents: Tensor, batch_size: int = 8) -> np.ndarray:
     """The inverse of `encode_frames`: (n, 4, h, w) latents to (n, H, W, 3) uint8 RGB.
 
@@ -397,7 +423,36 @@ def decode_latents(models: StableDiffusion, latents: Tensor, batch_size: int = 8
     return np.concatenate(frames)
 
 
+_VALUES_AT_ONCE = 2**20  # of a uint8 clip, which are compared
+
+
+class SquaredError:
+    """The squared error of uint8 pictures summed up piece by piece, exactly."""
+
+    def __init__(self) -> None:
+        self.total = self.count = 0
+
+    def add(self, frames: np.ndarray, reference: np.ndarray) -> None:
+        """Adds two uint8 arrays of one shape, which are copied a frame at a time."""
+        if frames.shape != reference.shape:
+            raise ValueError(f"shapes {frames.shape} and {reference.shape} are not the same")
+        # A list of pixels may be as long as a clip is large: as many rows at once as one large
+        # frame has values.
+        rows = max(1, _VALUES_AT_ONCE // max(1, frames[:1].size))
+        for first in range(0, len(frames), rows):
+            part = slice(first, first + rows)
+            difference = frames[part].astype(np.int32) - reference[part]
+            self.total += int(np.square(difference).sum(dtype=np.int64))
+        self.count += frames.size
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio in dB; 148 where nothing differs."""
+        return float(10 * np.log10(255.0**2 / max(self.total / self.count, 1e-10)))
+
+
 def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB over all pixels of two uint8 clips of one shape."""
-    error = np.mean((frames.astype(np.float32) - reference.astype(np.float32)) ** 2)
-    return float(10 * np.log10(255.0**2 / max(error, 1e-10)))
+    error = SquaredError()
+    error.add(frames, reference)
+    return error.psnr

@@ -229,6 +229,7 @@ def _remedy(config: EditConfig, manifest: Manifest | None) -> str:
         "fit": manifest.fit,
         "inversion_prompt": manifest.inversion_prompt,
         "inversion_iters": manifest.inversion_iters,
+        "inversion_tol": manifest.inversion_tol or None,  # None: the option is left out
         "dtype": manifest.dtype,
         "depth_model": manifest.depth_model,
     }

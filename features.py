@@ -7,6 +7,7 @@ denoiser: ordinary attention, no guidance, no TokenFlow.
 from __future__ import annotations
 
 import argparse
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,10 +179,10 @@ def tokens_at(view: View, denoiser: Denoiser, noisy: Tensor) -> Tensor:
 
 def inverted(view: View, denoiser: Denoiser, clean: Tensor) -> Tensor:
     """Clean latents inverted up to the view's timestep, in the steps of the cache's inversion."""
-    iterations = view.cache.manifest.inversion_iters
-    keep = {view.timestep}
-    kept = invert(denoiser, clean, view.inversion, iterations, view.batch_size, keep)
-    return kept[view.timestep]
+    manifest = view.cache.manifest
+    how = manifest.inversion_iters, manifest.inversion_tol, view.batch_size
+    [(_, latents)] = deque(invert(denoiser, clean, view.inversion, *how), maxlen=1)  # the last
+    return latents
 
 
 def source_tokens(view: View, models: StableDiffusion, chosen: Sequence[int]) -> Tensor:

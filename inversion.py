@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,40 +60,56 @@ def invert(
     clean: Tensor,
     timesteps: Sequence[int],
     iterations: int,
+    tolerance: float,
     batch_size: int,
-    keep: set[int],
-) -> dict[int, Tensor]:
+) -> Iterator[tuple[int, Tensor]]:
     """DDIM inversion of every frame on its own.
+
+    With a tolerance, each step starts from the noise that the steps before it lead to expect, and
+    ends for a frame as soon as an evaluation confirms it (`ddim_inversion_step`).
 
     Args:
         denoiser: the model under the inversion prompt, without guidance.
-        clean: (n, 4, h, w) float32 latents.
+        clean: (n, 4, h, w) float32 latents on the CPU.
         timesteps: ascending.
-        iterations: noise evaluations per step, see `ddim_inversion_step`.
+        iterations: noise evaluations per frame and step, at most.
+        tolerance: relative residual of a finished frame; 0: every evaluation, from plain DDIM's
+            start.
         batch_size: frames evaluated at once.
-        keep: timesteps whose latents are returned.
 
-    Returns:
-        the latents (n, 4, h, w) at each timestep to keep, on the CPU.
+    Yields:
+        each timestep with its latents (n, 4, h, w), on the CPU, as soon as it is reached.
     """
-    schedule, x, kept = denoiser.models.schedule, clean, {}
-    chunks = torch.arange(len(clean)).split(batch_size)
+    schedule, x = denoiser.models.schedule, clean
+    noise = torch.empty_like(x)  # as last evaluated, for each frame
+
+    def eps_model(latents: Tensor, t: int, frames: Tensor) -> Tensor:
+        for part in torch.arange(len(frames)).split(batch_size):
+            noise[frames[part]] = denoiser(latents[part], t, frames[part])[0].cpu()
+        return noise[frames]
+
+    past: list[tuple[int, Tensor]] = []  # the last two steps' timesteps and noises
     steps = list(zip([CLEAN, *timesteps[:-1]], timesteps, strict=True))
     for t_from, t_to in tqdm(steps, desc="invert", unit="step"):
-        x = torch.cat([
-            ddim_inversion_step(
-                lambda latents, t, frames=frames: denoiser(latents, t, frames)[0],
-                x[frames].to(denoiser.models.device),
-                schedule,
-                t_from,
-                t_to,
-                iterations,
-            ).cpu()
-            for frames in chunks
-        ])  # fmt: skip
-        if t_to in keep:
-            kept[t_to] = x
-    return kept
+        start = None
+        if tolerance and past:
+            levels = schedule.level(t_from), schedule.level(t_to)
+            start = ddim_step(x, expected_noise(past, t_to), *levels)
+        x = ddim_inversion_step(eps_model, x, schedule, t_from, t_to, iterations, tolerance, start)
+        past = [*past[-1:], (t_to, noise.clone())]
+        yield t_to, x
+
+
+def expected_noise(past: Sequence[tuple[int, Tensor]], t: int) -> Tensor:
+    """The noise at timestep t on the straight line through those of one or two timesteps.
+
+    Args:
+        past: (timestep, noise) pairs; of one, its noise is expected again.
+    """
+    (t_last, last), (t_before, before) = past[-1], past[0]
+    if t_last == t_before:
+        return last
+    return last + (t - t_last) / (t_last - t_before) * (last - before)
 
 
 @torch.inference_mode()

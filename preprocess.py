@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from batch_sizes import BatchSizes, choose_batch_sizes
 from checkpoints import (
-    DEPTH_ESTIMATOR,
-    MODELS,
     check_controlnet_fits,
     checkpoint_folder,
     checkpoint_revision,
@@ -31,15 +30,17 @@ from conditions import ControlSettings, estimate_depth
 from diffusion import (
     Denoiser,
     NoiseSchedule,
+    SquaredError,
+    StableDiffusion,
     decode_latents,
     encode_frames,
     load_stable_diffusion,
     make_denoiser,
-    psnr,
     resolve_device,
     resolve_dtype,
 )
 from inversion import InversionTimesteps, inversion_timesteps, invert, reconstruct
+from preprocess_options import DEFAULTS, parse_args
 from run_info import Stopwatch, versions
 from source_cache import (
     CLEAN_LATENTS,
@@ -54,7 +55,6 @@ from source_cache import (
     save_source,
 )
 from util import (
-    ArgumentParser,
     UserError,
     check_writable,
     command_line,
@@ -62,8 +62,6 @@ from util import (
     setup_logging,
 )
 from video import (
-    MAX_FPS,
-    MAX_FPS_DENOMINATOR,
     Clip,
     clip_name,
     read_clip,
@@ -76,112 +74,7 @@ log = logging.getLogger("tokenflow")
 
 # A reconstruction this far below the VAE's own makes visibly worse edits.
 WARN_GAP_DB = 3.0
-_CONTROL_DEFAULTS = {
-    "control": "canny",
-    "controlnet_key": None,
-    "controlnet_scale": 1.0,
-    "canny_low": 100,
-    "canny_high": 200,
-}
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line.
-
-    Raises:
-        UserError: if an option is unknown, mistyped or out of range.
-    """
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--data_path", required=True, help="video, GIF or folder of images")
-    add("--save_dir", default="latents", help="where caches go (default: latents)")
-    add("--frame_start", type=int, default=0, help="first frame to use (default: 0)")
-    add("--frame_stride", type=int, default=1, help="use every N-th frame (default: 1)")
-    add("--n_frames", type=int, default=40, help="frames to use, at most (default: 40)")
-    add("--H", type=int, help="height; multiple of 8 (default: 512 square, 384 or 672 otherwise)")
-    add("--W", type=int, help="width; multiple of 8 (default: 512 square, 672 or 384 otherwise)")
-    add("--fit", choices=("stretch", "crop"), default="stretch", help="how frames take that size")
-    add(
-        "--fps",
-        type=_frame_rate,
-        help="frame rate (default: the clip's; 24 for images)",
-    )
-    add("--sd_version", choices=tuple(MODELS), default="2.1", help="model (default: 2.1)")
-    add("--model_key", help="hub id or local folder of a checkpoint; wins over --sd_version")
-    add("--inversion_prompt", default="", help="what the clip shows (default: empty)")
-    add("--steps", type=int, default=500, help="inversion steps (default: 500)")
-    add("--save_steps", type=int, default=50, help="sampling steps to save for (default: 50)")
-    add("--inversion_iters", type=int, default=1, help="noise evaluations per step (default: 1)")
-    add("--recon_steps", type=int, help="steps of the reconstruction (default: save_steps)")
-    add("--batch_size", type=int, default=8, help="frames evaluated at once (default: 8)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
-        help="auto is float16 on CUDA, float32 elsewhere")  # fmt: skip
-    add("--control", choices=("canny", "depth"),
-        help="what the ControlNet of --sd_version ControlNet follows (default: canny)")  # fmt: skip
-    add("--controlnet_key", help="hub id or local folder of that ControlNet")
-    add("--controlnet_scale", type=float, help="its strength (default: 1)")
-    add("--canny_low", type=int, help="lower Canny threshold (default: 100)")
-    add("--canny_high", type=int, help="upper Canny threshold (default: 200)")
-    add("--depth_model", default=DEPTH_ESTIMATOR, help="DPT model (default: Intel/dpt-large)")
-    add("--seed", type=int, default=1,
-        help="for released command lines; nothing here is random")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace a cache made with other settings")
-    parser.set_defaults(**_CONTROL_DEFAULTS)
-    args = parser.parse_args(argv)
-    if args.recon_steps is None:
-        args.recon_steps = args.save_steps
-    _check_args(args)
-    return args
-
-
-def _frame_rate(text: str) -> Fraction:
-    try:
-        rate = Fraction(text).limit_denominator(MAX_FPS_DENOMINATOR)
-    except (ValueError, ZeroDivisionError):
-        rate = Fraction(0)
-    if not 0 < rate <= MAX_FPS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, expected a number or a fraction above 0 and at most {MAX_FPS}"
-        )
-    return rate
-
-
-def _check_args(args: argparse.Namespace) -> None:
-    at_least_one = ("n_frames", "frame_stride", "steps", "save_steps", "inversion_iters",
-                    "recon_steps", "batch_size")  # fmt: skip
-    for name in at_least_one:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}: {getattr(args, name)}, expected a number of at least 1")
-    if args.frame_start < 0:
-        raise UserError(f"--frame_start: {args.frame_start}, expected 0 or more")
-    for name in ("H", "W"):
-        size = getattr(args, name)
-        if size is not None and (size < 8 or size % 8):
-            nearest = max(8, round(size / 8) * 8)
-            raise UserError(f"--{name}: {size} is not a multiple of 8; the nearest is {nearest}")
-    if (args.H is None) != (args.W is None):
-        raise UserError("--H and --W: give both or neither")
-    for name in ("save_steps", "recon_steps"):
-        if args.steps % getattr(args, name):
-            raise UserError(
-                f"--{name}: {getattr(args, name)} does not divide --steps {args.steps}; "
-                "the timesteps of the one must be among the other's"
-            )
-    if not 0 <= args.controlnet_scale < math.inf:
-        raise UserError(f"--controlnet_scale: {args.controlnet_scale}, expected 0 or more")
-    if args.sd_version != "ControlNet":
-        for name, default in _CONTROL_DEFAULTS.items():
-            if getattr(args, name) != default:
-                raise UserError(f"--{name}: goes with --sd_version ControlNet only")
-    if not 0 <= args.canny_low <= args.canny_high <= 255:
-        raise UserError(
-            f"--canny_low {args.canny_low} and --canny_high {args.canny_high}: "
-            "expected 0 <= low <= high <= 255"
-        )
-
-
-# ---------------------------------------------------------------------------------------------
+DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
 
 
 @dataclass(frozen=True)
@@ -191,6 +84,7 @@ class PreprocessInputs:
     Attributes:
         manifest: the cache's, but for the figures of its making.
         folder: the cache's.
+        read_seconds: what reading the clip took.
     """
 
     clip: Clip
@@ -200,6 +94,7 @@ class PreprocessInputs:
     dtype: torch.dtype
     manifest: Manifest
     folder: Path
+    read_seconds: float
 
 
 def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
@@ -211,15 +106,17 @@ def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     source = resolve_clip(args.data_path)
-    clip = read_clip(
-        source,
-        args.n_frames,
-        start=args.frame_start,
-        stride=args.frame_stride,
-        size=(args.H, args.W) if args.H else None,
-        fit=args.fit,
-        fps=args.fps,
-    )
+    watch = Stopwatch(device)
+    with watch("read"):
+        clip = read_clip(
+            source,
+            args.n_frames,
+            start=args.frame_start,
+            stride=args.frame_stride,
+            size=(args.H, args.W) if args.H else None,
+            fit=args.fit,
+            fps=args.fps,
+        )
     checkpoint = checkpoint_folder(model_key_for(args.sd_version, args.model_key))
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
     timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
@@ -244,6 +141,7 @@ def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
         steps=args.steps,
         save_steps=args.save_steps,
         inversion_iters=args.inversion_iters,
+        inversion_tol=args.inversion_tol,
         recon_steps=args.recon_steps,
         timesteps=timesteps.saved,
         dtype=str(dtype).removeprefix("torch."),
@@ -252,7 +150,10 @@ def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
     )
     folder = cache_folder(args.save_dir, args.sd_version, manifest.clip, args.steps, n_frames)
     check_writable(folder, "--save_dir")
-    return PreprocessInputs(clip, checkpoint, timesteps, device, dtype, manifest, folder)
+    read_seconds = watch.seconds["read"]
+    return PreprocessInputs(
+        clip, checkpoint, timesteps, device, dtype, manifest, folder, read_seconds
+    )
 
 
 def _conditions(
@@ -295,29 +196,36 @@ def is_made(inputs: PreprocessInputs) -> bool:
     return True
 
 
-def make_cache(inputs: PreprocessInputs, batch_size: int) -> Manifest:
+def make_cache(
+    inputs: PreprocessInputs, batch_size: int | None, models: StableDiffusion | None = None
+) -> Manifest:
     """Inverts the clip and writes its cache, the manifest last.
 
     Args:
-        batch_size: frames evaluated at once.
+        batch_size: frames evaluated at once; None: as many as memory holds.
+        models: of `inputs.checkpoint`, on its device in its dtype; loaded where there are none.
 
     Returns:
         the manifest with the figures of the reconstruction.
     """
     clip, manifest = inputs.clip, inputs.manifest
     watch = Stopwatch(inputs.device)
+    watch.add("read", inputs.read_seconds)
     with watch("load"):
-        models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
+        if models is None:
+            models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
     depth = None
     if manifest.depth_model is not None:
         with watch("depth"):
-            depth = estimate_depth(clip.frames, manifest.depth_model, inputs.device, batch_size)
+            batch = min(batch_size or DEPTH_BATCH, DEPTH_BATCH)
+            depth = estimate_depth(clip.frames, manifest.depth_model, inputs.device, batch)
     denoiser = make_denoiser(
         models, clip.frames, manifest.inversion_prompt, manifest.control, depth
     )
+    batches = choose_batch_sizes(batch_size, models, denoiser, clip.frames.shape[1:3])
 
     with replacing_folder(inputs.folder) as partial:
-        return _fill_cache(partial, inputs, denoiser, depth, batch_size, watch)
+        return _fill_cache(partial, inputs, denoiser, depth, batches, watch)
 
 
 def _fill_cache(
@@ -325,34 +233,84 @@ def _fill_cache(
     inputs: PreprocessInputs,
     denoiser: Denoiser,
     depth: Tensor | None,
-    batch_size: int,
+    batches: BatchSizes,
     watch: Stopwatch,
 ) -> Manifest:
-    clip, timesteps, models = inputs.clip, inputs.timesteps, denoiser.models
-    save_source(folder, clip.frames, inputs.manifest.inversion_prompt, depth)
+    clip, timesteps, manifest = inputs.clip, inputs.timesteps, inputs.manifest
+    image_forwards = {}
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        before = denoiser.image_forwards
+        with watch(name):
+            yield
+        image_forwards[name] = denoiser.image_forwards - before
+
+    save_source(folder, clip.frames, manifest.inversion_prompt, depth)
     with watch("vae"):
-        clean = encode_frames(models, clip.frames, batch_size)
-        vae_psnr = psnr(decode_latents(models, clean, batch_size), clip.frames)
+        clean = encode_frames(denoiser.models, clip.frames, batches.vae)
+        decode_latents(denoiser.models, clean[:1])  # a VAE that fails shall do so now, not later
     save_latents(folder, CLEAN_LATENTS, clean)
-    with watch("inversion"):
-        keep = {*timesteps.saved, timesteps.reconstruction[0]}
-        iterations = inputs.manifest.inversion_iters
-        inverted = invert(denoiser, clean, timesteps.inversion, iterations, batch_size, keep)
-    for t in timesteps.saved:
-        save_latents(folder, t, inverted[t])
-    with watch("reconstruction"):
-        start = inverted[timesteps.reconstruction[0]]
-        latents = reconstruct(denoiser, start, timesteps.reconstruction, batch_size)
-        frames = decode_latents(models, latents, batch_size)
-    save_video(folder / "inverted.mp4", frames, clip.fps)
+    with stage("inversion"):
+        how = manifest.inversion_iters, manifest.inversion_tol, batches.unet
+        for t, latents in invert(denoiser, clean, timesteps.inversion, *how):
+            if t in timesteps.saved:
+                save_latents(folder, t, latents)
+            if t == timesteps.reconstruction[0]:
+                start = latents
+    with stage("reconstruction"):
+        latents = reconstruct(denoiser, start, timesteps.reconstruction, batches.unet)
+    scores = _save_reconstruction(folder, inputs, denoiser.models, clean, latents, batches, watch)
     return finish_cache(
         folder,
-        inputs.manifest,
-        psnr=round(psnr(frames, clip.frames), 3),
-        vae_psnr=round(vae_psnr, 3),
+        manifest,
+        **scores,
         seconds=watch.seconds,
+        image_forwards=image_forwards,
         versions=versions(),
     )
+
+
+def _save_reconstruction(
+    folder: Path,
+    inputs: PreprocessInputs,
+    models: StableDiffusion,
+    clean: Tensor,
+    latents: Tensor,
+    batches: BatchSizes,
+    watch: Stopwatch,
+) -> dict[str, float]:
+    """Decodes the reconstruction and the clean latents in step, and writes inverted.mp4.
+
+    Args:
+        clean, latents: (n, 4, h, w) of the clip and of its reconstruction.
+
+    Returns:
+        the three PSNRs of the manifest; no more than a chunk of each decoding is held.
+    """
+    pairs = {
+        "psnr": SquaredError(),  # reconstruction and frames
+        "vae_psnr": SquaredError(),  # the VAE's decoding and frames
+        "psnr_to_vae": SquaredError(),  # reconstruction and the VAE's decoding
+    }
+
+    def decoded() -> Iterator[np.ndarray]:
+        first = 0
+        while first < len(clean):
+            part = slice(first, first + batches.vae)
+            frames = inputs.clip.frames[part]
+            with watch("vae"):
+                bound = decode_latents(models, clean[part], batches.vae)
+            with watch("reconstruction"):
+                found = decode_latents(models, latents[part], batches.vae)
+            pairs["psnr"].add(found, frames)
+            pairs["vae_psnr"].add(bound, frames)
+            pairs["psnr_to_vae"].add(found, bound)
+            yield from found
+            first += batches.vae
+
+    save_video(folder / "inverted.mp4", decoded(), inputs.clip.fps)
+    return {name: round(error.psnr, 3) for name, error in pairs.items()}
 
 
 def preprocess(args: argparse.Namespace) -> Path:
@@ -369,15 +327,23 @@ def preprocess(args: argparse.Namespace) -> Path:
         log.info("%s is there already, made with these settings", inputs.folder)
     else:
         report_reconstruction(make_cache(inputs, args.batch_size))
+    if args.steps != DEFAULTS["steps"]:
+        log.info("edits find this cache with --set n_inversion_steps=%d", args.steps)
     return inputs.folder
 
 
 def report_reconstruction(manifest: Manifest) -> None:
     """Says how good the inversion is, and what to do where it is not."""
     log.info(
-        "reconstruction: %.2f dB PSNR; the VAE alone, which a good inversion reaches: %.2f dB",
+        "reconstruction: %.2f dB PSNR; the VAE alone, which a good inversion reaches: %.2f dB; "
+        "the one against the other, %.2f dB, is what the inversion alone loses",
         manifest.psnr,
         manifest.vae_psnr,
+        manifest.psnr_to_vae,
+    )
+    log.info(
+        "image-forwards a frame: %s",
+        ", ".join(f"{n / manifest.n_frames:.1f} {s}" for s, n in manifest.image_forwards.items()),
     )
     gap = manifest.vae_psnr - manifest.psnr
     if gap > WARN_GAP_DB:

@@ -36,7 +36,7 @@ from util import (
 )
 from video import load_frames, save_frames
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.yaml"
 CLEAN_LATENTS = "clean"
 DEPTH_FILE = "depth.safetensors"
@@ -67,6 +67,7 @@ class Manifest:
     steps: int
     save_steps: int
     inversion_iters: int
+    inversion_tol: float
     recon_steps: int
     timesteps: list[int]  # the saved ones, noisiest first
     dtype: str
@@ -75,7 +76,9 @@ class Manifest:
     # How it went: set by `finish_cache`.
     psnr: float = math.nan  # of the reconstruction against the frames, dB
     vae_psnr: float = math.nan  # of the VAE's own reconstruction, dB
-    seconds: dict[str, float] = field(default_factory=dict)
+    psnr_to_vae: float = math.nan  # of the reconstruction against the VAE's own, dB
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    image_forwards: dict[str, int] = field(default_factory=dict)  # by stage: images x branches
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict] = field(default_factory=dict)  # relative path -> bytes, sha256
     format: int = FORMAT
@@ -95,6 +98,7 @@ IDENTITY = (
     "steps",
     "save_steps",
     "inversion_iters",
+    "inversion_tol",
     "recon_steps",
     "dtype",
     "control",

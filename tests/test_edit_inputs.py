@@ -344,7 +344,7 @@ def test_a_damaged_cache_is_refused(place, keys, cache, name, damage, said):
         lambda text: "",
         lambda text: "- a list\n",
         lambda text: "{",
-        lambda text: text.replace("format: 1", "format: 0"),
+        lambda text: text.replace("format: 2", "format: 1"),
         lambda text: text.replace("save_steps: 5\n", ""),
     ],
     ids=["cut", "empty", "list", "no YAML", "another format", "a field less"],

@@ -68,6 +68,7 @@ def make_cache(folder, n_frames=4, **changes):
         "steps": 10,
         "save_steps": 5,
         "inversion_iters": 1,
+        "inversion_tol": 0.0,
         "recon_steps": 5,
         "timesteps": [801, 1],
         "dtype": "float32",
