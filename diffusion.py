@@ -308,7 +308,6 @@ class Denoiser:
             UserError: if the prediction is not finite; the message names the step.
         """
         models, m = self.models, len(frames)
-        self.image_forwards += self.branches * m
         x = x.to(models.device, torch.float32)
         model_input = x if self.depth is None else torch.cat([x, self._of(self.depth, frames)], 1)
         model_input = model_input.to(models.dtype).repeat(self.branches, 1, 1, 1)  # (B*m, c, h, w)
@@ -404,6 +403,7 @@ def encode_frames(models: StableDiffusion, frames: np.ndarray, batch_size: int =
     return torch.cat(latents)
 
 
+@torch.inference_mode()
 def decode_latents(models: StableDiffusion, latents: Tensor, batch_size: int = 8) -> np.ndarray:
     """The inverse of `encode_frames`: (n, 4, h, w) latents to (n, H, W, 3) uint8 RGB.
 
