@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DPTForDepthEstimation, DPTImageProcessor
 
 from checkpoints import frozen, single_model_folder
+from prompt_attention import share_prompts
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,13 @@ class Control:
     scale: float = 1.0
 
     def residuals(self, x: Tensor, t: int, text: Tensor, images: Tensor) -> dict:
-        """What the ControlNet adds to the UNet, as keyword arguments of its forward."""
+        """What the ControlNet adds to the UNet, as keyword arguments of its forward.
+
+        Args:
+            x: (B * m, c, h, w) latents of B branches, all frames of the first branch first.
+            text: (B, 77, c).
+            images: (B * m, 3, H, W).
+        """
         down, mid = self.controlnet(
             x,
             t,
@@ -76,7 +83,7 @@ def load_control(
         images = canny_edges(frames, settings.low, settings.high)
     else:
         images = depth.repeat(1, 3, 1, 1)
-    return Control(frozen(model, device), images, settings.scale)
+    return Control(frozen(share_prompts(model), device), images, settings.scale)
 
 
 def canny_edges(frames: np.ndarray, low: int, high: int) -> Tensor:

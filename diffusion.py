@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from checkpoints import frozen
 from conditions import Control, ControlSettings, depth_latents, load_control
+from prompt_attention import share_prompts
 from util import UserError
 
 log = logging.getLogger("tokenflow")
@@ -105,7 +106,7 @@ def load_stable_diffusion(
         tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
         text_encoder=frozen(text_encoder, device),
         vae=frozen(vae, device),
-        unet=frozen(unet, device),
+        unet=frozen(share_prompts(unet), device),
         schedule=NoiseSchedule.of_checkpoint(folder),
         device=device,
         dtype=dtype,
@@ -311,15 +312,14 @@ class Denoiser:
         x = x.to(models.device, torch.float32)
         model_input = x if self.depth is None else torch.cat([x, self._of(self.depth, frames)], 1)
         model_input = model_input.to(models.dtype).repeat(self.branches, 1, 1, 1)  # (B*m, c, h, w)
-        text = self.text.repeat_interleave(m, dim=0)  # (B*m, 77, c)
         residuals = {}
         if self.control is not None:
             images = self._of(self.control.images, frames).repeat(self.branches, 1, 1, 1)
-            residuals = self.control.residuals(model_input, t, text, images)
+            residuals = self.control.residuals(model_input, t, self.text, images)
         # As a tensor: a compiled UNet would be compiled anew for every number.
         timestep = torch.tensor(t, device=models.device)
         prediction = models.unet(
-            model_input, timestep, encoder_hidden_states=text, return_dict=False, **residuals
+            model_input, timestep, encoder_hidden_states=self.text, return_dict=False, **residuals
         )[0]
         self.image_forwards += self.branches * m
         prediction = prediction.float().unflatten(0, (self.branches, m))
