@@ -20,11 +20,13 @@ class InversionTimesteps:
     Attributes:
         inversion: of the inversion's steps, cleanest first.
         reconstruction: of the reconstruction, noisiest first.
+        sampling: of the sampling steps, noisiest first.
         saved: whose latents are written, noisiest first: the sampling timesteps and the noisiest.
     """
 
     inversion: list[int]
     reconstruction: list[int]
+    sampling: list[int]
     saved: list[int]
 
 
@@ -51,7 +53,7 @@ def inversion_timesteps(
             "pure noise (zero terminal SNR) and cannot be inverted"
         )
     saved = sorted({*sampling, inversion[0]}, reverse=True)
-    return InversionTimesteps(inversion[::-1], reconstruction, saved)
+    return InversionTimesteps(inversion[::-1], reconstruction, sampling, saved)
 
 
 @torch.inference_mode()

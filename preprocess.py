@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,13 +47,23 @@ from source_cache import (
     CLEAN_LATENTS,
     MANIFEST,
     Manifest,
+    SourceCache,
     cache_folder,
     describe_difference,
     finish_cache,
     identity,
     open_cache,
+    read_manifest,
     save_latents,
     save_source,
+)
+from source_features import (
+    FeatureSettings,
+    check_room,
+    feature_bytes,
+    find_features,
+    size_text,
+    write_features,
 )
 from util import (
     UserError,
@@ -74,6 +85,8 @@ log = logging.getLogger("tokenflow")
 
 # A reconstruction this far below the VAE's own makes visibly worse edits.
 WARN_GAP_DB = 3.0
+VAE_FACTOR = 8  # pixels per latent cell along one side, of every Stable Diffusion
+LATENT_BYTES = 4 * 4  # four channels of float32
 DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
 
 
@@ -84,6 +97,7 @@ class PreprocessInputs:
     Attributes:
         manifest: the cache's, but for the figures of its making.
         folder: the cache's.
+        features: what the cached features shall be made for, if there shall be any.
         read_seconds: what reading the clip took.
     """
 
@@ -94,6 +108,7 @@ class PreprocessInputs:
     dtype: torch.dtype
     manifest: Manifest
     folder: Path
+    features: FeatureSettings | None
     read_seconds: float
 
 
@@ -150,9 +165,29 @@ def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
     )
     folder = cache_folder(args.save_dir, args.sd_version, manifest.clip, args.steps, n_frames)
     check_writable(folder, "--save_dir")
-    read_seconds = watch.seconds["read"]
     return PreprocessInputs(
-        clip, checkpoint, timesteps, device, dtype, manifest, folder, read_seconds
+        clip=clip,
+        checkpoint=checkpoint,
+        timesteps=timesteps,
+        device=device,
+        dtype=dtype,
+        manifest=manifest,
+        folder=folder,
+        features=_feature_settings(args, manifest) if args.cache_features else None,
+        read_seconds=watch.seconds["read"],
+    )
+
+
+def _feature_settings(args: argparse.Namespace, manifest: Manifest) -> FeatureSettings:
+    return FeatureSettings(
+        n_frames=manifest.n_frames,
+        interval=args.interval,
+        keyframe_seed=args.keyframe_seed,
+        n_timesteps=manifest.save_steps,
+        attention_steps=int(manifest.save_steps * args.pnp_attn_t),
+        feature_steps=int(manifest.save_steps * args.pnp_f_t),
+        dtype=manifest.dtype,
+        save_tokens=args.save_tokens,
     )
 
 
@@ -196,24 +231,89 @@ def is_made(inputs: PreprocessInputs) -> bool:
     return True
 
 
+def has_features(inputs: PreprocessInputs) -> bool:
+    """Whether the finished cache has features that serve all that are asked for.
+
+    If it has others, the log says that these will be replaced, and why.
+    """
+    found = find_features(SourceCache(inputs.folder, read_manifest(inputs.folder)))
+    if found is None:
+        return False
+    difference = found.settings.serve(inputs.features)
+    if difference:
+        log.info("%s is made anew: %s", found.folder, difference)
+    return not difference
+
+
+def check_disk(inputs: PreprocessInputs, made: bool) -> None:
+    """Says how large the cache will be, and refuses to begin where the disk has no room for it.
+
+    Args:
+        made: whether all but the features is there already.
+
+    Raises:
+        UserError: saying what is needed and what is free.
+    """
+    manifest, unet = inputs.manifest, load_unet_skeleton(inputs.checkpoint)
+    grid = manifest.height // VAE_FACTOR, manifest.width // VAE_FACTOR
+    needed = 0
+    if not made:
+        needed = LATENT_BYTES * (len(manifest.timesteps) + 1) * manifest.n_frames * math.prod(grid)
+        needed += inputs.clip.frames.nbytes  # of frames/, at most
+    option = "make some, or use --save_dir on another disk"
+    if inputs.features is not None:
+        features = feature_bytes(unet, grid, inputs.features)
+        log.info(
+            "source features: %s in %d files", size_text(features), inputs.features.n_timesteps
+        )
+        needed += features
+        option += ", or --no_cache_features"
+    check_room(inputs.folder, needed, option)
+
+
+def make_features(
+    inputs: PreprocessInputs,
+    batch_size: int | None,
+    models: StableDiffusion | None = None,
+    watch: Stopwatch | None = None,
+) -> None:
+    """Runs the source pass of edits and adds its features to the finished cache.
+
+    Args: as of `make_cache`.
+    """
+    watch = watch or Stopwatch(inputs.device)
+    with watch("load"):
+        models = models or load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
+    cache = SourceCache(inputs.folder, read_manifest(inputs.folder))
+    manifest, frames = cache.manifest, inputs.clip.frames
+    denoiser = make_denoiser(
+        models, frames, manifest.inversion_prompt, manifest.control, cache.depth(len(frames))
+    )
+    batches = choose_batch_sizes(batch_size, models, denoiser, frames.shape[1:3])
+    write_features(cache, denoiser, inputs.timesteps.sampling, inputs.features, batches.unet, watch)
+
+
 def make_cache(
-    inputs: PreprocessInputs, batch_size: int | None, models: StableDiffusion | None = None
+    inputs: PreprocessInputs,
+    batch_size: int | None,
+    models: StableDiffusion | None = None,
+    watch: Stopwatch | None = None,
 ) -> Manifest:
     """Inverts the clip and writes its cache, the manifest last.
 
     Args:
         batch_size: frames evaluated at once; None: as many as memory holds.
         models: of `inputs.checkpoint`, on its device in its dtype; loaded where there are none.
+        watch: what times the stages, by default one of its own.
 
     Returns:
         the manifest with the figures of the reconstruction.
     """
     clip, manifest = inputs.clip, inputs.manifest
-    watch = Stopwatch(inputs.device)
+    watch = watch or Stopwatch(inputs.device)
     watch.add("read", inputs.read_seconds)
     with watch("load"):
-        if models is None:
-            models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
+        models = models or load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
     depth = None
     if manifest.depth_model is not None:
         with watch("depth"):
@@ -323,10 +423,18 @@ def preprocess(args: argparse.Namespace) -> Path:
         UserError: see `parse_args`, `open_inputs` and `is_made`.
     """
     inputs = open_inputs(args)
-    if not args.overwrite and is_made(inputs):
+    made = not args.overwrite and is_made(inputs)
+    if made and (inputs.features is None or has_features(inputs)):
         log.info("%s is there already, made with these settings", inputs.folder)
     else:
-        report_reconstruction(make_cache(inputs, args.batch_size))
+        check_disk(inputs, made)
+        watch = Stopwatch(inputs.device)
+        with watch("load"):
+            models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
+        if not made:
+            report_reconstruction(make_cache(inputs, args.batch_size, models, watch))
+        if inputs.features is not None:
+            make_features(inputs, args.batch_size, models, watch)
     if args.steps != DEFAULTS["steps"]:
         log.info("edits find this cache with --set n_inversion_steps=%d", args.steps)
     return inputs.folder

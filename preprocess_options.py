@@ -64,6 +64,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=_batch_size, metavar="auto|N",
         help="frames evaluated at once; auto: what the GPU's memory holds, 8 on the CPU (default: "
         "auto)")  # fmt: skip
+    add("--cache_features", action="store_true", default=True,
+        help="also run the source pass of edits and save what it finds (the default)")  # fmt: skip
+    add("--no_cache_features", action="store_false", dest="cache_features",
+        help="leave that to the edits")  # fmt: skip
+    add("--interval", type=int, default=8,
+        help="frames per keyframe: batch_size of the edits that they serve (default: "
+        "8)")  # fmt: skip
+    add("--keyframe_seed", type=int, default=1, help="of those edits' keyframes (default: 1)")
+    add("--pnp_attn_t", type=float, default=0.5,
+        help="the most that those edits may set pnp_attn_t to (default: 0.5)")  # fmt: skip
+    add("--pnp_f_t", type=float, default=0.8,
+        help="the most that those edits may set pnp_f_t to (default: 0.8)")  # fmt: skip
+    add("--save_tokens", choices=("keyframes", "all"), default="keyframes",
+        help="all: the tokens of every frame, layer and step too, to look at (default: "
+        "keyframes)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto is float16 on CUDA, float32 elsewhere")  # fmt: skip
@@ -126,12 +141,17 @@ def _fill_in_settings(args: argparse.Namespace) -> None:
 
 def _check_args(args: argparse.Namespace) -> None:
     at_least_one = ("n_frames", "frame_stride", "steps", "save_steps", "inversion_iters",
-                    "recon_steps")  # fmt: skip
+                    "recon_steps", "interval")  # fmt: skip
     for name in at_least_one:
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: {getattr(args, name)}, expected a number of at least 1")
     if not 0 <= args.inversion_tol < 1:
         raise UserError(f"--inversion_tol: {args.inversion_tol}, expected 0 or more and below 1")
+    if args.keyframe_seed < 0:
+        raise UserError(f"--keyframe_seed: {args.keyframe_seed}, expected 0 or more")
+    for name in ("pnp_attn_t", "pnp_f_t"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name}: {getattr(args, name)}, expected a number from 0 to 1")
     if args.frame_start < 0:
         raise UserError(f"--frame_start: {args.frame_start}, expected 0 or more")
     for name in ("H", "W"):

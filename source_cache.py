@@ -7,6 +7,7 @@
         depth.safetensors        where the model or its ControlNet wants depth
         inversion_prompt.txt
         inverted.mp4             the reconstruction
+        features/                what edits need from the source (source_features.py), added later
 
 A folder without a manifest is unfinished. safetensors only: no pickle is read or written.
 """

@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import Denoiser
+from run_info import Stopwatch
 from source_cache import MANIFEST, SourceCache
 from tokenflow_utils import (
     ATTENTION_LAYERS,
@@ -153,14 +154,16 @@ class FeatureSettings:
     def serve(self, needed: FeatureSettings) -> str:
         """Why features of these settings cannot serve an edit that needs others; "" if they can."""
         same = ("n_frames", "interval", "keyframe_seed", "n_timesteps", "dtype")
-        enough = ("attention_steps", "feature_steps")
-        reasons = [
+        differing = [name for name in same if getattr(self, name) != getattr(needed, name)]
+        for name in ("attention_steps", "feature_steps"):
+            if getattr(self, name) < getattr(needed, name):
+                differing.append(name)
+        if needed.save_tokens == "all" != self.save_tokens:
+            differing.append("save_tokens")
+        return "; ".join(
             f"{name} is {getattr(self, name)} there, {getattr(needed, name)} here"
-            for name in (*same, *enough)
-            if getattr(self, name) != getattr(needed, name)
-            and not (name in enough and getattr(self, name) > getattr(needed, name))
-        ]
-        return "; ".join(reasons)
+            for name in differing
+        )
 
 
 def feature_bytes(
@@ -263,6 +266,7 @@ def write_features(
     timesteps: Sequence[int],
     settings: FeatureSettings,
     chunk_size: int,
+    watch: Stopwatch,
 ) -> None:
     """Runs the source pass of every sampling step and writes the cache's features.
 
@@ -270,18 +274,24 @@ def write_features(
         denoiser: under the inversion's prompt and conditions.
         timesteps: of sampling, noisiest first; settings.n_timesteps of them.
         chunk_size: frames evaluated at once.
+        watch: times the stage "features".
     """
     context = TokenFlowContext(images_at_once=chunk_size)
+    before = denoiser.image_forwards
     latents = partial(cache.latents, n_frames=settings.n_frames)
     live = LiveSource(denoiser, context, latents)
     steps = list(zip(timesteps, settings.keyframes(), strict=True))
     unet = denoiser.models.unet
     with replacing_folder(cache.folder / FOLDER) as partial_folder:
-        with tokenflow_patch(unet, context):
+        with watch("features"), tokenflow_patch(unet, context):
             for step, (t, keyframes) in enumerate(tqdm(steps, desc="features", unit="step")):
                 tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
                 save_tensors(partial_folder / _file_name(t), tensors)
-        _write_manifest(partial_folder, cache, settings)
+        figures = {
+            "seconds": watch.seconds["features"],
+            "image_forwards": denoiser.image_forwards - before,
+        }
+        _write_manifest(partial_folder, cache, settings, figures)
 
 
 def _record_step(
@@ -322,7 +332,9 @@ def _file_name(t: int) -> str:
     return f"step_{t}.safetensors"
 
 
-def _write_manifest(folder: Path, cache: SourceCache, settings: FeatureSettings) -> None:
+def _write_manifest(
+    folder: Path, cache: SourceCache, settings: FeatureSettings, figures: dict[str, object]
+) -> None:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.glob("*.safetensors"))
@@ -333,6 +345,7 @@ def _write_manifest(folder: Path, cache: SourceCache, settings: FeatureSettings)
             "format": FORMAT,
             "cache_sha256": sha256_file(cache.folder / MANIFEST),
             "settings": asdict(settings),
+            **figures,
             "files": files,
         },
     )

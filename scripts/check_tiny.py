@@ -187,6 +187,7 @@ class ClipCheck:
         self._invert(source, scene, "latents", options)
         options |= {"n_frames": self.accuracy_frames}
         options |= {"steps": self.accuracy_steps, "save_steps": self.accuracy_steps}
+        options |= {"no_cache_features": ""}
         plain = self._invert(source, scene, "plain", {**options, "inversion_iters": 1})
         refined = self._invert(source, scene, "refined", {**options, "inversion_iters": 5})
         edited = {name: self._edit(source, scene, target, name) for name in METHODS}

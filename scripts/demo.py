@@ -96,12 +96,20 @@ def inversion_options(config: Mapping[str, Any]) -> dict[str, object]:
         "steps": config["n_inversion_steps"],
         "save_steps": config["n_timesteps"],
         "inversion_iters": INVERSION_ITERS,
+        # What these edits' source features are cached for.
+        "interval": config["batch_size"],
+        "pnp_attn_t": config["pnp_attn_t"],
+        "pnp_f_t": config["pnp_f_t"],
     }
 
 
 def arguments(options: dict[str, object]) -> list[str]:
-    """Spell options as a command line."""
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    """Spell options as a command line; None leaves one out, "" makes it a flag without a value."""
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", str(value)] if value != "" else [f"--{name}"]
+    return words
 
 
 def run(script: ModuleType, argv: Sequence[str]) -> Path:

@@ -170,7 +170,8 @@ class ClipList:
 
     def inversion(self, clip: str) -> dict[str, object]:
         """The options of preprocess.py for a clip."""
-        config = self.config(clip, METHODS[0])  # the inversion's keys are the same in all
+        # The inversion's keys are the same in all rows; the source's features serve PnP's.
+        config = self.config(clip, next(m for m in METHODS if m.technique == "pnp"))
         options = {
             "data_path": config.data_path,
             "save_dir": config.latents_path,
@@ -179,6 +180,10 @@ class ClipList:
             "save_steps": config.n_timesteps,
             "n_frames": config.n_frames,
             "inversion_prompt": self.clips[clip]["inversion_prompt"],
+            "interval": config.batch_size,
+            "keyframe_seed": config.keyframe_seed,
+            "pnp_attn_t": config.pnp_attn_t,
+            "pnp_f_t": config.pnp_f_t,
             "device": config.device,
             "dtype": config.dtype,
         }

@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from demo import arguments
 from PIL import Image
 from shapes_world import random_scene, render_clip
 
@@ -34,18 +35,11 @@ def make_image_folder(folder: Path, n_frames: int = 3) -> Path:
     return folder
 
 
-def arguments(options: dict[str, object]) -> list[str]:
-    """Spell options as a command line; None leaves one out, "" makes it a flag without a value."""
-    words = []
-    for name, value in options.items():
-        if value is not None:
-            words += [f"--{name}", str(value)] if value != "" else [f"--{name}"]
-    return words
-
-
 def invert(clip: Path, save_dir: Path, model: Path, **options: object) -> Path:
-    """Preprocess a clip in few steps on the CPU; returns the cache's folder."""
+    """Preprocess a clip in few steps on the CPU, without features; returns the cache's folder."""
     small = {"n_frames": 5, "H": HEIGHT, "W": WIDTH, "steps": 10, "save_steps": 5, "device": "cpu"}
+    if "cache_features" not in options:
+        small["no_cache_features"] = ""
     small |= {"data_path": clip, "save_dir": save_dir, "model_key": model, **options}
     return preprocess.preprocess(preprocess.parse_args(arguments(small)))
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import shutil
+from dataclasses import asdict
 from fractions import Fraction
 
 import av
@@ -25,7 +27,8 @@ from PIL import Image
 import preprocess
 from diffusion import decode_latents, encode_frames, encode_prompts, load_stable_diffusion, psnr
 from source_cache import CLEAN_LATENTS, find_cache, open_cache, read_manifest
-from util import MissingFileError, UserError, load_tensors, save_tensors, sha256_file
+from source_features import find_features
+from util import MissingFileError, UserError, load_tensors, load_yaml, save_tensors, sha256_file
 from video import load_frames, read_clip
 
 PROMPT = 'a star,\n"turning" on a wall \N{GLOWING STAR}'
@@ -498,3 +501,76 @@ def test_cuda_is_refused_where_there_is_none(bad, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"device: cuda was asked for.* 0 CUDA.*--device cpu"):
         preprocess.main(arguments({**bad, "device": "cuda"}))
     assert contents(tmp_path) == before
+
+
+# ---------------------------------------------------------------- the features of edits
+
+
+def features_of(folder):
+    return find_features(open_cache(folder))
+
+
+def test_features_are_cached_by_default(tiny_model, tmp_path):
+    clip = make_clip(tmp_path / "clip.mp4")
+    folder = invert(clip, tmp_path / "latents", tiny_model, cache_features="", interval=2)
+    settings = features_of(folder).settings
+    assert asdict(settings) == {
+        "n_frames": 5,
+        "interval": 2,
+        "keyframe_seed": 1,
+        "n_timesteps": 5,
+        "attention_steps": 2,
+        "feature_steps": 4,
+        "dtype": "float32",
+        "save_tokens": "keyframes",
+    }
+    args = ["--data_path", str(clip)]
+    assert preprocess.parse_args(args).cache_features
+    assert not preprocess.parse_args([*args, "--no_cache_features"]).cache_features
+    record = load_yaml(folder / "features" / "manifest.yaml")
+    assert record["image_forwards"] == 5 * (5 + 3)  # steps x (frames + keyframes)
+    assert record["seconds"] > 0
+
+
+def test_features_are_added_to_a_cache_that_is_there_and_made_once(tiny_model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    clip = make_clip(tmp_path / "clip.mp4")
+    folder = invert(clip, tmp_path / "latents", tiny_model)
+    assert features_of(folder) is None
+    manifest = (folder / "manifest.yaml").read_bytes()
+    invert(clip, tmp_path / "latents", tiny_model, cache_features="")
+    assert features_of(folder) is not None
+    assert (folder / "manifest.yaml").read_bytes() == manifest  # the inversion was not made again
+    assert "source features: " in caplog.text  # their size, beforehand
+
+    before = contents(folder)
+    invert(clip, tmp_path / "latents", tiny_model, cache_features="")
+    # Fewer injected steps are served by what is there.
+    invert(clip, tmp_path / "latents", tiny_model, cache_features="", pnp_attn_t=0.2)
+    assert contents(folder) == before
+    invert(clip, tmp_path / "latents", tiny_model, cache_features="", pnp_attn_t=1)
+    assert "made anew: attention_steps is 2 there, 5 here" in caplog.text
+    assert features_of(folder).settings.attention_steps == 5
+
+
+def test_a_disk_without_room_is_an_error_before_the_work(tiny_model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
+    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    clip = make_clip(tmp_path / "clip.mp4")
+    with pytest.raises(UserError, match=r"needed, 50 kB are free; .*or --no_cache_features"):
+        invert(clip, tmp_path / "latents", tiny_model, cache_features="")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"interval": 0}, "--interval: 0, expected a number of at least 1"),
+        ({"keyframe_seed": -1}, "--keyframe_seed: -1, expected 0 or more"),
+        ({"pnp_attn_t": 1.5}, "--pnp_attn_t: 1.5, expected a number from 0 to 1"),
+        ({"pnp_f_t": "nan"}, "--pnp_f_t: nan, expected a number from 0 to 1"),
+    ],
+)
+def test_wrong_settings_of_features_are_refused(tmp_path, options, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        invert(tmp_path / "clip.mp4", tmp_path, tmp_path, **options)

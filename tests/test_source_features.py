@@ -60,7 +60,7 @@ def write(keys, settings, chunk_size):
     prompt = session.cache.manifest.inversion_prompt
     denoiser = make_denoiser(session.models, session.frames, prompt, None, None)
     timesteps = session.inputs.timesteps
-    write_features(session.cache, denoiser, timesteps, settings, chunk_size)
+    write_features(session.cache, denoiser, timesteps, settings, chunk_size, session.watch)
 
 
 def session_of(keys, **changes):
