@@ -27,9 +27,10 @@ log = logging.getLogger("tokenflow")
 
 # Similarities of a tile. On the CPU it stays in the caches: 2 MiB in float32; 4 MiB where products
 # are long, because reading the keys once for more queries gains more there. On a GPU it is large
-# enough to fill it, 64 MiB.
+# enough to fill it, 64 MiB. With few keys, more than CPU_QUERIES at once only leave the cache.
 TILE_KEYS = 4096
 CPU_TILE, CPU_TILE_LONG, GPU_TILE = 1 << 19, 1 << 20, 1 << 24
+CPU_QUERIES = 1024
 LONG_PRODUCT = 128  # channels
 # Below this number of keys PyTorch's arg-max over a whole row takes less time than two levels.
 FEW_KEYS = 128
@@ -166,10 +167,11 @@ def _nearest_rows(queries: Tensor, keys: Tensor) -> Tensor:
     tile_keys = min(len(keys), TILE_KEYS)
     block = round(tile_keys**0.5)
     blocks = -(-tile_keys // block)
-    bound = GPU_TILE
+    bound, most_queries = GPU_TILE, len(queries)
     if queries.device.type == "cpu":
         bound = CPU_TILE_LONG if queries.shape[1] >= LONG_PRODUCT else CPU_TILE
-    tile_queries = min(len(queries), bound // (blocks * block))
+        most_queries = min(most_queries, CPU_QUERIES)
+    tile_queries = min(most_queries, bound // (blocks * block))
     memory = queries.new_empty(blocks * block * tile_queries)
 
     found = []
