@@ -457,9 +457,14 @@ def report_reconstruction(manifest: Manifest) -> None:
     if gap > WARN_GAP_DB:
         log.warning(
             "the reconstruction is %.1f dB below the VAE's: edits will be worse for it; try "
-            "--inversion_iters %d, or an --inversion_prompt that says what the clip shows",
+            "--inversion_iters %d%s, or an --inversion_prompt that says what the clip shows",
             gap,
             manifest.inversion_iters + 2,
+            # Beside --fast that is an error, so all of it is spelled.
+            f" --inversion_tol {manifest.inversion_tol:g} --steps {manifest.steps} "
+            f"--save_steps {manifest.save_steps}"
+            if manifest.inversion_tol
+            else "",
         )
 
 

@@ -1,5 +1,6 @@
 """DDIM in both directions, and text and pictures to and from latents."""
 
+import itertools
 import logging
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+import diffusion
 from checkpoints import checkpoint_folder, checkpoint_revision, controlnet_key_for
 from conditions import canny_edges, depth_latents, optical_flow
 from diffusion import (
@@ -75,6 +77,13 @@ def test_timesteps_are_stable_diffusion_s(schedule):
     assert schedule.timesteps(500)[0] == 999
     with pytest.raises(UserError, match="1001 steps are more than the model's 1000"):
         schedule.timesteps(1001)
+
+
+def test_as_many_steps_as_levels_stay_among_them(schedule):
+    """The offset of 1 would lead to a timestep 1000, which has no level."""
+    every = schedule.timesteps(1000)
+    assert every == list(range(999, -1, -1))
+    assert set(schedule.timesteps(50)) < set(every)
 
 
 def test_levels_are_variance_preserving(schedule):
@@ -147,6 +156,93 @@ def test_mixing_finds_the_inverse_where_the_iteration_turns_round(schedule, gain
     assert torch.allclose(more, found, atol=1e-9)  # and it stays there
 
 
+def inversion_step_without_stop(eps_model, x, schedule, t_from, t_to, iterations):
+    """`ddim_inversion_step` as it was before a step could end early."""
+    levels = schedule.level(t_from), schedule.level(t_to)
+    estimate = last_found = last_residual = x
+    for iteration in range(iterations):
+        found = ddim_step(x, eps_model(estimate, t_to), *levels)
+        residual = found - estimate
+        if iteration < 2:
+            estimate = found
+        else:
+            change = residual - last_residual
+            length = change.square().sum((1, 2, 3), keepdim=True)
+            mixing = (residual * change).sum((1, 2, 3), keepdim=True)
+            mixing = mixing / length.where(length > 0, torch.inf)
+            estimate = found - mixing * (found - last_found)
+        last_found, last_residual = found, residual
+    return estimate
+
+
+def bent(x, t):
+    """A prediction that is no linear function of x."""
+    return torch.tanh(x.flip(-1) + t / 1000) + 0.2 * x.mean((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 6])
+def test_without_a_tolerance_every_evaluation_is_made_as_ever(schedule, iterations):
+    x = randn(3, 4, 6, 5)
+    found = ddim_inversion_step(alike(bent), x, schedule, 21, 41, iterations)
+    expected = inversion_step_without_stop(bent, x, schedule, 21, 41, iterations)
+    assert torch.equal(found, expected)
+    if iterations == 1:
+        plain = ddim_step(x, bent(x, 41), schedule.level(21), schedule.level(41))
+        assert torch.equal(found, plain)
+
+
+def frames_of_unequal_difficulty():
+    """Latents, and a model under which an iteration shrinks their errors at unequal rates."""
+    gains = torch.tensor([0.0, 0.05, 0.6, 0.9], dtype=torch.float64)
+
+    def model(x, t, rows):
+        evaluated.append(rows.tolist())
+        return 8 * gains[rows, None, None, None] * torch.sin(x) + 0.3
+
+    evaluated = []
+    return randn(4, 4, 4, 4, seed=1, dtype=torch.float64), model, evaluated
+
+
+def test_a_finished_frame_is_not_evaluated_again(schedule):
+    x, model, evaluated = frames_of_unequal_difficulty()
+    ddim_inversion_step(model, x, schedule, 661, 681, 30, tolerance=1e-4)
+    assert evaluated[0] == [0, 1, 2, 3]
+    assert all(set(after) <= set(before) for before, after in itertools.pairwise(evaluated))
+    counts = [sum(i in rows for rows in evaluated) for i in range(4)]
+    assert counts == sorted(counts)
+    assert counts[0] == 2  # one evaluation, and one that finds no change
+    assert counts[0] < counts[1] < counts[3] < 30
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-8])
+def test_the_early_stop_is_as_near_as_its_tolerance(schedule, tolerance):
+    x, model, _ = frames_of_unequal_difficulty()
+    exact = ddim_inversion_step(model, x, schedule, 661, 681, 200)
+    found = ddim_inversion_step(model, x, schedule, 661, 681, 200, tolerance)
+    error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert error.max() < 2 * tolerance
+    assert not torch.equal(found, exact)
+
+
+def test_a_frame_s_early_stop_is_its_own(schedule):
+    """Bit by bit, for a model that is."""
+    x, model, _ = frames_of_unequal_difficulty()
+    together = ddim_inversion_step(model, x, schedule, 661, 681, 9, 1e-3)
+    for i in range(len(x)):
+        alone = lambda x, t, rows, i=i: model(x, t, rows + i)  # noqa: E731
+        found = ddim_inversion_step(alone, x[i : i + 1], schedule, 661, 681, 9, 1e-3)
+        assert torch.equal(found[0], together[i])
+
+
+def test_a_good_start_ends_a_step_at_once(schedule):
+    x, model, evaluated = frames_of_unequal_difficulty()
+    exact = ddim_inversion_step(model, x, schedule, 661, 681, 200)
+    evaluated.clear()
+    found = ddim_inversion_step(model, x, schedule, 661, 681, 9, 1e-3, start=exact)
+    assert evaluated == [[0, 1, 2, 3]]
+    assert torch.allclose(found, exact, atol=1e-12)
+
+
 def test_fixed_point_iterations_reconstruct_ever_better_on_the_tiny_unet(models):
     """The error of 20 steps falls monotonically with K on a network."""
     timesteps = models.schedule.timesteps(20)
@@ -199,6 +295,14 @@ def test_branches_are_independent(models):
     assert (both[0] - both[1]).abs().max() > 1e-4
 
 
+def test_every_image_of_every_branch_is_counted(models):
+    denoiser = Denoiser(models, encode_prompts(models, ["a red ball", "a green ball"]))
+    assert denoiser.image_forwards == 0
+    denoiser(randn(3, 4, 6, 10), 300, torch.arange(3))
+    denoiser(randn(1, 4, 6, 10), 300, torch.arange(1))
+    assert denoiser.image_forwards == 2 * 3 + 2 * 1
+
+
 def test_an_overlong_prompt_is_cut_and_said(models, caplog):
     with caplog.at_level(logging.WARNING):
         embedding = encode_prompts(models, ["a red ball " * 100])
@@ -224,6 +328,21 @@ def test_frames_to_latents_and_back(models, batch_size):
 def test_psnr_of_a_known_error():
     frames = np.full((2, 4, 4, 3), 100, np.uint8)
     assert psnr(frames + 5, frames) == pytest.approx(20 * np.log10(255 / 5))
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 50, 3), (6000, 3), (1, 1)])
+def test_psnr_summed_in_pieces_is_that_of_the_whole(shape, monkeypatch):
+    monkeypatch.setattr(diffusion, "_VALUES_AT_ONCE", 1000)
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
+    expected = 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+    assert psnr(a, b) == pytest.approx(expected, rel=1e-12)
+    error = diffusion.SquaredError()
+    for part in (slice(0, 1), slice(1, None)):
+        error.add(a[part], b[part])
+    assert error.psnr == psnr(a, b)
+    with pytest.raises(ValueError, match="not the same"):
+        psnr(a, b[:, :1] if shape != (1, 1) else b[:0])
 
 
 # ---------------------------------------------------------------- spatial conditions

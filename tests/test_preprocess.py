@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import weakref
 from dataclasses import asdict
 from fractions import Fraction
 
@@ -25,7 +26,16 @@ from helpers import (
 from PIL import Image
 
 import preprocess
-from diffusion import decode_latents, encode_frames, encode_prompts, load_stable_diffusion, psnr
+import preprocess_options
+from diffusion import (
+    Denoiser,
+    decode_latents,
+    encode_frames,
+    encode_prompts,
+    load_stable_diffusion,
+    psnr,
+)
+from inversion import reconstruct
 from source_cache import CLEAN_LATENTS, find_cache, open_cache, read_manifest
 from source_features import find_features
 from util import MissingFileError, UserError, load_tensors, load_yaml, save_tensors, sha256_file
@@ -84,6 +94,10 @@ def test_the_manifest_says_what_the_cache_depends_on(cache, clip, tiny_model):
     assert (manifest.inversion_prompt, manifest.dtype) == (PROMPT, "float32")
     assert (manifest.sd_version, manifest.model_key) == ("2.1", str(tiny_model))
     assert (manifest.control, manifest.depth_model) == (None, None)
+    assert (manifest.inversion_iters, manifest.inversion_tol) == (1, 0.0)
+    assert manifest.image_forwards == {"inversion": 10 * 5, "reconstruction": 5 * 5}
+    assert set(manifest.seconds) == {"read", "load", "vae", "inversion", "reconstruction"}
+    assert min(manifest.seconds.values()) >= 0
     recorded = {name: entry["sha256"] for name, entry in manifest.files.items()}
     assert recorded == {
         path.relative_to(cache).as_posix(): sha256_file(path)
@@ -150,7 +164,100 @@ def test_the_reconstruction_is_reported_beside_its_bound(clip, tiny_model, tmp_p
         f"the VAE alone, which a good inversion reaches: {manifest.vae_psnr:.2f} dB"
     )
     assert expected in caplog.text
+    assert f"against the other, {manifest.psnr_to_vae:.2f} dB" in caplog.text
+    assert "image-forwards a frame: 10.0 inversion, 5.0 reconstruction" in caplog.text
     assert "below the VAE's" not in caplog.text
+
+
+def test_the_three_psnrs_are_of_what_they_say(cache, tiny_model):
+    """Whatever the chunks in which they were summed up: here, of two frames."""
+    models = load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
+    opened = open_cache(cache)
+    frames, manifest = opened.frames(5), opened.manifest
+    text = encode_prompts(models, [PROMPT])
+    latents = reconstruct(Denoiser(models, text), opened.latents(801, 5), SAMPLING, 5)
+    bound, found = (decode_latents(models, x) for x in (opened.latents(CLEAN_LATENTS, 5), latents))
+    assert manifest.vae_psnr == pytest.approx(psnr(bound, frames), abs=0.01)
+    assert manifest.psnr == pytest.approx(psnr(found, frames), abs=0.01)
+    assert manifest.psnr_to_vae == pytest.approx(psnr(found, bound), abs=0.05)
+
+
+def test_latents_are_written_as_they_are_reached(clip, tiny_model, tmp_path, monkeypatch):
+    """A timestep's file is there before the next timestep is evaluated; only one is held."""
+    events, alive = [], weakref.WeakSet()
+
+    def spied(*args):
+        for t, latents in invert_clip(*args):
+            assert not alive  # what was given before is gone
+            alive.add(latents)
+            events.append(("reached", t))
+            yield t, latents
+            del latents
+
+    def spied_save(folder, name, latents):
+        events.append(("written", name))
+        save(folder, name, latents)
+
+    invert_clip, save = preprocess.invert, preprocess.save_latents
+    monkeypatch.setattr(preprocess, "invert", spied)
+    monkeypatch.setattr(preprocess, "save_latents", spied_save)
+    invert(clip, tmp_path, tiny_model, steps=5, n_frames=2)
+    ascending = SAMPLING[::-1]
+    expected = [event for t in ascending for event in (("reached", t), ("written", t))]
+    assert events == [("written", CLEAN_LATENTS), *expected]
+
+
+def test_make_cache_takes_models_that_are_loaded(clip, tiny_model, tmp_path, monkeypatch):
+    models = load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    options = {"n_frames": 2, "H": HEIGHT, "W": WIDTH, "steps": 2, "save_steps": 2}
+    options |= {"data_path": clip, "save_dir": tmp_path, "model_key": tiny_model, "device": "cpu"}
+    inputs = preprocess.open_inputs(preprocess.parse_args(arguments(options)))
+    manifest = preprocess.make_cache(inputs, 1, models)
+    again = preprocess.make_cache(inputs, None, models)  # and it can be called again
+    assert read_manifest(inputs.folder) == again
+    assert again.image_forwards == manifest.image_forwards
+    assert again.psnr == pytest.approx(manifest.psnr, abs=0.01)
+
+
+# ---------------------------------------------------------------- the fast preset
+
+
+def test_fast_is_what_its_help_says():
+    args = preprocess.parse_args(["--data_path", "clip.mp4", "--fast"])
+    settings = args.steps, args.save_steps, args.inversion_iters, args.inversion_tol
+    assert settings == (50, 50, 3, 1e-3)
+    assert args.recon_steps == 50
+    plain = preprocess.parse_args(["--data_path", "clip.mp4"])
+    settings = plain.steps, plain.save_steps, plain.inversion_iters, plain.inversion_tol
+    assert settings == (500, 50, 1, 0.0)
+    assert plain.batch_size is None
+    other = preprocess.parse_args(["--data_path", "clip.mp4", "--fast", "--recon_steps", "25"])
+    assert other.recon_steps == 25
+
+
+@pytest.mark.parametrize("option", ["steps", "save_steps", "inversion_iters", "inversion_tol"])
+def test_fast_and_what_it_sets_do_not_go_together(option):
+    value = str(preprocess_options.FAST[option])  # not even the same value
+    with pytest.raises(UserError, match=rf"--fast and --{option} .*: --fast sets --{option}"):
+        preprocess.parse_args(["--data_path", "clip.mp4", "--fast", f"--{option}", value])
+
+
+def test_fast_inverts_in_few_evaluations_and_says_how_it_is_found(
+    clip, tiny_model, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO)
+    options = {"steps": None, "save_steps": None, "fast": "", "n_frames": 2}
+    folder = invert(clip, tmp_path, tiny_model, **options)
+    assert folder.parent.name == "steps_50"
+    manifest = read_manifest(folder)
+    assert manifest.image_forwards["reconstruction"] == 50 * 2
+    assert 50 * 2 <= manifest.image_forwards["inversion"] < 2 * 50 * 2
+    assert manifest.psnr_to_vae > 50
+    assert "edits find this cache with --set n_inversion_steps=50" in caplog.text
+    caplog.clear()
+    invert(clip, tmp_path, tiny_model, **options)  # also where it is made already
+    assert "edits find this cache with --set n_inversion_steps=50" in caplog.text
 
 
 def test_a_bad_inversion_is_warned_of_and_iterations_mend_it(
@@ -203,6 +310,7 @@ def test_a_second_run_computes_nothing(cache, clip, tiny_model, monkeypatch, cap
     [
         ("inversion_prompt", "a disc", r"inversion_prompt is 'a star,.*' there, 'a disc' here"),
         ("inversion_iters", 2, "inversion_iters is 1 there, 2 here"),
+        ("inversion_tol", 0.1, "inversion_tol is 0.0 there, 0.1 here"),
         ("save_steps", 2, "save_steps is 5 there, 2 here"),
         ("recon_steps", 10, "recon_steps is 5 there, 10 here"),
         ("frame_start", 1, "frame_start is 0 there, 1 here"),
@@ -456,7 +564,12 @@ BAD_OPTIONS = [
     ({"recon_steps": 0}, "--recon_steps: 0"),
     ({"recon_steps": 7}, "--recon_steps: 7 does not divide --steps 500"),
     ({"inversion_iters": 0}, "--inversion_iters: 0"),
-    ({"batch_size": 0}, "--batch_size: 0"),
+    ({"inversion_tol": -0.1}, "--inversion_tol: -0.1, expected 0 or more and below 1"),
+    ({"inversion_tol": 1}, "--inversion_tol: 1.0, expected"),
+    ({"inversion_tol": "nan"}, "--inversion_tol: nan, expected"),
+    ({"fast": "", "steps": 100}, "--fast and --steps 100: --fast sets --steps 50"),
+    ({"batch_size": 0}, "--batch_size: 0, expected auto or a number of at least 1"),
+    ({"batch_size": "all"}, "--batch_size: all, expected auto or a number"),
     ({"sd_version": "3"}, "--sd_version.*'3'.*2.1"),
     ({"model_key": "nowhere"}, "nowhere: no such folder.*--model_key"),
     ({"model_key": "no/such/folder"}, "no/such/folder: no such folder, and not a hub id"),
