@@ -86,7 +86,7 @@ def settings() -> list[Setting]:
     how = FAST["steps"], SAMPLING_STEPS
     stopped = [
         Setting(STOPPED, f"K <= {k}", how[0], k, FAST["inversion_tol"], how[1:])
-        for k in (5, 4, 2, FAST["inversion_iters"])
+        for k in (5, 2, FAST["inversion_iters"])
     ]
     plain = [
         Setting(PLAIN, f"{n} steps", n, 1, 0.0, tuple(dict.fromkeys((n, SAMPLING_STEPS))))

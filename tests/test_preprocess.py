@@ -183,16 +183,15 @@ def test_the_three_psnrs_are_of_what_they_say(cache, tiny_model):
 
 
 def test_latents_are_written_as_they_are_reached(clip, tiny_model, tmp_path, monkeypatch):
-    """A timestep's file is there before the next timestep is evaluated; only one is held."""
-    events, alive = [], weakref.WeakSet()
+    """A timestep's file is there before the next one is evaluated, and its latents are let go."""
+    events, given = [], []
 
     def spied(*args):
         for t, latents in invert_clip(*args):
-            assert not alive  # what was given before is gone
-            alive.add(latents)
+            assert sum(reference() is not None for reference in given) <= 1  # the last step's
+            given.append(weakref.ref(latents))
             events.append(("reached", t))
             yield t, latents
-            del latents
 
     def spied_save(folder, name, latents):
         events.append(("written", name))
@@ -252,7 +251,7 @@ def test_fast_inverts_in_few_evaluations_and_says_how_it_is_found(
     assert folder.parent.name == "steps_50"
     manifest = read_manifest(folder)
     assert manifest.image_forwards["reconstruction"] == 50 * 2
-    assert 50 * 2 <= manifest.image_forwards["inversion"] < 2 * 50 * 2
+    assert 50 * 2 <= manifest.image_forwards["inversion"] < 2.5 * 50 * 2  # of 3 at most
     assert manifest.psnr_to_vae > 50
     assert "edits find this cache with --set n_inversion_steps=50" in caplog.text
     caplog.clear()
