@@ -4,7 +4,7 @@ The blocks, layer names, files and schedule are Stable Diffusion's; the weights 
 last layers are fitted, so that the VAE returns a blurred copy of a picture and DDIM can invert the
 UNet, whose prediction follows text, timestep and place; but it has learnt nothing, and what it
 edits looks like noise. No network is needed. `--architecture sd21` writes the full-size layers
-instead, to time and to size a run without the real weights.
+instead, to time and to size a run without the real weights; `medium` lies between, for a CPU.
 """
 
 from __future__ import annotations
@@ -107,6 +107,23 @@ SD21 = Architecture(
     hint_channels=(16, 32, 96, 256),
 )
 
+# SD's blocks and image sizes with a tenth of its weights: big enough that matrix products, not
+# calls, take the time on a CPU, and small enough that an edit takes minutes there.
+MEDIUM = Architecture(
+    unet={
+        "sample_size": 64,
+        "block_out_channels": (96, 192, 384, 384),
+        "attention_head_dim": (3, 6, 12, 12),
+        "cross_attention_dim": 384,
+        "use_linear_projection": True,
+    },
+    vae={"sample_size": 512, "block_out_channels": (32, 64, 128, 128), "layers_per_block": 1},
+    text={"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6},
+    hint_channels=(16, 32, 64, 96),
+)
+LARGER = {"medium": MEDIUM, "sd21": SD21}
+ARCHITECTURES = ("tiny", *LARGER)
+
 
 def make_model(
     folder: str | Path,
@@ -120,8 +137,8 @@ def make_model(
 ) -> None:
     """Write a random checkpoint in diffusers' folder format.
 
-    One seed gives the same files, bit by bit, with the same versions of the libraries (and, for
-    sd21, as many threads); the caller's random state is left as it was. model_index.json is
+    One seed gives the same files, bit by bit, with the same versions of the libraries (and, but
+    for tiny, as many threads); the caller's random state is left as it was. model_index.json is
     written last.
 
     Args:
@@ -131,7 +148,8 @@ def make_model(
             channel; the depth estimator comes with it, as in Stable Diffusion 2's).
         width: channels of the tiny architecture, a multiple of 16.
         controlnet: also write controlnet/, whose residuals are small but not zero.
-        architecture: "tiny", or "sd21" for the layers of Stable Diffusion 2.1.
+        architecture: "tiny", "sd21" for the layers of Stable Diffusion 2.1, or "medium" for those
+            with 0.3 of its channels.
         dtype: of the written weights.
 
     Raises:
@@ -139,12 +157,14 @@ def make_model(
     """
     if kind not in KINDS:
         raise UserError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if architecture not in ("tiny", "sd21"):
-        raise UserError(f"architecture: expected tiny or sd21, got {architecture!r}")
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}"
+        )
     if width < 16 or width % 16:
         raise UserError(f"width: expected a multiple of 16, got {width}")
     folder = Path(folder)
-    sizes = SD21 if architecture == "sd21" else tiny_architecture(width)
+    sizes = LARGER.get(architecture) or tiny_architecture(width)
     vocabulary, merges = bpe_vocabulary(WORDS.split())
     threads = 1 if architecture == "tiny" else torch.get_num_threads()
     with _reproducible(seed, threads):
@@ -510,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--depth_estimator", action="store_true", help="write OUT/depth_estimator too"
     )
-    parser.add_argument("--architecture", choices=("tiny", "sd21"), default="tiny")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="tiny")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     args = parser.parse_args(argv)
     setup_logging()

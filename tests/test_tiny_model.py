@@ -123,7 +123,7 @@ def test_the_command_line_writes_every_part_in_half_precision(tmp_path):
     ("option", "message"),
     [
         ({"kind": "inpaint"}, "kind: expected one of base, depth, v_prediction, got 'inpaint'"),
-        ({"architecture": "sdxl"}, "architecture: expected tiny or sd21, got 'sdxl'"),
+        ({"architecture": "sdxl"}, "architecture: expected one of tiny, medium, sd21, got 'sdxl'"),
         ({"width": 24}, "width: expected a multiple of 16, got 24"),
     ],
 )
