@@ -114,17 +114,23 @@ class EditSession:
 
     Args:
         models: of the inputs' checkpoint, device and dtype, if they are loaded already.
+        watch: what times the stages, by default one of its own.
 
     Attributes:
         image_forwards: of the last edit, evaluations of the UNet on one image and branch.
         source_features: of the last edit, "cached" or "live".
     """
 
-    def __init__(self, inputs: EditInputs, models: StableDiffusion | None = None) -> None:
+    def __init__(
+        self,
+        inputs: EditInputs,
+        models: StableDiffusion | None = None,
+        watch: Stopwatch | None = None,
+    ) -> None:
         self.inputs, self.config, self.cache = inputs, inputs.config, inputs.cache
         self.image_forwards = 0
         self.source_features = "live"
-        self.watch = Stopwatch(inputs.device)
+        self.watch = watch or Stopwatch(inputs.device)
         reset_peak_memory(inputs.device)
         with self.watch("load"):
             self.models = models or load_stable_diffusion(
