@@ -92,8 +92,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="for models, clips, caches and results (default: latents/benchmark)")  # fmt: skip
     add("--warm_up", type=int, default=1, help="runs before the timed ones (default: 1)")
     add("--repeats", type=int, default=3, help="timed runs, or pairs of them (default: 3)")
-    add("--only", choices=(*PARTS, "nothing"),
-        help="time this part alone; nothing: make the model and the clip")  # fmt: skip
+    add("--only", choices=PARTS, help="time this part alone")
     add("--json", metavar="FILE", type=Path, help="write all figures here")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--compare", nargs=2, metavar=("A", "B"),
@@ -294,7 +293,6 @@ def scale(args: argparse.Namespace) -> tuple[dict, str]:
     file = Path(args.work) / "part.json"
     rows = []
     for frames in args.scaling:
-        run_part(args, frames, "nothing", file)
         row: dict = {"frames": frames}
         for part in PARTS:
             found = run_part(args, frames, part, file)
@@ -403,8 +401,6 @@ def benchmark(args: argparse.Namespace, command: Sequence[str]) -> tuple[dict, s
             found, text = compare(bench, args)
         elif args.profile:
             found, text = profile(bench, args)
-        elif args.only == "nothing":
-            found, text = {}, "the model and the clip are there"
         else:
             found, text = time_stages(bench, args)
     return record | {"versions": versions()} | found, text

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from checkpoints import load_unet_skeleton
 from diffusion import StableDiffusion
@@ -28,21 +29,46 @@ MATRIX_SIZE = {"cuda": 8192}  # side of the matrices whose product is timed; oth
 MATRIX_PRODUCTS = 10
 
 
-def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+def _sdpa_flops(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def flop_counter() -> FlopCounterMode:
-    """PyTorch's FLOP counter, made to know the CPU's fused attention where it does not yet."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    missing = {} if attention in flop_registry else {attention: _sdpa_flops}
-    return FlopCounterMode(display=False, custom_mapping=missing)
+# PyTorch's formulas; the CPU's fused attention is not among those of every version.
+FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops, **flop_registry}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of what runs within it, by PyTorch's formulas.
+
+    As torch.utils.flop_counter.FlopCounterMode does it, but for the record of which module they
+    belong to: that needs to be there before the module is entered, and is slow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        formula = FLOPS.get(func._overloadpacket)
+        if formula is None:
+            # In inference mode a composite operator arrives whole: see what it is made of.
+            with self:
+                found = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if found is NotImplemented else found
+        found = func(*args, **kwargs)
+        self.flops += formula(*args, **kwargs, out_val=found)
+        return found
 
 
 class WorkCounter:
     """Counts image-forwards and FLOPs of each stage; made by `counting`.
 
-    FLOPs are counted by PyTorch's counter for the first UNet or VAE call of each sort and taken
+    FLOPs are counted for the first UNet or VAE call of each sort and taken
     again for the others: calls of one sort have the same stage, batch shape, place among the
     calls of their timestep and kind of timestep, and so the same operations.
 
@@ -59,7 +85,7 @@ class WorkCounter:
         self._count_flops, self.kinds = count_flops, kinds
         self._known: dict[tuple, int] = {}
         self._timestep, self._call = None, 0
-        self._running: dict[nn.Module, tuple[tuple, FlopCounterMode | None]] = {}
+        self._running: dict[nn.Module, tuple[tuple, FlopCounter | None]] = {}
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook: of the UNet, and of the VAE's encoder and decoder."""
@@ -73,7 +99,7 @@ class WorkCounter:
             key += (self.kinds.get(t), self._call)
         if not self._count_flops:
             return
-        counter = None if key in self._known else flop_counter()
+        counter = None if key in self._known else FlopCounter()
         self._running[module] = key, counter
         if counter is not None:
             counter.__enter__()
@@ -85,7 +111,7 @@ class WorkCounter:
         key, counter = self._running.pop(module)
         if counter is not None:
             counter.__exit__(None, None, None)
-            self._known[key] = counter.get_total_flops()
+            self._known[key] = counter.flops
         self.flops[self.stage] += self._known[key]
 
 

@@ -1,0 +1,414 @@
+"""benchmark.py on the tiny random model: what it counts and compares, never how long it takes."""
+
+import json
+import math
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_clip, shapes_frames
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+import benchmark_runs
+import three_branch
+from benchmark_meters import FlopCounter, Meter, counting, keyframe_bytes, matrix_rate, slope
+from benchmark_runs import (
+    back_and_forth,
+    clip_of,
+    edit_overrides,
+    open_bench,
+    prepare_edit,
+    setting_kind,
+)
+from util import UserError, load_config
+from video import read_clip
+
+FRAMES, STEPS, INTERVAL = 5, 4, 2
+KEYFRAMES = 3  # of 5 frames in intervals of 2
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def words(tiny_model, tmp_path_factory):
+    """The options that all runs here share."""
+    work = tmp_path_factory.mktemp("benchmark")
+    clip = make_clip(work / "clip.mp4", FRAMES)
+    words = ["--model", str(tiny_model), "--data_path", str(clip), "--work", str(work / "work")]
+    words += ["--frames", str(FRAMES), "--size", "48x64", "--steps", str(STEPS), "--device", "cpu"]
+    return [*words, "--repeats", "1", "--warm_up", "1", "--set", f"batch_size={INTERVAL}"]
+
+
+@pytest.fixture(scope="module")
+def bench(words):
+    return open_bench(benchmark.parse_args(words))
+
+
+@pytest.fixture(scope="module")
+def models(bench):
+    models = bench.load()
+    benchmark_runs.ensure_cache(bench, models)
+    return models
+
+
+def image_forwards(bench, models, setting):
+    prepared = prepare_edit(bench, setting, models)
+    return benchmark_runs.timed_edit(prepared, CPU).images
+
+
+# ---------------------------------------------------------------- the table of stages
+
+
+@pytest.fixture(scope="module")
+def stages(words, tmp_path_factory):
+    """What the script returns for all stages, and the same read back from its JSON."""
+    file = tmp_path_factory.mktemp("json") / "stages.json"
+    found = benchmark.main([*words, "--json", str(file)])
+    return found, json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_stages_are_all_there(stages, words):
+    found, written = stages
+    assert [(row["part"], row["stage"]) for row in written["stages"]] == [
+        ("models", "load"),
+        *(
+            ("preprocess", stage)
+            for stage in ("read", "load", "vae", "inversion", "reconstruction", "rest", "total")
+        ),
+        *(("edit", stage) for stage in ("open", "load", "edit", "decode", "write", "total")),
+    ]
+    assert written["stages"] == found["stages"]
+    assert "--size 48x64" in written["command"]
+    assert {"versions", "device_name", "dtype", "frames", "matrix_flops_per_second"} <= set(written)
+    assert written["keyframes"] == KEYFRAMES
+
+
+def test_stages_count_image_forwards_and_flops(stages):
+    rows = {(row["part"], row["stage"]): row for row in stages[0]["stages"]}
+    for stage in ("inversion", "reconstruction"):
+        assert rows["preprocess", stage]["image_forwards"] == FRAMES * STEPS
+    assert rows["edit", "edit"]["image_forwards"] == 3 * (FRAMES + KEYFRAMES) * STEPS
+    assert rows["edit", "total"]["image_forwards"] == 3 * (FRAMES + KEYFRAMES) * STEPS
+    for key in (("preprocess", "inversion"), ("preprocess", "vae"), ("edit", "decode")):
+        row = rows[key]
+        assert row["flops"] > 0
+        rate = stages[0]["matrix_flops_per_second"]
+        assert row["utilisation"] == pytest.approx(row["flops"] / row["seconds"] / rate)
+        assert row["peak_memory_bytes"] > 0
+    # One image of one branch takes as much in the one as in the other.
+    inversion, reconstruction = (
+        rows["preprocess", stage]["flops"] for stage in ("inversion", "reconstruction")
+    )
+    assert inversion == reconstruction
+    assert rows["edit", "write"]["flops"] is None
+
+
+def test_stages_print_a_table(stages):
+    text = benchmark.stage_table(stages[0]["stages"])
+    lines = text.splitlines()
+    assert len(lines) == 1 + len(stages[0]["stages"])
+    assert lines[0].split()[:3] == ["part", "stage", "seconds"]
+    assert any(line.startswith("edit        decode") for line in lines)
+
+
+def test_only_a_part_is_timed_where_asked(words):
+    found = benchmark.main([*words, "--only", "edit", "--warm_up", "0"])
+    assert {row["part"] for row in found["stages"]} == {"models", "edit"}
+    assert all(row["flops"] is None for row in found["stages"])  # counted in warm-up runs only
+
+
+def test_row_is_the_median_of_the_runs():
+    runs = [
+        benchmark_runs.Run({"edit": seconds}, {"edit": peak}, {"edit": 6}, {})
+        for seconds, peak in ((4.0, 10), (1.0, 30), (2.0, 20))
+    ]
+    row, total = benchmark.stage_rows("edit", runs, {"edit": 100}, rate=200.0)
+    assert (row["seconds"], row["seconds_low"], row["seconds_high"]) == (2.0, 1.0, 4.0)
+    assert (row["peak_memory_bytes"], row["image_forwards"]) == (30, 6)
+    assert (row["flops_per_second"], row["utilisation"]) == (50.0, 0.25)
+    assert (total["stage"], total["seconds"]) == ("total", 2.0)
+
+
+# ---------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("tokenflow", 3 * (FRAMES + KEYFRAMES) * STEPS),
+        ("three_branch", 3 * (FRAMES + KEYFRAMES) * STEPS),
+        ("per_frame", 3 * FRAMES * 3 + 2 * FRAMES * 1),  # the source in the 3 injected steps of 4
+        ("per_frame+pnp_f_t=0+pnp_attn_t=0", 2 * FRAMES * STEPS),
+        ("tokenflow+batch_size=5", 3 * (FRAMES + 1) * STEPS),
+    ],
+)
+def test_image_forwards_are_what_arithmetic_says(bench, models, setting, expected):
+    assert image_forwards(bench, models, setting) == expected
+
+
+def test_flops_of_attention_are_counted():
+    query = torch.randn(2, 3, 10, 4)  # (batch, heads, L, d)
+    key = torch.randn(2, 3, 7, 4)
+    with torch.inference_mode(), FlopCounter() as counter:
+        F.scaled_dot_product_attention(query, key, key)
+    assert counter.flops == 2 * 2 * (2 * 3) * 10 * 7 * 4
+
+
+def test_flops_of_repeated_calls_are_those_of_counting_each(bench, models):
+    """Calls of one sort are counted once: the sum must be what counting everything gives."""
+    prepared = prepare_edit(bench, "tokenflow", models)
+    kinds = benchmark_runs.step_kinds(prepared.plan)
+    with counting(models, count_flops=True, kinds=kinds) as counter:
+        prepared.work()
+    with FlopCounter() as everything:
+        prepared.work()
+    found = counter.flops.total()
+    # Text is encoded in the loop, outside of the modules that are counted; it is little.
+    assert 0 <= everything.flops - found < 0.05 * found
+
+
+def test_flops_are_those_of_pytorchs_counter(models):
+    x, text = torch.zeros(2, 4, 6, 8), torch.zeros(2, 77, 32)
+    with torch.inference_mode():
+        with counting(models, count_flops=True) as counter:
+            models.unet(x, 5, text)
+        with FlopCounterMode(display=False) as expected:
+            models.unet(x, 5, text)
+    assert counter.flops.total() == expected.get_total_flops()
+
+
+def test_counting_leaves_the_models_alone(bench, models):
+    modules = models.unet, models.vae.encoder, models.vae.decoder
+    with counting(models, count_flops=True):
+        pass
+    for module in modules:
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_meter_adds_up_a_stage(models):
+    with counting(models) as counter:
+        meter = Meter(CPU, counter)
+        for _ in range(2):
+            with meter("a"):
+                models.vae.encoder(torch.zeros(1, 3, 16, 16))
+                models.unet(torch.zeros(3, 4, 8, 8), 5, torch.zeros(3, 77, 32))
+    assert counter.images == {"a": 6}
+    assert set(meter.seconds) == set(meter.peak) == {"a"}
+
+
+def test_matrix_rate_is_positive():
+    assert matrix_rate(CPU, torch.float32) > 1e6
+
+
+def test_keyframe_bytes_follow_the_shapes(tiny_model, models):
+    tokens = []
+
+    def note(module, args, kwargs):
+        tokens.append((args[0] if args else kwargs["hidden_states"]).numel())
+
+    hooks = [
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for name, module in models.unet.named_modules()
+        if name.endswith(".attn1")
+    ]
+    with torch.inference_mode():
+        models.unet(torch.zeros(1, 4, 6, 8), 5, torch.zeros(1, 77, 32))
+    for hook in hooks:
+        hook.remove()
+    found = keyframe_bytes(tiny_model, (6, 8), branches=2, itemsize=4)
+    assert len(tokens) == 16  # self-attention layers of Stable Diffusion's UNet
+    assert found["base"] == 2 * sum(tokens) * 4
+    assert found["tokens"] == sum(tokens) * 4
+    assert found["keys_values"] == 2 * 2 * max(tokens) * 4
+    assert found["total"] == sum(value for key, value in found.items() if key != "total")
+
+
+def test_slope_of_a_line():
+    assert slope([1, 2, 5], [5, 8, 17]) == pytest.approx(3)
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def test_compare_gives_a_ratio_and_the_difference(words, tmp_path, capsys):
+    file = tmp_path / "ratio.json"
+    compared = ["--compare", "tokenflow", "three_branch"]
+    benchmark.main([*words, *compared, "--repeats", "2", "--json", str(file)])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
+    assert len(found["pairs"]) == 2
+    assert found["image_forwards_a"] == found["image_forwards_b"]
+    assert found["difference"] < 1e-4
+    assert capsys.readouterr().out.startswith("tokenflow / three_branch: ")
+
+
+def test_compare_of_inversions_gives_their_psnr(words):
+    found = benchmark.main([*words, "--compare", "iters3", "plain8", "--warm_up", "0"])
+    assert found["image_forwards_a"] == FRAMES * (3 * STEPS + STEPS)
+    assert found["image_forwards_b"] == FRAMES * (8 + 8)  # reconstructed in as many steps
+    assert found["psnr_a"] > found["psnr_b"] > 10
+
+
+def test_ratio_is_the_median_of_the_pairs():
+    found = benchmark.ratio_figures([(1.0, 2.0), (3.0, 3.0), (8.0, 2.0)])
+    assert (found["ratio"], found["ratio_low"], found["ratio_high"]) == (1.0, 0.5, 4.0)
+    assert (found["seconds_a"], found["seconds_b"]) == (3.0, 2.0)
+
+
+def test_a_setting_is_made_of_parts():
+    assert setting_kind("live+attention:_native_math") == "edit"
+    assert edit_overrides("live+attention:_native_math+chunk_size=2") == [
+        "source_features=live",
+        "attention_backend=_native_math",
+        "chunk_size=2",
+    ]
+    assert setting_kind("plain500") == setting_kind("fast") == "preprocess"
+
+
+def test_preprocess_settings_become_options(bench):
+    args = benchmark_runs.preprocess_args(bench, "plain20")
+    assert (args.steps, args.recon_steps, args.save_steps) == (20, 20, STEPS)
+    args = benchmark_runs.preprocess_args(bench, "iters4")
+    assert (args.steps, args.inversion_iters, args.recon_steps) == (STEPS, 4, STEPS)
+    other = benchmark_runs.preprocess_args(bench, "iters3")
+    assert args.save_dir != other.save_dir  # no cache takes another's place
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compare", "tokenflow", "plain50"], "expected two of one kind"),
+        (["--compare", "tokenflow", "per_frane"], "per_frane: unknown setting"),
+        (["--compare", "tokenflow+fast", "live"], "fast is no setting of an edit"),
+        (["--compare", "three_branch+consistency=none", "tokenflow"], "consistency: none"),
+        (["--profile", "plain50"], "expected a setting of an edit"),
+        (["--inversion", "tokenflow"], "expected one of preprocess"),
+        (["--inversion", "plain6"], "does not divide"),
+        (["--only", "edit", "--profile", "tokenflow"], "--only: goes with"),
+        (["--scaling", "0"], "--scaling: expected"),
+        (["--repeats", "0"], "--repeats: 0"),
+        (["--size", "big"], "--size: big"),
+        (["--size", "50"], "--H: 50 is not a multiple of 8"),
+        (["--model", "sd3-random"], "sd3-random: no such folder"),
+        (["--set", "batch_sise=2"], "did you mean batch_size"),
+    ],
+)
+def test_a_bad_command_line_is_refused(words, options, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.main([*words, *options])
+
+
+# ---------------------------------------------------------------- the three-branch loop
+
+
+@pytest.mark.parametrize("technique", ["pnp", "sdedit"])
+def test_three_branch_loop_gives_the_edit(words, models, technique):
+    bench = open_bench(benchmark.parse_args([*words, "--technique", technique]))
+    ours, theirs = (prepare_edit(bench, name, models) for name in ("tokenflow", "three_branch"))
+    if technique == "pnp":  # steps with both injections, with one and with none
+        assert (ours.plan.attention_steps, ours.plan.feature_steps) == (2, 3)
+    found, expected = ours.work(), theirs.work()
+    assert found.shape == (FRAMES, 4, 6, 8)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    assert float((ours.plan.start - expected).norm() / expected.norm()) > 0.1
+
+
+def test_three_branch_loop_leaves_the_unet_as_it_was(bench, models, monkeypatch):
+    before = dict(models.unet.attn_processors)
+
+    def fail(*args):
+        raise RuntimeError("in the middle of a step")
+
+    monkeypatch.setattr(three_branch, "most_similar", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        prepare_edit(bench, "three_branch", models).work()
+    assert models.unet.attn_processors == before
+    assert not models.unet.get_submodule(three_branch.FEATURE_LAYER)._forward_hooks
+
+
+def test_explicit_attention_is_attention():
+    query, key, value = torch.randn(3, 2, 6, 8).unbind()
+    heads = (x.unflatten(-1, (2, 4)).transpose(1, 2) for x in (query, key, value))
+    expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    found = three_branch.explicit_attention(query, key, value, heads=2)
+    torch.testing.assert_close(found, expected)
+
+
+# ---------------------------------------------------------------- clips and models
+
+
+def test_clip_is_played_back_and_forth():
+    assert back_and_forth(4, 11) == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
+    assert back_and_forth(1, 3) == [0, 0, 0]
+
+
+def test_short_clip_is_made_longer(tmp_path):
+    source = make_clip(tmp_path / "clip.mp4", 3)
+    assert clip_of(source, 3, tmp_path) == source
+    longer = clip_of(source, 7, tmp_path)
+    frames = read_clip(longer, 7, size=(48, 80)).frames.astype(float)
+    original = shapes_frames(3, 48, 80).astype(float)
+    for i, j in enumerate(back_and_forth(3, 7)):
+        errors = [np.abs(frames[i] - other).mean() for other in original]
+        assert math.isclose(min(errors), errors[j])
+    assert clip_of(source, 7, tmp_path) == longer  # made once
+
+
+# ---------------------------------------------------------------- scaling and profile
+
+
+def test_a_part_is_timed_in_a_process_of_its_own(words, tmp_path):
+    args = benchmark.parse_args(words)
+    found = benchmark.run_part(args, 2, "edit", tmp_path / "part.json")
+    assert (found["frames"], found["keyframes"]) == (2, 1)
+    assert [row["stage"] for row in found["stages"] if row["part"] == "edit"][-1] == "total"
+    args.model = "nowhere"
+    with pytest.raises(UserError, match="2 frames: edit failed"):
+        benchmark.run_part(args, 2, "edit", tmp_path / "part.json")
+
+
+def test_scaling_has_a_row_for_each_number_of_frames(words, monkeypatch):
+    def run(command, **options):  # here instead, which is quicker
+        benchmark.main(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    options = ["--preprocess_options", "--batch_size 3", "--inversion", "plain8"]
+    found = benchmark.main([*words, *options, "--scaling", "2", "5"])
+    inversion = [
+        row for row in found["rows"][1]["preprocess_stages"] if row["stage"] == "inversion"
+    ]
+    assert inversion[0]["image_forwards"] == 5 * 8
+    assert [(row["frames"], row["keyframes"]) for row in found["rows"]] == [(2, 1), (5, 3)]
+    for row in found["rows"]:
+        for part in benchmark.PARTS:
+            assert row[f"{part}_seconds"] > 0
+            assert row[f"{part}_peak_memory_bytes"] > row["load_peak_memory_bytes"] / 2
+    assert found["keyframe_bytes"]["total"] > 0
+    assert found["edit_ratio"] > 0.5
+
+
+def test_growth_tells_what_keyframes_take():
+    rows = [
+        {"frames": 80, "keyframes": 10, "edit_peak_memory_bytes": 1500},
+        {"frames": 8, "keyframes": 1, "edit_peak_memory_bytes": 600},
+    ]
+    found = benchmark.growth(rows, "edit", {"total": 100})
+    assert found == {"ratio": 2.5, "ratio_without_keyframes": 1.0, "bytes_per_keyframe": 100.0}
+
+
+def test_profile_names_operators(words, capsys):
+    benchmark.main([*words, "--profile", "tokenflow"])
+    text = capsys.readouterr().out
+    assert "aten::" in text and "Self CPU" in text
+
+
+def test_settings_of_an_edit_are_keys_of_its_config(bench, tmp_path):
+    """A setting whose key the config lacks could not be run."""
+    path = tmp_path / "config.yaml"
+    path.write_text("{data_path: a.mp4, prompt: b}", encoding="utf-8")
+    later = {"cached", "live", "compiled"}  # their keys come with what they switch
+    for name in set(benchmark_runs.EDIT_SETTINGS) - later:
+        load_config(benchmark_runs.TECHNIQUES["pnp"][1], path, edit_overrides(name))
