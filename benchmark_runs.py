@@ -37,6 +37,7 @@ from diffusion import (
 from edit_inputs import EditConfig, open_inputs
 from editing import EditPlan, EditSession, result_folder
 from inversion import reconstruct
+from preprocess_options import FAST
 from source_cache import CLEAN_LATENTS, FORMAT, open_cache
 from util import UserError, load_config, save_yaml
 from video import clip_name, read_clip, resolve_clip, save_video, source_sha256
@@ -70,10 +71,19 @@ EDIT_SETTINGS: dict[str, tuple[str, ...]] = {
     "released": ("propagation=released",),
     "flow": ("correspondence=flow",),
 }
+# Keys of an edit's config that the cached features depend on, and preprocess.py's options of them.
+FEATURE_OPTIONS = {
+    "batch_size": "interval",
+    "keyframe_seed": "keyframe_seed",
+    "pnp_attn_t": "pnp_attn_t",
+    "pnp_f_t": "pnp_f_t",
+}
+FAST_ITERATIONS = ("--inversion_iters", f"{FAST['inversion_iters']}")
 # And of preprocess: its options; {steps} are the sampling steps, {n} the number in the name.
 PREPROCESS_SETTINGS: dict[str, tuple[str, ...]] = {
-    "fast": ("--fast",),
-    "fast_no_stop": ("--fast", "--inversion_tol", "0"),
+    # --fast, in as many steps as are asked for; and without what ends a frame's iterations early.
+    "fast": ("--steps", "{steps}", *FAST_ITERATIONS, "--inversion_tol", f"{FAST['inversion_tol']}"),
+    "fast_no_stop": ("--steps", "{steps}", *FAST_ITERATIONS),
     "plain{n}": ("--steps", "{n}", "--inversion_iters", "1", "--recon_steps", "{n}"),
     "iters{n}": ("--steps", "{steps}", "--inversion_iters", "{n}"),
 }
@@ -241,6 +251,9 @@ def preprocess_args(bench: Bench, name: str) -> argparse.Namespace:
     words += ["--device", str(bench.device), "--dtype", bench.dtype_name]
     words += ["--inversion_prompt", SOURCE_PROMPT, "--save_steps", str(bench.steps)]
     words += [word.format(steps=bench.steps, n=number) for word in options]
+    for key, _, value in (override.partition("=") for override in bench.overrides):
+        if key in FEATURE_OPTIONS:
+            words += [f"--{FEATURE_OPTIONS[key]}", value]
     words += bench.preprocess_options
     # A folder for each of these, since a cache's own name holds the clip and steps only.
     made_of = json.dumps([words, checkpoint_revision(bench.checkpoint), FORMAT])
@@ -300,9 +313,13 @@ def run_preprocess(bench: Bench, models: StableDiffusion, count_flops: bool = Fa
         with meter("read"):
             inputs = preprocess.open_inputs(args)
         reading = sum(meter.seconds.values())
-        seconds, _ = seconds_of(
-            lambda: preprocess.make_cache(inputs, args.batch_size, models, meter), bench.device
-        )
+
+        def work() -> None:
+            preprocess.make_cache(inputs, args.batch_size, models, meter)
+            if inputs.features is not None:
+                preprocess.make_features(inputs, args.batch_size, models, meter)
+
+        seconds, _ = seconds_of(work, bench.device)
         meter.add("rest", seconds + reading - sum(meter.seconds.values()))
     return _run(meter, counter)
 
@@ -313,6 +330,8 @@ def ensure_cache(bench: Bench, models: StableDiffusion) -> None:
     inputs = preprocess.open_inputs(args)
     if not preprocess.is_made(inputs):
         preprocess.make_cache(inputs, args.batch_size, models)
+    if inputs.features is not None and not preprocess.has_features(inputs):
+        preprocess.make_features(inputs, args.batch_size, models)
 
 
 def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -> Run:
