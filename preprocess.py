@@ -401,7 +401,6 @@ def _save_reconstruction(
             frames = inputs.clip.frames[part]
             with watch("vae"):
                 bound = decode_latents(models, clean[part], batches.vae)
-            with watch("reconstruction"):
                 found = decode_latents(models, latents[part], batches.vae)
             pairs["psnr"].add(found, frames)
             pairs["vae_psnr"].add(bound, frames)
