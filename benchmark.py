@@ -248,6 +248,7 @@ def compare(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
         "a": names[0],
         "b": names[1],
         **ratio_figures([(a.seconds, b.seconds) for a, b in pairs]),
+        "processor_ratio": statistics.median(a.processor / b.processor for a, b in pairs),
         "image_forwards_a": pairs[-1][0].images,
         "image_forwards_b": pairs[-1][1].images,
     }
@@ -256,6 +257,8 @@ def compare(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
         f"({found['ratio_low']:.3f}-{found['ratio_high']:.3f}, {len(pairs)} pairs); "
         f"{found['seconds_a']:.3f} s and {found['seconds_b']:.3f} s"
     ]
+    if bench.device.type == "cpu":
+        lines.append(f"of processor time: {found['processor_ratio']:.3f}")
     forwards = [images / bench.frames for images in (pairs[-1][0].images, pairs[-1][1].images)]
     lines.append(f"image-forwards of the UNet a frame: {forwards[0]:.1f} and {forwards[1]:.1f}")
     a, b = (timed.result for timed in pairs[-1])

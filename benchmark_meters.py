@@ -140,19 +140,23 @@ class Meter(Stopwatch):
     Attributes:
         seconds: by stage, not rounded.
         peak: bytes by stage; on a CPU of the process, the models included.
+        processor: seconds of processor time by stage, of all threads of this process.
     """
 
     def __init__(self, device: torch.device, counter: WorkCounter) -> None:
         super().__init__(device)
         self.counter = counter
         self.peak: dict[str, int] = {}
+        self.processor: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         self.counter.stage = stage
         reset_peak_memory(self.device)
+        start = time.process_time()
         with super().__call__(stage):
             yield
+        self.processor[stage] = self.processor.get(stage, 0.0) + time.process_time() - start
         self.peak[stage] = max(self.peak.get(stage, 0), peak_memory_bytes(self.device))
 
     def add(self, stage: str, seconds: float) -> None:

@@ -10,6 +10,7 @@ import logging
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -388,9 +389,13 @@ def prepare_edit(bench: Bench, name: str, models: StableDiffusion) -> Prepared:
 
 @dataclass(frozen=True)
 class Timed:
-    """One timed run of a setting: `result` is an edit's latents, or preprocess's cache folder."""
+    """One timed run of a setting: `result` is an edit's latents, or preprocess's cache folder.
+
+    `processor` is the processor time, which other work on the machine hardly changes.
+    """
 
     seconds: float
+    processor: float
     images: int
     result: Tensor | Path
 
@@ -398,8 +403,10 @@ class Timed:
 def timed_edit(prepared: Prepared, device: torch.device) -> Timed:
     """Times the denoising loop."""
     with counting(prepared.models) as counter:
+        start = time.process_time()
         seconds, latents = seconds_of(prepared.work, device)
-    return Timed(seconds, sum(counter.images.values()), latents)
+        processor = time.process_time() - start
+    return Timed(seconds, processor, sum(counter.images.values()), latents)
 
 
 def timed_preprocess(bench: Bench, name: str, models: StableDiffusion) -> Timed:
@@ -412,6 +419,7 @@ def timed_preprocess(bench: Bench, name: str, models: StableDiffusion) -> Timed:
     stages = "inversion", "reconstruction"
     return Timed(
         sum(meter.seconds[stage] for stage in stages),
+        sum(meter.processor[stage] for stage in stages),
         sum(counter.images[stage] for stage in stages),
         inputs.folder,
     )

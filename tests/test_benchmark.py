@@ -239,6 +239,7 @@ def test_compare_gives_a_ratio_and_the_difference(words, tmp_path, capsys):
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
     assert len(found["pairs"]) == 2
+    assert found["processor_ratio"] > 0
     assert found["image_forwards_a"] == found["image_forwards_b"]
     assert found["difference"] < 1e-4
     assert capsys.readouterr().out.startswith("tokenflow / three_branch: ")
