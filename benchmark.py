@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto is float16 on CUDA, float32 elsewhere")  # fmt: skip
     add("--inversion", metavar="SETTING",
-        help="preprocess setting of the cache that is edited (default: plain<steps>)")  # fmt: skip
+        help="preprocess setting of the cache that is edited (default: fast)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE",
         help="key of the edit's config; any number of times")  # fmt: skip
     add("--preprocess_options", type=shlex.split, default=[], metavar='"--OPTION VALUE ..."',

@@ -144,7 +144,7 @@ def open_bench(args: argparse.Namespace) -> Bench:
         device=device,
         dtype=resolve_dtype(args.dtype, device),
         work=work,
-        inversion=args.inversion or f"plain{args.steps}",
+        inversion=args.inversion or "fast",
         overrides=tuple(args.set),
         preprocess_options=tuple(args.preprocess_options),
     )
@@ -368,9 +368,14 @@ def step_kinds(plan: EditPlan) -> Mapping[int, object]:
 class Prepared:
     """A setting of an edit, ready to run: `work()` gives its latents (n, 4, h, w)."""
 
+    name: str
     work: Callable[[], Tensor]
-    models: StableDiffusion
+    session: EditSession
     plan: EditPlan
+
+    @property
+    def models(self) -> StableDiffusion:
+        return self.session.models
 
 
 def prepare_edit(bench: Bench, name: str, models: StableDiffusion) -> Prepared:
@@ -383,8 +388,8 @@ def prepare_edit(bench: Bench, name: str, models: StableDiffusion) -> Prepared:
     plan = make_plan(bench, session)
     if "three_branch" in name.split("+"):
         three_branch.check(session, plan)
-        return Prepared(partial(three_branch.edit_latents, session, plan), models, plan)
-    return Prepared(partial(session.edit_latents, plan), models, plan)
+        return Prepared(name, partial(three_branch.edit_latents, session, plan), session, plan)
+    return Prepared(name, partial(session.edit_latents, plan), session, plan)
 
 
 @dataclass(frozen=True)
@@ -401,11 +406,17 @@ class Timed:
 
 
 def timed_edit(prepared: Prepared, device: torch.device) -> Timed:
-    """Times the denoising loop."""
+    """Times the denoising loop.
+
+    Raises:
+        UserError: if the setting is `cached`, and the cached features did not serve it.
+    """
     with counting(prepared.models) as counter:
         start = time.process_time()
         seconds, latents = seconds_of(prepared.work, device)
         processor = time.process_time() - start
+    if "cached" in prepared.name.split("+") and prepared.session.source_features != "cached":
+        raise UserError(f"{prepared.name}: the edit was computed live; the log says why")
     return Timed(seconds, processor, sum(counter.images.values()), latents)
 
 

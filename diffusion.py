@@ -26,6 +26,7 @@ from util import UserError
 
 log = logging.getLogger("tokenflow")
 
+MOST_KINDS_OF_PASS = 64  # that a UNet is compiled for
 BETTER_DTYPE = "--dtype bfloat16 or float32 (dtype in a config), and make the cache anew with it"
 
 
@@ -116,6 +117,20 @@ def load_stable_diffusion(
         device=device,
         dtype=dtype,
     )
+
+
+def compile_unet(unet: UNet2DConditionModel, backend: str = "inductor") -> None:
+    """Compiles a UNet's forward in place, whole (fullgraph) or not at all; a second call is idle.
+
+    It is compiled when it is called, anew for every kind of pass: each mode of the patch, with and
+    without injection, and a shorter last chunk. That can be more often than torch expects of one
+    function, so its limit, which is the process's, is raised.
+    """
+    if hasattr(unet.forward, "_torchdynamo_orig_callable"):
+        return
+    config = torch._dynamo.config
+    config.cache_size_limit = max(MOST_KINDS_OF_PASS, config.cache_size_limit)
+    unet.forward = torch.compile(unet.forward, fullgraph=True, backend=backend)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from diffusion import (
     CLEAN,
     Denoiser,
     StableDiffusion,
+    compile_unet,
     ddim_step,
     decode_latents,
     encode_prompts,
@@ -137,7 +138,7 @@ class EditSession:
                 inputs.checkpoint, inputs.device, inputs.dtype
             )
             if inputs.config.compile:
-                self.models.unet.compile(fullgraph=True)
+                compile_unet(self.models.unet)
             self.frames = self.cache.frames(inputs.n_frames)
             self.depth = self.cache.depth(inputs.n_frames)
 

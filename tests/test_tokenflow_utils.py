@@ -8,7 +8,9 @@ import reference
 import torch
 from diffusers import TextToVideoZeroPipeline, UNet2DConditionModel
 
+from diffusion import compile_unet
 from nearest import nearest_tokens
+from prompt_attention import share_prompts
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
@@ -402,3 +404,60 @@ def test_a_forward_that_a_module_had_of_its_own_comes_back(unet):
     with tokenflow_patch(unet, TokenFlowContext(images_at_once=1)):
         assert block.forward is not own
     assert block.forward is own
+
+
+# ---------------------------------------------------------------- compiled
+
+
+@pytest.fixture
+def small_unet():
+    """Two levels, a layer each: enough for every kind of layer, and quick to trace."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+
+
+def every_pass(unet):
+    """The predictions of the passes of an edit at two timesteps, one after another."""
+    context, outputs = TokenFlowContext(branches=2, images_at_once=4), []
+    keyframes, chunk = torch.tensor([1, 4]), torch.arange(3)
+
+    def run(mode, images, t, seed):
+        context.mode = mode
+        text = randn(2 if images > 3 else 1, 5, 8, seed=seed)
+        x = randn(images, 4, 6, 10, seed=seed + t)
+        outputs.append(unet(x, torch.tensor(t), text, return_dict=False)[0])
+
+    with torch.inference_mode(), tokenflow_patch(unet, context):
+        for t in (900, 100):
+            context.inject_attention = context.inject_features = True
+            run(Pass.SOURCE, 2, t, 1)
+            context.windows = keyframe_windows(2, None, 1)
+            run(Pass.EXTENDED, 4, t, 2)
+            context.neighbours = neighbours(chunk, keyframes)
+            run(Pass.MATCH, 3, t, 3)
+            run(Pass.PROPAGATE, 6, t, 4)
+    return outputs
+
+
+def test_the_compiled_unet_has_no_graph_break_and_predicts_the_same(small_unet):
+    share_prompts(small_unet)
+    plain = every_pass(small_unet)
+    compile_unet(small_unet, backend="eager")  # what is traced, without a compiler; whole or error
+    compiled = small_unet.forward
+    compile_unet(small_unet, backend="eager")
+    assert small_unet.forward is compiled
+    torch._dynamo.utils.counters.clear()
+    for found, expected in zip(every_pass(small_unet), plain, strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+    traced = dict(torch._dynamo.utils.counters["stats"])
+    assert traced["unique_graphs"] == 4
+    every_pass(small_unet)  # nothing is traced again
+    assert dict(torch._dynamo.utils.counters["stats"]) == traced
