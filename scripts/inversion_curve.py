@@ -196,10 +196,10 @@ def curve(rows: Sequence[Row]) -> np.ndarray:
     """The picture of `means`: PSNR over image-forwards (logarithmic), a colour for each family."""
     image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    ticks_x = [n for n in (50, 100, 200, 500, 1000, 2000, 5000) if n <= 1.3 * _most(rows)]
+    ticks_x = [n for n in (50, 100, 200, 500, 1000, 2000, 5000) if n <= 1.4 * _most(rows)]
     lowest = math.floor(min(row.psnr for row in rows) / 5) * 5
     highest = math.ceil(max(row.psnr for row in rows) / 5) * 5
-    span_x = math.log(0.8 * min(row.forwards for row in rows)), math.log(1.3 * _most(rows))
+    span_x = math.log(0.55 * min(row.forwards for row in rows)), math.log(1.4 * _most(rows))
 
     def place(forwards: float, decibels: float) -> tuple[float, float]:
         across = (math.log(forwards) - span_x[0]) / (span_x[1] - span_x[0])
@@ -227,9 +227,9 @@ def curve(rows: Sequence[Row]) -> np.ndarray:
         draw.line([point for point, _ in points], colour, 3)
         for (x, y), name in points:
             draw.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
-            under = family.startswith(PLAIN) and "50 steps to" in family
-            side = "lt" if under else "rb" if family == STOPPED else "lb"
-            shift = {"lt": (6, 4), "lb": (7, -4), "rb": (-7, -2)}[side]
+            # Lines rise to the right: beside them is room above to the left, below to the right.
+            below = family == ITERATED or family.endswith(" 50 steps to reconstruct")
+            side, shift = ("lt", (7, 3)) if below else ("rb", (-5, -5))
             draw.text((x + shift[0], y + shift[1]), name, colour, font, anchor=_anchor(side))
         y = TOP + 16 + 22 * number
         draw.line([(WIDTH - 370, y), (WIDTH - 340, y)], colour, 3)
@@ -239,7 +239,7 @@ def curve(rows: Sequence[Row]) -> np.ndarray:
 
 def _anchor(side: str) -> str:
     """Pillow's name of the corner of a text that a point is given for."""
-    return {"lt": "lt", "lb": "ld", "rb": "rd"}[side]
+    return {"lt": "lt", "rb": "rd"}[side]
 
 
 def _most(rows: Sequence[Row]) -> float:
