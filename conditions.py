@@ -39,7 +39,7 @@ class Control:
     """A ControlNet, the pictures that it follows and how strongly it does."""
 
     controlnet: ControlNetModel
-    images: Tensor  # (n, 3, H, W) in [0, 1]
+    images: Tensor  # (n, 1, H, W) in [0, 1]: what each of the model's three channels is given
     scale: float = 1.0
 
     def residuals(self, x: Tensor, t: int, text: Tensor, images: Tensor) -> dict:
@@ -48,13 +48,13 @@ class Control:
         Args:
             x: (B * m, c, h, w) latents of B branches, all frames of the first branch first.
             text: (B, 77, c).
-            images: (B * m, 3, H, W).
+            images: (B * m, 1, H, W), of the same frames.
         """
         down, mid = self.controlnet(
             x,
             t,
             encoder_hidden_states=text,
-            controlnet_cond=images,
+            controlnet_cond=images.expand(-1, 3, -1, -1),
             conditioning_scale=self.scale,
             return_dict=False,
         )
@@ -80,9 +80,10 @@ def load_control(
     folder = single_model_folder(settings.key, "controlnet_key")
     model = ControlNetModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     if settings.kind == "canny":
-        images = canny_edges(frames, settings.low, settings.high)
+        edges = canny_edges(frames, settings.low, settings.high)
+        images = edges[:, :1].byte()  # 0 or 1; a twelfth of the memory
     else:
-        images = depth.repeat(1, 3, 1, 1)
+        images = depth
     return Control(frozen(share_prompts(model), device), images, settings.scale)
 
 

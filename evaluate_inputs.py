@@ -114,6 +114,8 @@ def method_name(config: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         kind = "fixed keyframes" if config.get("keyframes") == "fixed" else "TokenFlow"
         marks += ["linear blend"] if config.get("blend") == "linear" else []
         marks += ["optical flow"] if config.get("correspondence") == "flow" else []
+        bound = config.get("max_keyframes")
+        marks += [f"{bound} keyframes at once"] if bound else []
     else:
         kind = CONSISTENCY.get(consistency, consistency)
     name = f"{TECHNIQUES.get(technique, technique)}, {kind}"

@@ -38,6 +38,7 @@ def words(tiny_model, tmp_path_factory):
     clip = make_clip(work / "clip.mp4", FRAMES)
     words = ["--model", str(tiny_model), "--data_path", str(clip), "--work", str(work / "work")]
     words += ["--frames", str(FRAMES), "--size", "48x64", "--steps", str(STEPS), "--device", "cpu"]
+    words += ["--inversion", f"plain{STEPS}"]
     return [*words, "--repeats", "1", "--warm_up", "1", "--set", f"batch_size={INTERVAL}"]
 
 
@@ -75,7 +76,16 @@ def test_stages_are_all_there(stages, words):
         ("models", "load"),
         *(
             ("preprocess", stage)
-            for stage in ("read", "load", "vae", "inversion", "reconstruction", "rest", "total")
+            for stage in (
+                "read",
+                "load",
+                "vae",
+                "inversion",
+                "reconstruction",
+                "features",
+                "rest",
+                "total",
+            )
         ),
         *(("edit", stage) for stage in ("open", "load", "edit", "decode", "write", "total")),
     ]
@@ -89,8 +99,9 @@ def test_stages_count_image_forwards_and_flops(stages):
     rows = {(row["part"], row["stage"]): row for row in stages[0]["stages"]}
     for stage in ("inversion", "reconstruction"):
         assert rows["preprocess", stage]["image_forwards"] == FRAMES * STEPS
-    assert rows["edit", "edit"]["image_forwards"] == 3 * (FRAMES + KEYFRAMES) * STEPS
-    assert rows["edit", "total"]["image_forwards"] == 3 * (FRAMES + KEYFRAMES) * STEPS
+    assert rows["preprocess", "features"]["image_forwards"] == (FRAMES + KEYFRAMES) * STEPS
+    assert rows["edit", "edit"]["image_forwards"] == 2 * (FRAMES + KEYFRAMES) * STEPS
+    assert rows["edit", "total"]["image_forwards"] == 2 * (FRAMES + KEYFRAMES) * STEPS
     for key in (("preprocess", "inversion"), ("preprocess", "vae"), ("edit", "decode")):
         row = rows[key]
         assert row["flops"] > 0
@@ -137,7 +148,9 @@ def test_row_is_the_median_of_the_runs():
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("tokenflow", 3 * (FRAMES + KEYFRAMES) * STEPS),
+        ("live", 3 * (FRAMES + KEYFRAMES) * STEPS),
+        ("cached", 2 * (FRAMES + KEYFRAMES) * STEPS),
+        ("tokenflow", 2 * (FRAMES + KEYFRAMES) * STEPS),
         ("three_branch", 3 * (FRAMES + KEYFRAMES) * STEPS),
         ("per_frame", 3 * FRAMES * 3 + 2 * FRAMES * 1),  # the source in the 3 injected steps of 4
         ("per_frame+pnp_f_t=0+pnp_attn_t=0", 2 * FRAMES * STEPS),
@@ -234,7 +247,7 @@ def test_slope_of_a_line():
 
 def test_compare_gives_a_ratio_and_the_difference(words, tmp_path, capsys):
     file = tmp_path / "ratio.json"
-    compared = ["--compare", "tokenflow", "three_branch"]
+    compared = ["--compare", "live", "three_branch"]
     benchmark.main([*words, *compared, "--repeats", "2", "--json", str(file)])
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
@@ -242,7 +255,12 @@ def test_compare_gives_a_ratio_and_the_difference(words, tmp_path, capsys):
     assert found["processor_ratio"] > 0
     assert found["image_forwards_a"] == found["image_forwards_b"]
     assert found["difference"] < 1e-4
-    assert capsys.readouterr().out.startswith("tokenflow / three_branch: ")
+    assert capsys.readouterr().out.startswith("live / three_branch: ")
+
+
+def test_a_setting_that_is_not_what_it_is_called_is_refused(words):
+    with pytest.raises(UserError, match="cached.*: the edit was computed live"):
+        benchmark.main([*words, "--compare", "cached+keyframe_seed=7", "live"])
 
 
 def test_compare_of_inversions_gives_their_psnr(words):

@@ -375,6 +375,7 @@ def test_one_damaged_result_does_not_lose_the_others(results, tmp_path, capsys):
         ("pnp", {"consistency": "none", "keyframes": "fixed"}, "PnP, per frame"),
         ("controlnet", {"consistency": "first_frame"}, "ControlNet, first frame"),
         ("pnp", {"propagation": "released"}, "PnP, TokenFlow (released)"),
+        ("pnp", {"max_keyframes": 4}, "PnP, TokenFlow (4 keyframes at once)"),
         ("sdedit", {"blend": "linear"}, "SDEdit, TokenFlow (linear blend)"),
         ("pnp", {"correspondence": "flow"}, "PnP, TokenFlow (optical flow)"),
         (
