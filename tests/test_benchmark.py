@@ -259,7 +259,7 @@ def test_compare_gives_a_ratio_and_the_difference(words, tmp_path, capsys):
 
 
 def test_a_setting_that_is_not_what_it_is_called_is_refused(words):
-    with pytest.raises(UserError, match="cached.*: the edit was computed live"):
+    with pytest.raises(UserError, match=r"cached.*: the edit was computed live"):
         benchmark.main([*words, "--compare", "cached+keyframe_seed=7", "live"])
 
 
