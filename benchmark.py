@@ -23,7 +23,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmark_meters import Meter, WorkCounter, keyframe_bytes, matrix_rate, slope
+from benchmark_meters import (
+    Meter,
+    WorkCounter,
+    copy_rate,
+    keyframe_bytes,
+    matrix_rate,
+    slope,
+)
 from benchmark_runs import (
     Bench,
     Run,
@@ -36,6 +43,7 @@ from benchmark_runs import (
     profile_step,
     reconstruction_psnr,
     run_edit,
+    run_of,
     run_preprocess,
     setting_kind,
     timed_edit,
@@ -129,25 +137,35 @@ def time_stages(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
     """The medians of every stage; returns what JSON gets and the table."""
     parts = [part for part in PARTS if args.only in (None, part)]
     models, rows = load(bench)
-    rate, measured = matrix_rate(bench.device, bench.dtype), []
+    rate, moved, measured = *_rates(bench), []
     for part in parts:
         run = {"preprocess": run_preprocess, "edit": run_edit}[part]
         if part == "edit":
             ensure_cache(bench, models)
-        flops: dict[str, int] = {}
+        counted = None
         for i in range(args.warm_up):
             warm = run(bench, models, count_flops=i == 0)
-            flops = flops or warm.flops
-        measured.append((part, [run(bench, models) for _ in range(args.repeats)], flops))
+            counted = counted or warm
+        measured.append((part, [run(bench, models) for _ in range(args.repeats)], counted))
     # Before and after, since other work on the machine may slow either down.
-    rate = max(rate, matrix_rate(bench.device, bench.dtype))
-    for part, runs, flops in measured:
-        rows += stage_rows(part, runs, flops, rate)
-    lines = [stage_table(rows), f"matrix products reach {rate / 1e12:.3g} TFLOP/s here"]
+    again, moved_again = _rates(bench)
+    rate, moved = max(rate, again), max(moved, moved_again)
+    for part, runs, counted in measured:
+        rows += stage_rows(part, runs, counted, rate)
+    lines = [
+        stage_table(rows),
+        f"matrix products reach {rate / 1e12:.3g} TFLOP/s here, copies {moved / 1e9:.3g} GB/s",
+    ]
     for part in parts:
         images = sum(r["image_forwards"] for r in rows if r["part"] == part and r["stage"] != TOTAL)
         lines.append(f"{part}: {images / bench.frames:.1f} image-forwards of the UNet a frame")
-    return {"stages": rows, "matrix_flops_per_second": rate}, "\n".join(lines)
+    rates = {"matrix_flops_per_second": rate, "copy_bytes_per_second": moved}
+    return {"stages": rows, **rates}, "\n".join(lines)
+
+
+def _rates(bench: Bench) -> tuple[float, float]:
+    """FLOP/s of matrix products and bytes/s of copies: what the device can do at most."""
+    return matrix_rate(bench.device, bench.dtype), copy_rate(bench.device)
 
 
 def load(bench: Bench) -> tuple[StableDiffusion, list[dict]]:
@@ -155,19 +173,28 @@ def load(bench: Bench) -> tuple[StableDiffusion, list[dict]]:
     meter = Meter(bench.device, WorkCounter(False, {}))
     with meter("load"):
         models = bench.load()
-    run = Run(meter.seconds, meter.peak, {}, {})
-    return models, [row for row in stage_rows("models", [run], {}, 0) if row["stage"] != TOTAL]
+    run = run_of(meter, meter.counter)
+    return models, [row for row in stage_rows("models", [run], None, 0) if row["stage"] != TOTAL]
 
 
-def stage_rows(part: str, runs: list[Run], flops: dict[str, int], rate: float) -> list[dict]:
-    """A row for each stage of some equal runs, and one for all of them together."""
+def stage_rows(part: str, runs: list[Run], counted: Run | None, rate: float) -> list[dict]:
+    """A row for each stage of some equal runs, and one for all of them together.
+
+    Args:
+        counted: another equal run, whose FLOPs and bytes were counted.
+        rate: FLOP/s that the device can do.
+    """
+    all_flops, all_bytes = (counted.flops, counted.bytes) if counted else ({}, {})
     stages = {stage: [run.seconds[stage] for run in runs] for stage in runs[0].seconds}
     stages[TOTAL] = [sum(run.seconds.values()) for run in runs]
     rows = []
     for stage, seconds in stages.items():
         whole = stage == TOTAL
         median = statistics.median(seconds)
-        work = sum(flops.values()) if whole else flops.get(stage, 0)
+        work, moved = (
+            sum(found.values()) if whole else found.get(stage, 0)
+            for found in (all_flops, all_bytes)
+        )
         images = [sum(r.images.values()) if whole else r.images.get(stage, 0) for r in runs]
         peaks = [max(r.peak.values()) if whole else r.peak.get(stage, 0) for r in runs]
         rows.append(
@@ -179,6 +206,7 @@ def stage_rows(part: str, runs: list[Run], flops: dict[str, int], rate: float) -
                 "seconds_high": max(seconds),
                 "image_forwards": images[-1],
                 "flops": work or None,
+                "bytes": moved or None,
                 "flops_per_second": work / median if work else None,
                 "utilisation": work / median / rate if work else None,
                 "peak_memory_bytes": max(peaks) or None,
@@ -198,12 +226,13 @@ def stage_table(rows: list[dict]) -> str:
             _scaled(row["flops"], 1e12, "{:.4g}"),
             _scaled(row["flops_per_second"], 1e12, "{:.3g}"),
             _scaled(row["utilisation"], 0.01, "{:.0f} %"),
+            _scaled(row["bytes"], 1e9, "{:.4g}"),
             _scaled(row["peak_memory_bytes"], MIB, "{:.0f}"),
         ]
         for row in rows
     ]
     head = ["part", "stage", "seconds", "spread", "forwards", "TFLOP", "TFLOP/s", "of peak"]
-    return table([*head, "peak MiB"], cells)
+    return table([*head, "GB moved", "peak MiB"], cells)
 
 
 def _scaled(value: float | None, unit: float, form: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from checkpoints import load_unet_skeleton
@@ -26,7 +27,8 @@ from run_info import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tokenflow_utils import self_attention_layers
 
 MATRIX_SIZE = {"cuda": 8192}  # side of the matrices whose product is timed; others 1024
-MATRIX_PRODUCTS = 10
+MATRIX_PRODUCTS = 10  # that are timed, and copies
+COPIED_BYTES = 1 << 28  # more than any cache holds
 
 
 def _sdpa_flops(
@@ -39,8 +41,13 @@ def _sdpa_flops(
 FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops, **flop_registry}
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts the FLOPs of what runs within it, by PyTorch's formulas.
+class OperationCounter(TorchDispatchMode):
+    """Counts the FLOPs of what runs within it, by PyTorch's formulas, and the bytes it moves.
+
+    Attributes:
+        flops: of products, convolutions and attention.
+        bytes: of every operator's inputs and outputs, views left out: what would go through memory
+            if no cache kept a result for the next operator.
 
     As torch.utils.flop_counter.FlopCounterMode does it, but for the record of which module they
     belong to: that needs to be there before the module is entered, and is slow.
@@ -48,7 +55,7 @@ class FlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
+        self.flops = self.bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -59,33 +66,46 @@ class FlopCounter(TorchDispatchMode):
             # In inference mode a composite operator arrives whole: see what it is made of.
             with self:
                 found = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if found is NotImplemented else found
+            if found is not NotImplemented:
+                return found
         found = func(*args, **kwargs)
-        self.flops += formula(*args, **kwargs, out_val=found)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=found)
+        if not _is_view(func):
+            leaves = tree_leaves((args, kwargs, found))
+            self.bytes += sum(x.nbytes for x in leaves if isinstance(x, Tensor))
         return found
 
 
-class WorkCounter:
-    """Counts image-forwards and FLOPs of each stage; made by `counting`.
+def _is_view(operator: Any) -> bool:
+    """Whether an operator only looks at its input in another way."""
+    returns = operator._schema.returns
+    alias = returns[0].alias_info if returns else None
+    return alias is not None and not alias.is_write
 
-    FLOPs are counted for the first UNet or VAE call of each sort and taken
+
+class WorkCounter:
+    """Counts image-forwards, FLOPs and bytes of each stage; made by `counting`.
+
+    FLOPs and bytes are counted for the first UNet or VAE call of each sort and taken
     again for the others: calls of one sort have the same stage, batch shape, place among the
     calls of their timestep and kind of timestep, and so the same operations.
 
     Attributes:
         stage: the running one; set by `Meter`.
         images: image-forwards of the UNet, by stage.
-        flops: of UNet and VAE, by stage; empty where they are not counted.
+        flops, bytes: of UNet and VAE, by stage; empty where they are not counted.
     """
 
     def __init__(self, count_flops: bool, kinds: Mapping[int, object]) -> None:
         self.stage = ""
         self.images: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
         self._count_flops, self.kinds = count_flops, kinds
-        self._known: dict[tuple, int] = {}
+        self._known: dict[tuple, tuple[int, int]] = {}
         self._timestep, self._call = None, 0
-        self._running: dict[nn.Module, tuple[tuple, FlopCounter | None]] = {}
+        self._running: dict[nn.Module, tuple[tuple, OperationCounter | None]] = {}
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook: of the UNet, and of the VAE's encoder and decoder."""
@@ -99,7 +119,7 @@ class WorkCounter:
             key += (self.kinds.get(t), self._call)
         if not self._count_flops:
             return
-        counter = None if key in self._known else FlopCounter()
+        counter = None if key in self._known else OperationCounter()
         self._running[module] = key, counter
         if counter is not None:
             counter.__enter__()
@@ -111,8 +131,10 @@ class WorkCounter:
         key, counter = self._running.pop(module)
         if counter is not None:
             counter.__exit__(None, None, None)
-            self._known[key] = counter.flops
-        self.flops[self.stage] += self._known[key]
+            self._known[key] = counter.flops, counter.bytes
+        flops, moved = self._known[key]
+        self.flops[self.stage] += flops
+        self.bytes[self.stage] += moved
 
 
 @contextmanager
@@ -186,6 +208,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         a @ b
     times = [seconds_of(lambda: a @ b, device)[0] for _ in range(MATRIX_PRODUCTS)]
     return 2 * size**3 / statistics.median(times)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second, read and written, of copying a large tensor."""
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    times = [seconds_of(lambda: target.copy_(source), device)[0] for _ in range(MATRIX_PRODUCTS)]
+    return 2 * COPIED_BYTES / statistics.median(times)
 
 
 def keyframe_bytes(

@@ -291,16 +291,19 @@ def edit_config(bench: Bench, overrides: list[str]) -> EditConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of preprocess or an edit took, by stage; `flops` only where counted."""
+    """What one run of preprocess or an edit took, by stage; flops and bytes where counted."""
 
     seconds: dict[str, float]
     peak: dict[str, int]
     images: dict[str, int]
     flops: dict[str, int]
+    bytes: dict[str, int]
 
 
-def _run(meter: Meter, counter: WorkCounter) -> Run:
-    return Run(meter.seconds, meter.peak, dict(counter.images), dict(counter.flops))
+def run_of(meter: Meter, counter: WorkCounter) -> Run:
+    """What a meter and its counter have noted."""
+    work = dict(counter.images), dict(counter.flops), dict(counter.bytes)
+    return Run(meter.seconds, meter.peak, *work)
 
 
 def run_preprocess(bench: Bench, models: StableDiffusion, count_flops: bool = False) -> Run:
@@ -322,7 +325,7 @@ def run_preprocess(bench: Bench, models: StableDiffusion, count_flops: bool = Fa
 
         seconds, _ = seconds_of(work, bench.device)
         meter.add("rest", seconds + reading - sum(meter.seconds.values()))
-    return _run(meter, counter)
+    return run_of(meter, counter)
 
 
 def ensure_cache(bench: Bench, models: StableDiffusion) -> None:
@@ -346,7 +349,7 @@ def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -
         plan = make_plan(bench, session)
         counter.kinds = step_kinds(plan)
         session.save(session.edit(plan), bench.technique, result_folder(inputs, bench.technique))
-    return _run(meter, counter)
+    return run_of(meter, counter)
 
 
 def make_plan(bench: Bench, session: EditSession) -> EditPlan:

@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 import benchmark_runs
 import three_branch
-from benchmark_meters import FlopCounter, Meter, counting, keyframe_bytes, matrix_rate, slope
+from benchmark_meters import (
+    Meter,
+    OperationCounter,
+    copy_rate,
+    counting,
+    keyframe_bytes,
+    matrix_rate,
+    slope,
+)
 from benchmark_runs import (
     back_and_forth,
     clip_of,
@@ -132,13 +141,14 @@ def test_only_a_part_is_timed_where_asked(words):
 
 def test_row_is_the_median_of_the_runs():
     runs = [
-        benchmark_runs.Run({"edit": seconds}, {"edit": peak}, {"edit": 6}, {})
+        benchmark_runs.Run({"edit": seconds}, {"edit": peak}, {"edit": 6}, {}, {})
         for seconds, peak in ((4.0, 10), (1.0, 30), (2.0, 20))
     ]
-    row, total = benchmark.stage_rows("edit", runs, {"edit": 100}, rate=200.0)
+    counted = replace(runs[0], flops={"edit": 100}, bytes={"edit": 7})
+    row, total = benchmark.stage_rows("edit", runs, counted, rate=200.0)
     assert (row["seconds"], row["seconds_low"], row["seconds_high"]) == (2.0, 1.0, 4.0)
     assert (row["peak_memory_bytes"], row["image_forwards"]) == (30, 6)
-    assert (row["flops_per_second"], row["utilisation"]) == (50.0, 0.25)
+    assert (row["flops_per_second"], row["utilisation"], row["bytes"]) == (50.0, 0.25, 7)
     assert (total["stage"], total["seconds"]) == ("total", 2.0)
 
 
@@ -164,9 +174,21 @@ def test_image_forwards_are_what_arithmetic_says(bench, models, setting, expecte
 def test_flops_of_attention_are_counted():
     query = torch.randn(2, 3, 10, 4)  # (batch, heads, L, d)
     key = torch.randn(2, 3, 7, 4)
-    with torch.inference_mode(), FlopCounter() as counter:
+    with torch.inference_mode(), OperationCounter() as counter:
         F.scaled_dot_product_attention(query, key, key)
     assert counter.flops == 2 * 2 * (2 * 3) * 10 * 7 * 4
+
+
+def test_bytes_are_those_of_inputs_and_outputs_but_of_views():
+    a, b = torch.zeros(10, 4), torch.zeros(4, 3)
+    with torch.inference_mode(), OperationCounter() as counter:
+        product = a.t().t() @ b
+        product.add_(1)
+    assert counter.bytes == 4 * (40 + 12 + 30) + 4 * (30 + 30)
+
+
+def test_copies_have_a_rate():
+    assert 1e8 < copy_rate(CPU) < 1e13
 
 
 def test_flops_of_repeated_calls_are_those_of_counting_each(bench, models):
@@ -175,7 +197,7 @@ def test_flops_of_repeated_calls_are_those_of_counting_each(bench, models):
     kinds = benchmark_runs.step_kinds(prepared.plan)
     with counting(models, count_flops=True, kinds=kinds) as counter:
         prepared.work()
-    with FlopCounter() as everything:
+    with OperationCounter() as everything:
         prepared.work()
     found = counter.flops.total()
     # Text is encoded in the loop, outside of the modules that are counted; it is little.
