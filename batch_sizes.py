@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from diffusion import Denoiser, StableDiffusion, decode_latents
 
@@ -14,44 +14,54 @@ log = logging.getLogger("tokenflow")
 
 ON_CPU = 8  # a processor is busy with one image already; what more of them cost is memory
 MOST = 32  # more at once make no GPU faster
+MOST_VAE = 8  # 32 frames of 512x512 have 2^31 numbers in its decoder: too many for some kernels
 SHARE = 0.8  # of the free memory: cuDNN's workspaces and fragments need some beside
 
 
-@dataclass(frozen=True)
-class BatchSizes:
-    """Images at once for the UNet, and for the VAE, whose activations are far larger."""
-
-    unet: int
-    vae: int
-
-
-def choose_batch_sizes(
-    batch_size: int | None, models: StableDiffusion, denoiser: Denoiser, size: tuple[int, int]
-) -> BatchSizes:
-    """The batch sizes for a clip; on CUDA, where none is given, by a look at what images take.
+def unet_batch_size(
+    batch_size: int | None, denoiser: Denoiser, size: tuple[int, int], most: int = MOST
+) -> int:
+    """Images at once for the UNet; on CUDA, where no number is given, by a look at what they take.
 
     Args:
         batch_size: what the user asks for; None to choose.
         denoiser: of the clip, at least one frame.
         size: (H, W) of the frames.
+        most: the largest choice.
     """
-    if batch_size is not None:
-        return BatchSizes(batch_size, batch_size)
-    if models.device.type != "cuda":
-        return BatchSizes(ON_CPU, ON_CPU)
-    grid = tuple(side // models.vae_factor for side in size)
-    channels = models.vae.config.latent_channels
+    models = denoiser.models
     t = models.schedule.timesteps(1)[0]
 
     def evaluate(m: int) -> None:
-        denoiser(torch.zeros(m, channels, *grid), t, torch.zeros(m, dtype=torch.long))
+        denoiser(_blank(models, size, m), t, torch.zeros(m, dtype=torch.long))
+
+    return _chosen(batch_size, evaluate, models.device, most)
+
+
+def vae_batch_size(batch_size: int | None, models: StableDiffusion, size: tuple[int, int]) -> int:
+    """Images at once for the VAE, whose activations are far larger. Args: as above."""
 
     def decode(m: int) -> None:
-        decode_latents(models, torch.zeros(m, channels, *grid), m)
+        decode_latents(models, _blank(models, size, m), m)
 
-    sizes = BatchSizes(_measured(evaluate, models.device), _measured(decode, models.device))
-    log.info("batches: %d images in the UNet, %d in the VAE", sizes.unet, sizes.vae)
-    return sizes
+    return _chosen(batch_size, decode, models.device, MOST_VAE)
+
+
+def _blank(models: StableDiffusion, size: tuple[int, int], m: int) -> Tensor:
+    grid = (side // models.vae_factor for side in size)
+    return torch.zeros(m, models.vae.config.latent_channels, *grid)
+
+
+def _chosen(
+    batch_size: int | None, forward: Callable[[int], None], device: torch.device, most: int
+) -> int:
+    if batch_size is not None:
+        return batch_size
+    if device.type != "cuda":
+        return min(ON_CPU, most)
+    found = min(_measured(forward, device), most)
+    log.info("%s: %d images at once", forward.__name__, found)
+    return found
 
 
 def fitting_batch_size(one: int, two: int, free: int) -> int:

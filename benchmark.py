@@ -28,6 +28,7 @@ from benchmark_meters import (
     WorkCounter,
     copy_rate,
     keyframe_bytes,
+    limit_memory,
     matrix_rate,
     slope,
 )
@@ -100,6 +101,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="for models, clips, caches and results (default: latents/benchmark)")  # fmt: skip
     add("--warm_up", type=int, default=1, help="runs before the timed ones (default: 1)")
     add("--repeats", type=int, default=3, help="timed runs, or pairs of them (default: 3)")
+    add("--memory_limit", type=float, metavar="GIB",
+        help="of a GPU's memory: what may be taken, as if there were no more")  # fmt: skip
     add("--only", choices=PARTS, help="time this part alone")
     add("--json", metavar="FILE", type=Path, help="write all figures here")
     mode = parser.add_mutually_exclusive_group()
@@ -112,6 +115,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, low in (("frames", 1), ("steps", 1), ("warm_up", 0), ("repeats", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name}: {getattr(args, name)}, expected a number of at least {low}")
+    if args.memory_limit is not None and not args.memory_limit > 0:
+        raise UserError(f"--memory_limit: {args.memory_limit}, expected a number above 0")
     if args.scaling and min(args.scaling) < 1:
         raise UserError("--scaling: expected numbers of frames of at least 1")
     if args.only and (args.compare or args.scaling or args.profile):
@@ -375,11 +380,13 @@ def growth(rows: list[dict], part: str, a_keyframe: dict) -> dict:
     keyframes = [row["keyframes"] for row in rows]
     peaks = [row[f"{part}_peak_memory_bytes"] for row in rows]
     rest = [peak - k * a_keyframe["total"] for peak, k in zip(peaks, keyframes, strict=True)]
-    return {
+    found = {
         "ratio": peaks[-1] / peaks[0],
-        "ratio_without_keyframes": rest[-1] / rest[0],
         "bytes_per_keyframe": slope(keyframes, peaks) if len(set(keyframes)) > 1 else 0.0,
     }
+    if part == "edit":  # preprocess has one branch, and nothing to keep for chunks
+        found["ratio_without_keyframes"] = rest[-1] / rest[0]
+    return found
 
 
 def run_part(args: argparse.Namespace, frames: int, part: str, file: Path) -> dict:
@@ -391,8 +398,9 @@ def run_part(args: argparse.Namespace, frames: int, part: str, file: Path) -> di
     words = ["--frames", str(frames), "--only", part, "--warm_up", "0", "--repeats", "1"]
     for name in ("model", "data_path", "size", "steps", "technique", "device", "dtype", "work"):
         words += [f"--{name}", str(getattr(args, name))]
-    if args.inversion:
-        words += ["--inversion", args.inversion]
+    for name in ("inversion", "memory_limit"):
+        if getattr(args, name) is not None:
+            words += [f"--{name}", str(getattr(args, name))]
     for override in args.set:
         words += ["--set", override]
     words.append(f"--preprocess_options={shlex.join(args.preprocess_options)}")
@@ -416,11 +424,12 @@ def profile(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
 
 def keyframe_figures(bench: Bench) -> dict:
     """The number of keyframes, and what each holds in memory."""
-    interval = edit_config(bench, []).batch_size
+    config = edit_config(bench, [])
     grid = bench.height // 8, bench.width // 8
+    branches = 1 if config.guidance_scale == 1 else 2
     return {
-        "keyframes": -(-bench.frames // interval),
-        "keyframe_bytes": keyframe_bytes(bench.checkpoint, grid, 2, bench.dtype.itemsize),
+        "keyframes": -(-bench.frames // config.batch_size),
+        "keyframe_bytes": keyframe_bytes(bench.checkpoint, grid, branches, bench.dtype.itemsize),
     }
 
 
@@ -431,6 +440,8 @@ def benchmark(args: argparse.Namespace, command: Sequence[str]) -> tuple[dict, s
         found, text = scale(args)
     else:
         bench = open_bench(args)
+        if args.memory_limit is not None and bench.device.type == "cuda":
+            limit_memory(bench.device, args.memory_limit)
         record |= facts(bench) | {"device_name": device_name(bench.device)}
         record |= keyframe_figures(bench)
         if args.compare:

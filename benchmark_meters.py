@@ -210,6 +210,12 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(times)
 
 
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Lets PyTorch take no more of a CUDA device's memory than this: beyond, it runs out."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
+
+
 def copy_rate(device: torch.device) -> float:
     """Bytes per second, read and written, of copying a large tensor."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)

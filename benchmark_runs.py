@@ -35,7 +35,7 @@ from diffusion import (
     resolve_device,
     resolve_dtype,
 )
-from edit_inputs import EditConfig, open_inputs
+from edit_inputs import FEATURE_OPTIONS, EditConfig, open_inputs
 from editing import EditPlan, EditSession, result_folder
 from inversion import reconstruct
 from preprocess_options import FAST
@@ -71,13 +71,6 @@ EDIT_SETTINGS: dict[str, tuple[str, ...]] = {
     "first_frame": ("consistency=first_frame",),
     "released": ("propagation=released",),
     "flow": ("correspondence=flow",),
-}
-# Keys of an edit's config that the cached features depend on, and preprocess.py's options of them.
-FEATURE_OPTIONS = {
-    "batch_size": "interval",
-    "keyframe_seed": "keyframe_seed",
-    "pnp_attn_t": "pnp_attn_t",
-    "pnp_f_t": "pnp_f_t",
 }
 FAST_ITERATIONS = ("--inversion_iters", f"{FAST['inversion_iters']}")
 # And of preprocess: its options; {steps} are the sampling steps, {n} the number in the name.
@@ -314,17 +307,15 @@ def run_preprocess(bench: Bench, models: StableDiffusion, count_flops: bool = Fa
     args = preprocess_args(bench, bench.inversion)
     with counting(models, count_flops) as counter:
         meter = Meter(bench.device, counter)
-        with meter("read"):
-            inputs = preprocess.open_inputs(args)
-        reading = sum(meter.seconds.values())
 
         def work() -> None:
+            inputs = preprocess.open_inputs(args)
             preprocess.make_cache(inputs, args.batch_size, models, meter)
             if inputs.features is not None:
                 preprocess.make_features(inputs, args.batch_size, models, meter)
 
         seconds, _ = seconds_of(work, bench.device)
-        meter.add("rest", seconds + reading - sum(meter.seconds.values()))
+        meter.add("rest", seconds - sum(meter.seconds.values()))
     return run_of(meter, counter)
 
 

@@ -80,8 +80,8 @@ def load_control(
     folder = single_model_folder(settings.key, "controlnet_key")
     model = ControlNetModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     if settings.kind == "canny":
-        edges = canny_edges(frames, settings.low, settings.high)
-        images = edges[:, :1].byte()  # 0 or 1; a twelfth of the memory
+        edges = (canny_edges(frame[None], settings.low, settings.high) for frame in frames)
+        images = torch.cat([edge[:, :1].byte() for edge in edges])  # 0 or 1
     else:
         images = depth
     return Control(frozen(share_prompts(model), device), images, settings.scale)

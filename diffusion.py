@@ -371,13 +371,24 @@ def make_denoiser(
         control: the ControlNet of the inversion, if any.
         depth: (n, 1, H, W) of `estimate_depth`, where the model or the ControlNet wants it.
     """
-    grid = tuple(size // models.vae_factor for size in frames.shape[1:3])
     return Denoiser(
         models,
         encode_prompts(models, [prompt]),
-        depth_latents(depth, grid) if models.takes_depth else None,
+        depth_channel(models, frames, depth),
         control and load_control(control, frames, depth, models.device, models.dtype),
     )
+
+
+def depth_channel(
+    models: StableDiffusion, frames: np.ndarray, depth: Tensor | None
+) -> Tensor | None:
+    """The fifth latent channel of a clip, (n, 1, h, w), where the UNet expects one.
+
+    Args: as of `make_denoiser`.
+    """
+    if not models.takes_depth:
+        return None
+    return depth_latents(depth, tuple(size // models.vae_factor for size in frames.shape[1:3]))
 
 
 # ---------------------------------------------------------------------------------------------

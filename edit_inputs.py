@@ -20,6 +20,7 @@ from checkpoints import (
     model_key_for,
 )
 from diffusion import NoiseSchedule, resolve_device, resolve_dtype
+from preprocess_options import FEATURE_DEFAULTS
 from source_cache import Manifest, SourceCache, find_cache, preprocess_command
 from util import (
     ArgumentParser,
@@ -37,6 +38,13 @@ log = logging.getLogger("tokenflow")
 CPU_BACKENDS = ("native", "_native_math")
 CUDA_BACKENDS = ("xformers", "flash", "sage", "flex", "_native_flash", "_native_efficient")
 CUDA_BACKENDS += ("_native_cudnn",)
+# Keys of a config that cached features depend on, and the options of preprocess.py that set them.
+FEATURE_OPTIONS = {
+    "batch_size": "interval",
+    "keyframe_seed": "keyframe_seed",
+    "pnp_attn_t": "pnp_attn_t",
+    "pnp_f_t": "pnp_f_t",
+}
 CONSISTENCIES = ("tokenflow", "extended_attention", "first_frame", "none")
 
 
@@ -167,10 +175,10 @@ def open_inputs(config: EditConfig) -> EditInputs:
         clip_name(config.data_path),
         config.n_inversion_steps,
         config.n_frames,
-        partial(_remedy, config),
+        partial(remedy, config),
     )
     manifest = cache.manifest
-    remake = f"{_remedy(config, manifest)} --overwrite"
+    remake = f"{remedy(config, manifest)} --overwrite"
     _check_source(config, cache, remake)
     checkpoint = checkpoint_folder(model_key_for(config.sd_version, config.model_key))
     if checkpoint_revision(checkpoint) != manifest.model_revision:
@@ -210,7 +218,7 @@ def _check_backend(name: str, device: torch.device) -> None:
         ) from error
 
 
-def _remedy(config: EditConfig, manifest: Manifest | None) -> str:
+def remedy(config: EditConfig, manifest: Manifest | None) -> str:
     """The preprocess command that makes the cache that a config needs, as advice.
 
     Args:
@@ -245,6 +253,11 @@ def _remedy(config: EditConfig, manifest: Manifest | None) -> str:
 
 
 def _preprocess_command(config: EditConfig, settings: dict[str, object]) -> str:
+    features = {
+        option: getattr(config, key)
+        for key, option in FEATURE_OPTIONS.items()
+        if getattr(config, key, FEATURE_DEFAULTS[option]) != FEATURE_DEFAULTS[option]
+    }
     return preprocess_command(
         data_path=config.data_path,
         sd_version=config.sd_version,
@@ -254,6 +267,7 @@ def _preprocess_command(config: EditConfig, settings: dict[str, object]) -> str:
         n_frames=config.n_frames,
         save_dir=config.latents_path,
         **settings,
+        **features,
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -29,11 +29,12 @@ from diffusion import (
     compile_unet,
     ddim_step,
     decode_latents,
+    depth_channel,
     encode_prompts,
     load_stable_diffusion,
     make_denoiser,
 )
-from edit_inputs import EditConfig, EditInputs
+from edit_inputs import EditConfig, EditInputs, remedy
 from run_info import Stopwatch, device_name, peak_memory_bytes, reset_peak_memory, versions
 from source_cache import CLEAN_LATENTS, MANIFEST
 from source_features import (
@@ -51,6 +52,7 @@ from tokenflow_utils import (
     Pass,
     TokenFlowContext,
     flow_tokens,
+    in_pieces,
     keyframe_schedule,
     keyframe_windows,
     neighbours,
@@ -178,10 +180,13 @@ class EditSession:
         }[config.consistency]
 
         x = plan.start
-        with (
-            tokenflow_patch(models.unet, loop.context, config.attention_backend),
-            closing(self._source(loop, steps)) as source,
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(
+                tokenflow_patch(models.unet, loop.context, config.attention_backend)
+            )
+            source = stack.enter_context(closing(self._source(loop, steps)))
+            for control in loop.controls:
+                stack.enter_context(in_pieces(control.controlnet, loop.context))
             following = [*plan.timesteps[1:], CLEAN]
             progress = tqdm(list(zip(steps, following, strict=True)), desc="edit", unit="step")
             for step, t_next in progress:
@@ -189,7 +194,7 @@ class EditSession:
                 loop.context.inject_features = step.features
                 eps = predict(source, x, step.t, step.keyframes)
                 x = ddim_step(x, eps, schedule.level(step.t), schedule.level(t_next))
-        self.image_forwards = loop.source.image_forwards + loop.edit.image_forwards
+        self.image_forwards = loop.image_forwards
         return x
 
     def _source(self, loop: _Loop, steps: Sequence[StepNeeds]) -> Source:
@@ -201,7 +206,7 @@ class EditSession:
             return CachedSource(loop.context, self.models.device, features, steps, loop.chunks)
         if self.config.consistency == "tokenflow":
             log.info("source features: computed live (%s)", reason)
-        return LiveSource(loop.source, loop.context, self._latents)
+        return LiveSource(loop.live_denoiser(), loop.context, self._latents)
 
     def _cached_features(self, steps: Sequence[StepNeeds]) -> tuple[CachedFeatures | None, str]:
         """The cache's features if they serve this edit; else None, and why not."""
@@ -211,7 +216,7 @@ class EditSession:
                 return None, f"{key}: {getattr(config, key)}"
         features = find_features(self.cache)
         if features is None:
-            return None, f"{self.cache.folder} holds none; preprocess.py --cache_features adds them"
+            return None, f"{self.cache.folder} holds none; {remedy(config, self.cache.manifest)}"
         skipped = config.n_timesteps - len(steps)  # SDEdit leaves the noisiest out
         needed = FeatureSettings(
             n_frames=len(self.frames),
@@ -223,7 +228,10 @@ class EditSession:
             dtype=self.models.dtype_name,
         )
         reason = features.settings.serve(needed)
-        return (None, f"{features.folder}: {reason}") if reason else (features, "")
+        if reason:
+            advice = remedy(config, self.cache.manifest)
+            return None, f"{features.folder}: {reason}; for others, {advice}"
+        return features, ""
 
     def edit(self, plan: EditPlan) -> Edited:
         """Edits the clip."""
@@ -350,20 +358,20 @@ class _Loop:
 
     def __init__(self, session: EditSession, plan: EditPlan) -> None:
         config, models = session.config, session.models
-        self.config, self.device = config, models.device
-        manifest = session.cache.manifest
-        self.source = make_denoiser(
-            models, session.frames, manifest.inversion_prompt, manifest.control, session.depth
-        )
+        self.session, self.config, self.device = session, config, models.device
+        self.live: Denoiser | None = None
         prompts = [config.negative_prompt, config.prompt]
         if config.guidance_scale == 1.0:  # the unconditional branch would have weight 0
             prompts = [config.prompt]
         text = encode_prompts(models, prompts)
-        self.edit = Denoiser(models, text, self.source.depth, plan.control)
+        depth = depth_channel(models, session.frames, session.depth)
+        self.edit = Denoiser(models, text, depth, plan.control)
         self.context = TokenFlowContext(
             branches=len(prompts),
             propagate_source=config.propagation == "released",
-            images_at_once=session.chunk_size * len(prompts),
+            # A chunk's images; first_frame adds the first frame to each.
+            images_at_once=(session.chunk_size + (config.consistency == "first_frame"))
+            * len(prompts),
         )
         self.frames = torch.arange(len(session.frames))
         self.chunk_size = session.chunk_size
@@ -372,6 +380,29 @@ class _Loop:
         if config.correspondence == "flow":
             self.flow = FlowField(session.frames, plan.start.shape[-2:], models)
             self.context.flow = {}
+
+    def live_denoiser(self) -> Denoiser:
+        """The source's, under the inversion's prompt and conditions; kept in `live`."""
+        session, manifest = self.session, self.session.cache.manifest
+        self.live = make_denoiser(
+            session.models,
+            session.frames,
+            manifest.inversion_prompt,
+            manifest.control,
+            session.depth,
+        )
+        return self.live
+
+    @property
+    def controls(self) -> list[Control]:
+        """The ControlNets at work."""
+        denoisers = [self.edit, self.live] if self.live else [self.edit]
+        return [denoiser.control for denoiser in denoisers if denoiser.control is not None]
+
+    @property
+    def image_forwards(self) -> int:
+        """Evaluations of the UNet on one image and branch so far."""
+        return self.edit.image_forwards + (self.live.image_forwards if self.live else 0)
 
     def predict_tokenflow(self, source: Source, x: Tensor, t: int, keyframes: Tensor) -> Tensor:
         """Keyframes are edited together; every frame is made from their output tokens."""

@@ -34,6 +34,7 @@ from diffusion import (
 )
 from inversion import invert
 from source_cache import CLEAN_LATENTS, SourceCache
+from source_features import find_features
 from tokenflow_utils import (
     Neighbours,
     Pass,
@@ -67,6 +68,10 @@ class View:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def timestep(self) -> int:
@@ -192,12 +197,25 @@ def source_tokens(view: View, models: StableDiffusion, chosen: Sequence[int]) ->
         (len(chosen), L, c) float32 on the CPU.
     """
     cache, chosen, n_frames = view.cache, list(chosen), max(chosen) + 1
+    saved = saved_tokens(view)
+    if saved is not None:
+        return saved[chosen].float()
     denoiser = source_denoiser(view, models, chosen)
     if view.timestep in cache.manifest.timesteps:
         noisy = cache.latents(view.timestep, n_frames)[chosen]
     else:
         noisy = inverted(view, denoiser, cache.latents(CLEAN_LATENTS, n_frames)[chosen])
     return tokens_at(view, denoiser, noisy)
+
+
+def saved_tokens(view: View) -> Tensor | None:
+    """The view's tokens of every frame, (n, L, c), where --save_tokens all saved them."""
+    found = find_features(view.cache)
+    if found is None or view.what != "input" or view.timestep not in view.sampling:
+        return None
+    if found.settings.save_tokens != "all" or found.settings.dtype != view.dtype_name:
+        return None
+    return found.tokens(view.timestep, view.layer)
 
 
 def source_denoiser(view: View, models: StableDiffusion, chosen: Sequence[int]) -> Denoiser:

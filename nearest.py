@@ -68,7 +68,7 @@ def nearest_tokens(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Te
 def _nearest_tokens(
     tokens: torch.Tensor, keyframe_tokens: torch.Tensor, which: torch.Tensor
 ) -> torch.Tensor:
-    if tokens.device.type == "cuda" and _triton_works():
+    if tokens.device.type == "cuda" and _triton_works(tokens.device, tokens.dtype):
         import nearest_triton
 
         return nearest_triton.nearest_tokens(tokens, keyframe_tokens, which)
@@ -88,8 +88,8 @@ def nearest_tokens_flop(tokens_shape, keyframe_tokens_shape, which_shape, *_, **
 
 
 @cache
-def _triton_works() -> bool:
-    """Whether Triton is installed and can build a kernel here; if not, the log says so once.
+def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton is installed and can build a kernel for this; if not, the log says so once.
 
     Not every build of PyTorch brings Triton, and Triton needs a C compiler and Python's headers.
     For GPUs before compute capability 8.0 it uses no matrix units, and PyTorch does.
@@ -97,15 +97,19 @@ def _triton_works() -> bool:
     if find_spec("triton") is None:
         log.info("nearest neighbours are computed by PyTorch: Triton is not installed")
         return False
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         log.info("nearest neighbours are computed by PyTorch: the GPU is too old for Triton")
         return False
+    from triton.errors import TritonError
+
     import nearest_triton
 
-    probe = torch.ones(1, 1, 1, device="cuda")
+    probe = torch.ones(1, 1, 1, device=device, dtype=dtype)
     try:
         nearest_triton.nearest_tokens(probe, probe, torch.zeros_like(probe[0], dtype=torch.long))
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+    except (
+        TritonError, RuntimeError, OSError, subprocess.CalledProcessError,
+    ) as error:  # fmt: skip
         log.warning(
             "nearest neighbours are computed by PyTorch, which is slower: Triton builds no kernel "
             "here (%s)",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batch_sizes import BatchSizes, choose_batch_sizes
+from batch_sizes import unet_batch_size, vae_batch_size
 from checkpoints import (
     check_controlnet_fits,
     checkpoint_folder,
@@ -87,6 +87,8 @@ log = logging.getLogger("tokenflow")
 WARN_GAP_DB = 3.0
 VAE_FACTOR = 8  # pixels per latent cell along one side, of every Stable Diffusion
 LATENT_BYTES = 4 * 4  # four channels of float32
+DEPTH_BYTES = 4  # float32 a pixel
+FEATURE_BATCH = 8  # frames at once in the source pass of edits, at most
 DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
 
 
@@ -110,6 +112,14 @@ class PreprocessInputs:
     folder: Path
     features: FeatureSettings | None
     read_seconds: float
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Images at once for the UNet and for the VAE."""
+
+    unet: int
+    vae: int
 
 
 def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
@@ -260,6 +270,8 @@ def check_disk(inputs: PreprocessInputs, made: bool) -> None:
     if not made:
         needed = LATENT_BYTES * (len(manifest.timesteps) + 1) * manifest.n_frames * math.prod(grid)
         needed += inputs.clip.frames.nbytes  # of frames/, at most
+        if manifest.depth_model is not None:
+            needed += DEPTH_BYTES * manifest.n_frames * manifest.height * manifest.width
     option = "make some, or use --save_dir on another disk"
     if inputs.features is not None:
         features = feature_bytes(unet, grid, inputs.features)
@@ -289,8 +301,9 @@ def make_features(
     denoiser = make_denoiser(
         models, frames, manifest.inversion_prompt, manifest.control, cache.depth(len(frames))
     )
-    batches = choose_batch_sizes(batch_size, models, denoiser, frames.shape[1:3])
-    write_features(cache, denoiser, inputs.timesteps.sampling, inputs.features, batches.unet, watch)
+    # The pass holds tokens of all keyframes too, so memory alone shall not decide.
+    at_once = unet_batch_size(batch_size, denoiser, frames.shape[1:3], most=FEATURE_BATCH)
+    write_features(cache, denoiser, inputs.timesteps.sampling, inputs.features, at_once, watch)
 
 
 def make_cache(
@@ -322,7 +335,11 @@ def make_cache(
     denoiser = make_denoiser(
         models, clip.frames, manifest.inversion_prompt, manifest.control, depth
     )
-    batches = choose_batch_sizes(batch_size, models, denoiser, clip.frames.shape[1:3])
+    size = clip.frames.shape[1:3]
+    with watch("load"):
+        batches = BatchSizes(
+            unet_batch_size(batch_size, denoiser, size), vae_batch_size(batch_size, models, size)
+        )
 
     with replacing_folder(inputs.folder) as partial:
         return _fill_cache(partial, inputs, denoiser, depth, batches, watch)

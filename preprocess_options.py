@@ -15,6 +15,8 @@ DEFAULTS = {"steps": 500, "save_steps": 50, "inversion_iters": 1, "inversion_tol
 # The cheapest that reconstructs 5 dB better than 500 plain steps sampled with 500: see
 # docs/performance.md. Most steps end after their first evaluation, a few take all three.
 FAST = {"steps": 50, "save_steps": 50, "inversion_iters": 3, "inversion_tol": 1e-3}
+# What the cached features are made for, if nothing else is said: the defaults of edits.
+FEATURE_DEFAULTS = {"interval": 8, "keyframe_seed": 1, "pnp_attn_t": 0.5, "pnp_f_t": 0.8}
 _CONTROL_DEFAULTS = {
     "control": "canny",
     "controlnet_key": None,
@@ -68,13 +70,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="also run the source pass of edits and save what it finds (the default)")  # fmt: skip
     add("--no_cache_features", action="store_false", dest="cache_features",
         help="leave that to the edits")  # fmt: skip
-    add("--interval", type=int, default=8,
+    add("--interval", type=int,
         help="frames per keyframe: batch_size of the edits that they serve (default: "
         "8)")  # fmt: skip
-    add("--keyframe_seed", type=int, default=1, help="of those edits' keyframes (default: 1)")
-    add("--pnp_attn_t", type=float, default=0.5,
+    add("--keyframe_seed", type=int, help="of those edits' keyframes (default: 1)")
+    add("--pnp_attn_t", type=float,
         help="the most that those edits may set pnp_attn_t to (default: 0.5)")  # fmt: skip
-    add("--pnp_f_t", type=float, default=0.8,
+    add("--pnp_f_t", type=float,
         help="the most that those edits may set pnp_f_t to (default: 0.8)")  # fmt: skip
     add("--save_tokens", choices=("keyframes", "all"), default="keyframes",
         help="all: the tokens of every frame, layer and step too, to look at (default: "
@@ -92,7 +94,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=1,
         help="for released command lines; nothing here is random")  # fmt: skip
     add("--overwrite", action="store_true", help="replace a cache made with other settings")
-    parser.set_defaults(**_CONTROL_DEFAULTS)
+    parser.set_defaults(**_CONTROL_DEFAULTS, **FEATURE_DEFAULTS)
     args = parser.parse_args(argv)
     _fill_in_settings(args)
     if args.recon_steps is None:

@@ -11,7 +11,8 @@ possible since the keyframes of all steps are a pure function of a seed.
             tokens/<layer>          (k, L, c) of the keyframes; PnP's layers, first attention_steps
             previous/<layer>, next/<layer>      (n, L) int16 or int32
             features                (n, C, h, w); first feature_steps
-            all_tokens/<layer>      (n, L, c) of every layer; with save_tokens: all
+        tokens_<t>.safetensors      with save_tokens: all; no edit reads them
+            all_tokens/<layer>      (n, L, c) of every layer
 
 The files are memory-mapped, and a thread reads them ahead of the steps that need them. Each file's
 checksum is compared before it is used.
@@ -23,6 +24,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -43,6 +45,7 @@ from tokenflow_utils import (
     Correspondence,
     Pass,
     TokenFlowContext,
+    in_pieces,
     keyframe_schedule,
     neighbours,
     self_attention_layers,
@@ -283,10 +286,17 @@ def write_features(
     steps = list(zip(timesteps, settings.keyframes(), strict=True))
     unet = denoiser.models.unet
     with replacing_folder(cache.folder / FOLDER) as partial_folder:
-        with watch("features"), tokenflow_patch(unet, context):
+        with ExitStack() as stack:
+            stack.enter_context(watch("features"))
+            stack.enter_context(tokenflow_patch(unet, context))
+            if denoiser.control is not None:
+                stack.enter_context(in_pieces(denoiser.control.controlnet, context))
             for step, (t, keyframes) in enumerate(tqdm(steps, desc="features", unit="step")):
                 tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
+                every = {name: tensors.pop(name) for name in list(tensors) if _is_of_all(name)}
                 save_tensors(partial_folder / _file_name(t), tensors)
+                if every:
+                    save_tensors(partial_folder / _file_name(t, "tokens"), every)
         figures = {
             "seconds": watch.seconds["features"],
             "image_forwards": denoiser.image_forwards - before,
@@ -328,8 +338,12 @@ def _record_step(
     return tensors | {name: torch.cat([c[name] for c in chunks]) for name in chunks[0]}
 
 
-def _file_name(t: int) -> str:
-    return f"step_{t}.safetensors"
+def _file_name(t: int, kind: str = "step") -> str:
+    return f"{kind}_{t}.safetensors"
+
+
+def _is_of_all(name: str) -> bool:
+    return name.startswith("all_tokens/")
 
 
 def _write_manifest(
@@ -384,25 +398,30 @@ class CachedFeatures:
             return {name: file.get_slice(name)[start:end] for name in names}
 
     def tokens(self, t: int, layer: str) -> Tensor:
-        """(n, L, c) tokens of every frame, where they were saved (save_tokens: all)."""
-        with self._open(t) as file:
+        """(n, L, c) tokens of every frame, where they were saved (save_tokens: all).
+
+        Raises:
+            UserError: if the file is missing or damaged.
+        """
+        self.check(t, "tokens")
+        with self._open(t, "tokens") as file:
             return file.get_tensor(f"all_tokens/{layer}")
 
-    def check(self, t: int) -> None:
+    def check(self, t: int, kind: str = "step") -> None:
         """Compares a timestep's file with its checksum.
 
         Raises:
             UserError: if it is missing or damaged.
         """
-        path = self.folder / _file_name(t)
+        path = self.folder / _file_name(t, kind)
         if not path.is_file() or sha256_file(path) != self.files[path.name]["sha256"]:
             raise UserError(
                 f"{path}: missing or damaged; delete {self.folder} and run preprocess.py again, "
                 "or edit with --set source_features=live"
             )
 
-    def _open(self, t: int) -> safe_open:
-        path = self.folder / _file_name(t)
+    def _open(self, t: int, kind: str = "step") -> safe_open:
+        path = self.folder / _file_name(t, kind)
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -420,7 +439,8 @@ def find_features(cache: SourceCache) -> CachedFeatures | None:
         return None
     data = load_yaml(path)
     names = {field.name for field in fields(FeatureSettings)}
-    if data.get("format") != FORMAT or set(data.get("settings", ())) != names:
+    whole = {"format", "cache_sha256", "settings", "files"} <= set(data)
+    if not whole or data["format"] != FORMAT or set(data["settings"] or ()) != names:
         raise UserError(
             f"{path}: not a manifest of format {FORMAT}; delete {path.parent} and run "
             "preprocess.py again"
@@ -484,7 +504,8 @@ class CachedSource:
 
     def _next(self) -> dict[str, Tensor]:
         found = next(self._items)
-        return {name: x.to(self.device, non_blocking=True) for name, x in found.items()}
+        pinned = self.device.type == "cuda"
+        return {name: x.to(self.device, non_blocking=pinned) for name, x in found.items()}
 
 
 def _loads(
@@ -494,7 +515,7 @@ def _loads(
     device: torch.device,
 ) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """What is to be read, in order; run by the thread."""
-    pin = device.type == "cuda"  # only pinned memory is copied to the device in the background
+    pin = device.type == "cuda"  # the loop does not wait for copies of pinned memory
 
     def pinned(found: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: x.pin_memory() for name, x in found.items()} if pin else found

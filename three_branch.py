@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion import CLEAN, ddim_step, encode_prompts
-from editing import EditPlan, EditSession
+from editing import EditPlan, EditSession, plan_steps
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
     Neighbours,
-    keyframe_schedule,
     neighbours,
     self_attention_layers,
 )
@@ -95,7 +94,7 @@ def explicit_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) ->
     """softmax(Q K^T / sqrt(d)) V, head by head; (b, L, c), (b, L', c) and (b, L', c)."""
     outputs = []
     for q, k, v in zip(*(x.chunk(heads, dim=-1) for x in (query, key, value)), strict=True):
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (b, L, L')
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (b, L, L')
         outputs.append(scores.softmax(dim=-1) @ v)
     return torch.cat(outputs, dim=-1)
 
@@ -111,21 +110,14 @@ def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
     """The denoising loop: from the plan's start to clean edited latents, (n, 4, h, w).
 
     Args:
-        session: of `consistency: tokenflow`, `propagation: paper`, `correspondence: nn`.
-
-    Raises:
-        UserError: if the session asks for what this loop does not do.
+        session: that `check` does not refuse.
     """
     config, models, cache = session.config, session.models, session.cache
-    check(session, plan)
     n_frames = len(session.frames)
     schedule = models.schedule
     texts = [cache.manifest.inversion_prompt, config.negative_prompt, config.prompt]
     texts = encode_prompts(models, texts)
     chunks = torch.arange(n_frames).split(session.chunk_size)
-    drawn = keyframe_schedule(
-        n_frames, config.batch_size, config.n_timesteps, config.keyframe_seed, config.keyframes
-    )[-len(plan.timesteps) :]
 
     def predict(x: Tensor, source: Tensor, t: int, frames: Tensor) -> Tensor:
         """The guided noise of some frames, (m, 4, h, w) float32 on the models' device."""
@@ -142,19 +134,16 @@ def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
 
     x, state = plan.start, _State()
     with _patch(models.unet, state):
-        steps = zip(plan.timesteps, [*plan.timesteps[1:], CLEAN], drawn, strict=True)
-        for i, (t, t_next, keyframes) in enumerate(tqdm(list(steps), desc="edit", unit="step")):
+        steps = zip(plan_steps(config, plan, n_frames), [*plan.timesteps[1:], CLEAN], strict=True)
+        for step, t_next in tqdm(list(steps), desc="edit", unit="step"):
+            t = step.t
             source = cache.latents(t, n_frames)
-            state.inject_attention = i < plan.attention_steps
-            state.inject_features = i < plan.feature_steps
+            state.inject_attention, state.inject_features = step.attention, step.features
             state.near = None
-            predict(x, source, t, keyframes)
+            predict(x, source, t, step.keyframes)
             eps = []
             for chunk in chunks:
-                near = neighbours(chunk, keyframes, config.blend)
-                state.near = Neighbours(
-                    *(y.to(models.device) for y in (near.previous, near.next, near.weight))
-                )
+                state.near = neighbours(chunk, step.keyframes, config.blend).to(models.device)
                 eps.append(predict(x, source, t, chunk).cpu())
             x = ddim_step(x, torch.cat(eps), schedule.level(t), schedule.level(t_next))
     return x
@@ -167,10 +156,17 @@ def check(session: EditSession, plan: EditPlan) -> None:
         UserError: naming it.
     """
     config = session.config
-    only = {"consistency": "tokenflow", "propagation": "paper", "correspondence": "nn"}
+    only = {
+        "consistency": "tokenflow",
+        "propagation": "paper",
+        "correspondence": "nn",
+        "max_keyframes": None,
+    }
     for key, value in only.items():
         if getattr(config, key) != value:
             raise UserError(f"three_branch: {key}: {getattr(config, key)}, expected {value}")
+    if config.guidance_scale == 1:
+        raise UserError("three_branch: guidance_scale: 1 leaves a branch out, expected another")
     if plan.control is not None or session.models.takes_depth or session.cache.manifest.control:
         raise UserError("three_branch: takes neither a ControlNet nor a depth model")
 

@@ -31,6 +31,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -563,7 +564,7 @@ def tokenflow_patch(
         undo.callback(unet.set_attn_processor, dict(original))
         unet.set_attn_processor({**original, **ours})
         undo.enter_context(_feature_hook(unet, context))
-        undo.enter_context(_in_pieces(unet, context))
+        undo.enter_context(in_pieces(unet, context))
         yield context
 
 
@@ -591,20 +592,24 @@ def _feature_hook(unet: UNet2DConditionModel, context: TokenFlowContext) -> Iter
 
 # What is computed image by image, and whose inner activations are several times the hidden states
 # that go in and come out.
-_PER_IMAGE = (ResnetBlock2D, Downsample2D, Upsample2D, FeedForward)
+_PER_IMAGE = (
+    ResnetBlock2D, Downsample2D, Upsample2D, FeedForward, ControlNetConditioningEmbedding,
+)  # fmt: skip
 
 
 @contextmanager
-def _in_pieces(unet: UNet2DConditionModel, context: TokenFlowContext) -> Iterator[None]:
-    """Lets these modules take at most `context.images_at_once` images of a batch at a time.
+def in_pieces(model: nn.Module, context: TokenFlowContext) -> Iterator[None]:
+    """Lets a UNet or ControlNet compute at most `context.images_at_once` images at a time.
 
     Joint attention needs all keyframes at the same layer at the same time, so their batch goes
-    through the UNet as one; like this only hidden states, keys and values grow with it.
+    through the UNet as one; like this only hidden states, keys and values grow with it. The one
+    residual block whose features PnP injects stays whole, since its hook must see the whole batch:
+    its grid is a quarter of the latents' along each side.
     """
-    injected = FEATURE_LAYER.rpartition(".")[0]  # its hook must see the whole batch
+    injected = FEATURE_LAYER.rpartition(".")[0]
     modules = [
         module
-        for name, module in unet.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, _PER_IMAGE) and name != injected
     ]
 

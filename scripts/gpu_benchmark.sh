@@ -26,11 +26,12 @@ FAST=${FAST:-fast}                 # compared with plain$PLAIN in the inversion 
 PLAIN=${PLAIN:-500}
 SCALING=${SCALING:-"8 16 40 80 120 200"}
 SCALING_STEPS=${SCALING_STEPS:-10} # memory does not depend on them, and time is proportional
+MEMORY_LIMIT=${MEMORY_LIMIT:-12}   # GiB that the runs of the scaling part may take of the GPU
 TESTS=${TESTS:-tests}
 PARTS=${*:-tests precision stages backends compare inversion scaling wide profile}
 
 mkdir -p "$OUT"
-rm -f "$OUT"/*.txt
+rm -f "$OUT"/[0-9][0-9][0-9]-*.txt
 count=100  # of the tables, which are printed in their order
 
 keep() {  # keep NAME COMMAND...: its table in a file, its log in another
@@ -77,11 +78,13 @@ for part in $PARTS; do
         inversion)
             bench inversion --compare "$FAST" "plain$PLAIN" --repeats 1 --warm_up 0 ;;
         scaling) # shellcheck disable=SC2086
-            bench scaling --steps "$SCALING_STEPS" --scaling $SCALING ;;
+            # One batch size for all, or what auto chooses would be measured.
+            bench scaling --steps "$SCALING_STEPS" --preprocess_options "--batch_size 8" \
+                --memory_limit "$MEMORY_LIMIT" --scaling $SCALING ;;
         wide) bench wide --size "$WIDE" --repeats 1 ;;
         profile) bench profile --profile tokenflow --steps 4 ;;
         *) echo "error: $part: expected one of the parts named above" >&2; exit 2 ;;
     esac
 done
 echo
-cut -c-180 "$OUT"/*.txt
+cut -c-180 "$OUT"/[0-9][0-9][0-9]-*.txt

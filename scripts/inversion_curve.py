@@ -184,7 +184,7 @@ def _name(row: Row) -> str:
 WIDTH, HEIGHT = 900, 560
 LEFT, RIGHT, TOP, BOTTOM = 80, 30, 30, 80  # margins of the axes
 PAPER, INK, GRID = (255, 255, 255), (0, 0, 0), (225, 225, 225)
-FAMILIES = {  # colour, and the radius of its points: larger ones lie under smaller ones
+FAMILIES = {  # of settings, each in its colour
     f"{PLAIN}, as many steps to reconstruct": (200, 60, 40),
     f"{PLAIN}, 50 steps to reconstruct": (225, 150, 60),
     ITERATED: (40, 90, 180),
@@ -279,15 +279,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_writable(getattr(args, option).parent, f"--{option}")
     device = resolve_device(args.device)
     folder = checkpoint_folder(model_key_for("tiny", args.model))
+    dtype = resolve_dtype("auto", device)
     about = {
         "model": checkpoint_revision(folder),
         "frames": args.frames,
         "size": args.size,
         "threads": torch.get_num_threads(),
+        "device": str(device),
+        "dtype": str(dtype),
+        "fast": FAST,
     }
     rows = _known(args.json, about)
     sources = [resolve_clip(clip) for clip in args.clips]
-    models = load_stable_diffusion(folder, device, resolve_dtype("auto", device))
+    models = load_stable_diffusion(folder, device, dtype)
     for source in sources:
         clip = read_clip(source, 1000, size=(args.size, args.size)).frames
         chosen = np.linspace(0, len(clip) - 1, args.frames + 2)[1:-1].round().astype(int)

@@ -1,11 +1,21 @@
 """Batches sized to memory: the deciding, which needs no GPU."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from batch_sizes import MOST, ON_CPU, SHARE, BatchSizes, choose_batch_sizes, fitting_batch_size
+import batch_sizes
+from batch_sizes import (
+    MOST,
+    MOST_VAE,
+    ON_CPU,
+    SHARE,
+    fitting_batch_size,
+    unet_batch_size,
+    vae_batch_size,
+)
 
 MIB = 2**20
 
@@ -35,6 +45,57 @@ def test_the_chosen_number_fits_and_one_more_does_not():
 
 
 def test_a_number_is_taken_as_it_is_and_a_cpu_is_not_measured():
-    models = SimpleNamespace(device=torch.device("cpu"))
-    assert choose_batch_sizes(3, models, None, (64, 64)) == BatchSizes(3, 3)
-    assert choose_batch_sizes(None, models, None, (64, 64)) == BatchSizes(ON_CPU, ON_CPU)
+    denoiser = fake_denoiser("cpu")
+    size = (64, 64)
+    assert unet_batch_size(3, denoiser, size) == vae_batch_size(3, denoiser.models, size) == 3
+    assert unet_batch_size(None, denoiser, size) == ON_CPU
+    assert unet_batch_size(None, denoiser, size, most=2) == 2
+    assert vae_batch_size(None, denoiser.models, size) == ON_CPU
+
+
+def test_a_gpu_is_measured_by_one_image_and_by_two(monkeypatch):
+    """With a CUDA whose allocator is played: images take 100 MiB each in the UNet."""
+    seen, denoiser = [], fake_denoiser("cuda")
+
+    def forward(x, t, frames):
+        assert (x.shape[1:], t, frames.tolist()) == ((4, 8, 8), 981, [0] * len(x))
+        seen.append(len(x))
+
+    denoiser.side_effect = forward
+    fakes = {
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: 50 * MIB,
+        "max_memory_allocated": lambda device: (50 + 100 * seen[-1]) * MIB,
+        "mem_get_info": lambda device: (1000 * MIB, 4000 * MIB),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert unet_batch_size(None, denoiser, (64, 64)) == 8  # 80 % of 1000 MiB
+    assert seen == [1, 2]
+    assert unet_batch_size(None, denoiser, (64, 64), most=5) == 5
+
+    def decode(models, latents, batch_size):
+        seen.append(len(latents))
+
+    monkeypatch.setattr(batch_sizes, "decode_latents", decode)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    assert vae_batch_size(None, denoiser.models, (64, 64)) == MOST_VAE
+
+    def too_large_for_two(x, t, frames):
+        seen.append(len(x))
+        if len(x) > 1:
+            raise torch.OutOfMemoryError
+
+    denoiser.side_effect = too_large_for_two
+    assert unet_batch_size(None, denoiser, (64, 64)) == 1
+
+
+def fake_denoiser(device):
+    models = SimpleNamespace(
+        device=torch.device(device),
+        vae_factor=8,
+        vae=SimpleNamespace(config=SimpleNamespace(latent_channels=4)),
+        schedule=SimpleNamespace(timesteps=lambda n: [981]),
+    )
+    return Mock(models=models)

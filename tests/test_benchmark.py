@@ -123,6 +123,8 @@ def test_stages_count_image_forwards_and_flops(stages):
     )
     assert inversion == reconstruction
     assert rows["edit", "write"]["flops"] is None
+    assert rows["preprocess", "read"]["seconds"] > 0
+    assert rows["preprocess", "rest"]["seconds"] >= 0
 
 
 def test_stages_print_a_table(stages):

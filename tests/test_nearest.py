@@ -236,5 +236,5 @@ def test_the_triton_kernel_on_a_gpu(dtype, length):
 def test_a_missing_triton_is_said(monkeypatch, caplog):
     monkeypatch.setattr(nearest, "find_spec", lambda name: None)
     with caplog.at_level(logging.INFO):
-        assert not nearest._triton_works.__wrapped__()
+        assert not nearest._triton_works.__wrapped__(torch.device("cuda"), torch.float16)
     assert "computed by PyTorch: Triton is not installed" in caplog.text

@@ -4,12 +4,14 @@ import itertools
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from test_editing import N_FRAMES, STEPS, make_cache, pnp, relative_error, sdedit
 
+import features
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 import source_features
@@ -206,6 +208,18 @@ def test_tokens_of_all_frames_can_be_saved(keys, tiny_model, tmp_path):
         assert len(everyone) == N_FRAMES
         injected = found.of_keyframes(t, kf, attention=True, features=False)[f"tokens/{layer}"]
         assert torch.allclose(everyone[kf], injected, atol=1e-4)
+    # visualize.py takes them from there.
+    view = SimpleNamespace(
+        cache=session.cache,
+        what="input",
+        timestep=t,
+        sampling=session.inputs.timesteps,
+        dtype_name="float32",
+        layer=layer,
+    )
+    assert torch.equal(features.source_tokens(view, None, [1, 4]), everyone[[1, 4]])
+    for other_view in ({"what": "output"}, {"timestep": 901}, {"dtype_name": "float16"}):
+        assert features.saved_tokens(SimpleNamespace(**{**vars(view), **other_view})) is None
     grid = session.cache.latents("clean", 1).shape[-2:]
     everything = replace(SETTINGS, save_tokens="all")
     sizes = [sum(p.stat().st_size for p in folder_of(k).glob("*.s*")) for k in (keys, other)]
@@ -252,10 +266,12 @@ def test_features_of_another_cache_are_not_taken(keys, tiny_model, tmp_path):
     assert find_features(session_of(other).cache) is None
 
 
-def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "text", ["format: 0", "format: 1", "{format: 1, cache_sha256: a, files: {}, settings: null}"]
+)
+def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path, text):
     other, _ = damaged_cache(keys, tiny_model, tmp_path)
-    manifest = folder_of(other) / "manifest.yaml"
-    manifest.write_text(manifest.read_text().replace("format: 1", "format: 0"))
+    (folder_of(other) / "manifest.yaml").write_text(text)
     with pytest.raises(UserError, match="not a manifest of format 1"):
         pnp(other)
 
