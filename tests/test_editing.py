@@ -281,6 +281,26 @@ def test_controlnet_steers_the_edit_by_its_scale(keys, tiny_model):
     assert relative_error(controlnet(keys, **control, **depth), steered.double()) > 1e-4
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_no_convolution_sees_more_images_than_a_chunk_has(keys, tiny_model, chunk_size):
+    """Though all three keyframes go through the UNet and the ControlNet at once."""
+    control = {"controlnet_key": str(tiny_model / "controlnet"), "chunk_size": chunk_size}
+    config = ControlNetConfig(**keys, **control)
+    session, seen = EditSession(open_inputs(config)), {"unet": set(), "controlnet": set()}
+    settings = run_tokenflow_controlnet.control_settings(config)
+    plan = run_tokenflow_controlnet.plan(session, settings)
+    plan = replace(plan, timesteps=plan.timesteps[-1:])
+
+    def note(found):
+        return lambda module, args, output: found.add(len(args[0]))
+
+    modules = {"unet": session.models.unet, "controlnet": plan.control.controlnet}
+    for name, module in modules.items():
+        module.down_blocks[0].resnets[0].conv1.register_forward_hook(note(seen[name]))
+    session.edit_latents(plan)
+    assert max(seen["unet"]) == max(seen["controlnet"]) == 2 * chunk_size  # two branches
+
+
 def test_source_pass_has_the_controlnet_of_its_inversion(tiny_model, tmp_path):
     control = tiny_model / "controlnet"
     keys = make_cache(tmp_path, tiny_model, sd_version="ControlNet", controlnet_key=control)
