@@ -210,7 +210,7 @@ def test_ddim_inverts_the_unet_and_fixed_point_iterations_do_it_better(fixture, 
     levels = [CLEAN, *reversed(schedule.timesteps(25))]
     steps = list(itertools.pairwise(levels))  # from clean to noise
 
-    def eps(x, t):
+    def eps(x, t, rows=None):
         prediction = predict(models.unet, x, t)
         if schedule.prediction_type == "epsilon":
             return prediction

@@ -51,16 +51,18 @@ from figures import (
     xt_slice,
 )
 from inversion import reconstruct
+from nearest import nearest_tokens
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig
 from source_cache import open_cache
-from tokenflow_utils import TokenFlowContext, nearest_tokens, tokenflow_patch
+from tokenflow_utils import TokenFlowContext, tokenflow_patch
 from util import UserError, command_line, load_yaml, save_yaml, sha256_file
 from video import load_frames
 
 N_FRAMES, STEPS, INTERVAL = 5, 5, 3
 FPS = Fraction(10)
 SOURCE_PROMPT = "a disc on a wall"
+THE_ONLY = torch.zeros(1, 1, dtype=torch.long)  # keyframe, of the only frame
 KEY = "up_blocks.2.attentions.1.transformer_blocks.0.attn1.processor"
 
 
@@ -218,7 +220,8 @@ def test_a_known_shift_is_found_and_has_its_direction_s_colour(right, down, colo
     """The frame is the keyframe moved right or down, so that its cells lie left or up in it."""
     keyframe = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     frame = np.roll(keyframe, (8 * down, 8 * right), axis=(0, 1))
-    match = nearest_tokens(tokens_of_blocks(frame), tokens_of_blocks(keyframe))[0].numpy()
+    match = nearest_tokens(tokens_of_blocks(frame), tokens_of_blocks(keyframe), THE_ONLY)
+    match = match[0, 0].numpy()
     field = displacements(match, (6, 10), (HEIGHT, WIDTH))
     inside = np.s_[1:-1, 2:-2]
     assert (field[inside] == (-8 * right, -8 * down)).all()
@@ -484,7 +487,7 @@ def test_the_source_s_cached_latents_are_used_where_there_are_any(
 ):
     inverted_prompts = []
     monkeypatch.setattr(
-        features, "invert", lambda *args: inverted_prompts.append(args) or {timestep: args[1]}
+        features, "invert", lambda *args: inverted_prompts.append(args) or [(timestep, args[1])]
     )
     timestep = cache.manifest.timesteps[1] if saved else view_of(cache).inversion[1]
     visualize.main([
@@ -579,9 +582,9 @@ def test_a_frame_rebuilt_from_itself_is_its_own_reconstruction(cache, monkeypatc
     view = view_of(cache)
     models = view.load()
     calls = []
-    attend = tokenflow_utils.attend
+    attend = tokenflow_utils.extended_attention
     monkeypatch.setattr(
-        tokenflow_utils, "attend", lambda *args: calls.append(args) or attend(*args)
+        tokenflow_utils, "extended_attention", lambda *args: calls.append(args) or attend(*args)
     )
 
     def rebuild(*chosen):
@@ -650,7 +653,7 @@ def test_figure_3(results, cache, place, tmp_path, seen, capsys, by):
     view = view_of(cache)
     models = view.load()
     tokens = features.source_tokens(view, models, [4, 1])
-    match = nearest_tokens(tokens[:1], tokens[1:])[0].numpy()
+    match = nearest_tokens(tokens[:1], tokens[1:], THE_ONLY)[0, 0].numpy()
     field = displacements(match, (3, 5), (HEIGHT, WIDTH))
     frames = cache.frames(N_FRAMES)
     picture = np.asarray(Image.open(path))
