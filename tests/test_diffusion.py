@@ -10,7 +10,13 @@ from diffusers import DDIMScheduler
 
 import diffusion
 from checkpoints import checkpoint_folder, checkpoint_revision, controlnet_key_for
-from conditions import canny_edges, depth_latents, optical_flow
+from conditions import (
+    ControlSettings,
+    canny_edges,
+    depth_latents,
+    load_control,
+    optical_flow,
+)
 from diffusion import (
     CLEAN,
     Denoiser,
@@ -416,3 +422,29 @@ def test_automatic_dtypes():
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_the_vae_s_memory_layout_changes_rounding_only(tiny_model):
+    models = load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
+    weight = models.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8)
+
+    def both_ways():
+        latents = encode_frames(models, frames)
+        with torch.inference_mode():
+            return latents, models.vae.decode(latents, return_dict=False)[0]
+
+    laid_out = both_ways()
+    models.vae.to(memory_format=torch.contiguous_format)
+    assert weight.is_contiguous()
+    for found, plain in zip(laid_out, both_ways(), strict=True):
+        assert float((found - plain).norm() / plain.norm()) < 1e-5
+
+
+def test_a_controlnet_s_pictures_are_its_canny_edges(tiny_model):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
+    settings = ControlSettings("canny", str(tiny_model / "controlnet"), 1.0, 100, 200)
+    control = load_control(settings, frames, None, torch.device("cpu"), torch.float32)
+    assert control.images.dtype == torch.uint8
+    assert torch.equal(control.images.expand(-1, 3, -1, -1).float(), canny_edges(frames, 100, 200))
