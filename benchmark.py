@@ -9,6 +9,11 @@
 Without a mode, every stage of one preprocess and one edit is timed. `--compare A B` runs two
 settings in turn, so that a machine that drifts drifts for both. `--scaling` runs each number of
 frames in fresh processes, so that their memory is their own.
+
+Settings of an edit: tokenflow, cached, live, three_branch (a plain loop to compare with),
+compiled, per_frame, extended_attention, first_frame, released, flow, attention:BACKEND, or any
+key=value of its config; joined by +. Of preprocess: fast and fast_no_stop (--fast's iterations
+in --steps steps), plainN (N plain steps, reconstructed in N), itersN (N iterations).
 """
 
 from __future__ import annotations

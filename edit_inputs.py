@@ -228,10 +228,36 @@ def remedy(config: EditConfig, manifest: Manifest | None) -> str:
         there = _source(config) is not None
         command = _preprocess_command(config, {"H": config.H, "W": config.W})
         return f"run: {command}" if there else f"data_path is not there either; {command}"
-    control = manifest.control
-    settings = {
+    settings = _made_with(manifest) | {
         "H": config.H or manifest.height,
         "W": config.W or manifest.width,
+    }
+    return f"run: {_preprocess_command(config, settings)}"
+
+
+def features_remedy(config: EditConfig, manifest: Manifest) -> str:
+    """The preprocess command that adds the features that a config needs to its cache, as advice.
+
+    Args:
+        manifest: the cache's. Its inversion is not made again.
+    """
+    settings = _made_with(manifest) | {
+        "H": manifest.height,
+        "W": manifest.width,
+        "steps": manifest.steps,
+        "save_steps": manifest.save_steps,
+        "recon_steps": None
+        if manifest.recon_steps == manifest.save_steps
+        else manifest.recon_steps,
+        "n_frames": manifest.frames_asked,
+    }
+    return f"run: {_preprocess_command(config, settings)}"
+
+
+def _made_with(manifest: Manifest) -> dict[str, object]:
+    """The options that a cache was made with, but for those that a config names too."""
+    control = manifest.control
+    settings = {
         "frame_start": manifest.frame_start,
         "frame_stride": manifest.frame_stride,
         "fit": manifest.fit,
@@ -249,26 +275,26 @@ def remedy(config: EditConfig, manifest: Manifest | None) -> str:
             "canny_low": control.low,
             "canny_high": control.high,
         }
-    return f"run: {_preprocess_command(config, settings)}"
+    return settings
 
 
 def _preprocess_command(config: EditConfig, settings: dict[str, object]) -> str:
+    """The command for a config; settings win over what it names."""
+    named = {
+        "data_path": config.data_path,
+        "sd_version": config.sd_version,
+        "model_key": config.model_key,
+        "steps": config.n_inversion_steps,
+        "save_steps": config.n_timesteps,
+        "n_frames": config.n_frames,
+        "save_dir": config.latents_path,
+    }
     features = {
         option: getattr(config, key)
         for key, option in FEATURE_OPTIONS.items()
         if getattr(config, key, FEATURE_DEFAULTS[option]) != FEATURE_DEFAULTS[option]
     }
-    return preprocess_command(
-        data_path=config.data_path,
-        sd_version=config.sd_version,
-        model_key=config.model_key,
-        steps=config.n_inversion_steps,
-        save_steps=config.n_timesteps,
-        n_frames=config.n_frames,
-        save_dir=config.latents_path,
-        **settings,
-        **features,
-    )
+    return preprocess_command(**{**named, **settings, **features})
 
 
 def _source(config: EditConfig) -> Path | None:

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from diffusion import (
     load_stable_diffusion,
     make_denoiser,
 )
-from edit_inputs import EditConfig, EditInputs, remedy
+from edit_inputs import EditConfig, EditInputs, features_remedy
 from run_info import Stopwatch, device_name, peak_memory_bytes, reset_peak_memory, versions
 from source_cache import CLEAN_LATENTS, MANIFEST
 from source_features import (
@@ -83,6 +83,8 @@ SERVED_BY_CACHED_FEATURES = {
     "correspondence": "nn",
     "keyframes": "random",
 }
+# What features are the same in, whatever preprocess.py is asked to add to one cache.
+OF_THE_CACHE = ("n_frames", "n_timesteps", "dtype")
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,8 @@ class EditSession:
                 return None, f"{key}: {getattr(config, key)}"
         features = find_features(self.cache)
         if features is None:
-            return None, f"{self.cache.folder} holds none; {remedy(config, self.cache.manifest)}"
+            advice = features_remedy(config, self.cache.manifest)
+            return None, f"{self.cache.folder} holds none; for some, {advice}"
         skipped = config.n_timesteps - len(steps)  # SDEdit leaves the noisiest out
         needed = FeatureSettings(
             n_frames=len(self.frames),
@@ -228,10 +231,12 @@ class EditSession:
             dtype=self.models.dtype_name,
         )
         reason = features.settings.serve(needed)
-        if reason:
-            advice = remedy(config, self.cache.manifest)
-            return None, f"{features.folder}: {reason}; for others, {advice}"
-        return features, ""
+        if not reason:
+            return features, ""
+        settled = replace(needed, **{key: getattr(features.settings, key) for key in OF_THE_CACHE})
+        if features.settings.serve(settled):  # others of the same cache would serve
+            reason += f"; for others, {features_remedy(config, self.cache.manifest)}"
+        return None, f"{features.folder}: {reason}"
 
     def edit(self, plan: EditPlan) -> Edited:
         """Edits the clip."""

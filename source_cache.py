@@ -245,7 +245,9 @@ def find_cache(
     if not finished:
         others = [path for path in Path(save_dir).glob(f"*/{clip}/steps_*") if path != folder]
         others = sorted(str(path.relative_to(save_dir)) for path in others)
-        hint = f" (there is {', '.join(others)})" if others else ""
+        hint = ""
+        if others:
+            hint = f" (there is {', '.join(others)}; sd_version and n_inversion_steps choose)"
         state = "only an unfinished cache" if any(folder.glob("*nframes_*")) else "no cache"
         raise MissingFileError(f"{folder}: {state} for this clip{hint}; {remedy(None)}")
     return open_cache(finished.get(n_frames, finished[max(finished)]), remedy)

@@ -250,7 +250,7 @@ def test_a_cache_of_another_number_of_steps_is_named(place, keys):
     keys["n_inversion_steps"] = 20
     message = refused(
         place,
-        r"steps_20: no cache for this clip \(there is sd_2\.1/clip/steps_10\)",
+        r"steps_20: no cache for this clip \(there is sd_2\.1/clip/steps_10; sd_version and n_inv",
         keys,
         error=UserError,
     )

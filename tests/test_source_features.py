@@ -1,6 +1,7 @@
 """What an edit reads of the source: the same as it computes, found only where it belongs."""
 
 import itertools
+import shlex
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from test_editing import N_FRAMES, STEPS, make_cache, pnp, relative_error, sdedit
 
 import features
+import preprocess
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 import source_features
@@ -135,6 +137,30 @@ def test_other_settings_are_computed_live_and_said(keys, changes, said, caplog):
     session.edit_latents(run_tokenflow_pnp.plan(session))
     assert session.source_features == "live"
     assert said in caplog.text
+
+
+def test_the_advised_command_adds_features_that_serve(tiny_model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    keys = make_cache(tmp_path, tiny_model)
+    changes = {"batch_size": 4, "pnp_f_t": 1.0}
+    for said in ("holds none; for some, run: ", "interval is 4 there, 2 here; for others, run: "):
+        caplog.clear()
+        pnp(keys, **changes)
+        command = caplog.text.partition(said)[2].partition(")\n")[0]
+        words = shlex.split(command)
+        assert words[:2] == ["python", "preprocess.py"]
+        preprocess.preprocess(preprocess.parse_args([*words[2:], "--device", "cpu"]))
+        session = session_of(keys, **changes)
+        session.edit_latents(run_tokenflow_pnp.plan(session))
+        assert session.source_features == "cached"
+        changes["batch_size"] = 2
+
+
+def test_no_command_is_advised_where_none_of_the_same_cache_serves(keys, caplog):
+    caplog.set_level("INFO")
+    pnp(keys, n_timesteps=1)
+    assert "n_timesteps is 5 there, 1 here" in caplog.text
+    assert "preprocess.py" not in caplog.text
 
 
 def test_fewer_injected_steps_are_served(keys):
