@@ -246,9 +246,7 @@ def features_remedy(config: EditConfig, manifest: Manifest) -> str:
         "W": manifest.width,
         "steps": manifest.steps,
         "save_steps": manifest.save_steps,
-        "recon_steps": None
-        if manifest.recon_steps == manifest.save_steps
-        else manifest.recon_steps,
+        "recon_steps": manifest.recon_steps,
         "n_frames": manifest.frames_asked,
     }
     return f"run: {_preprocess_command(config, settings)}"

@@ -37,7 +37,7 @@ from tokenflow_utils import ATTENTION_LAYERS, self_attention_layers
 from util import UserError, load_yaml
 
 # A keyframe's injected features come from its chunk's pass where they are cached, and from the
-# keyframes' where they are live: rounding depends on the batch. Measured: 1e-6 to 5e-6.
+# keyframes' where they are live: rounding depends on the batch.
 ROUNDING = 1e-4
 
 SETTINGS = FeatureSettings(
