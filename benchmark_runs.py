@@ -37,6 +37,7 @@ from diffusion import (
 )
 from edit_inputs import FEATURE_OPTIONS, EditConfig, open_inputs
 from editing import EditPlan, EditSession, result_folder
+from folders import Workplace, replacing_folder
 from inversion import reconstruct
 from preprocess_options import FAST
 from source_cache import CLEAN_LATENTS, FORMAT, open_cache
@@ -339,7 +340,9 @@ def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -
         session = EditSession(inputs, models, meter)
         plan = make_plan(bench, session)
         counter.kinds = step_kinds(plan)
-        session.save(session.edit(plan), bench.technique, result_folder(inputs, bench.technique))
+        edited = session.edit(plan)
+        with replacing_folder(result_folder(inputs, bench.technique)) as folder:
+            session.save(edited, bench.technique, Workplace(folder))
     return run_of(meter, counter)
 
 

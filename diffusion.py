@@ -119,6 +119,10 @@ def load_stable_diffusion(
     )
 
 
+# What loads a checkpoint: `load_stable_diffusion`, or what remembers the last one.
+Loader = Callable[[Path, torch.device, torch.dtype], StableDiffusion]
+
+
 def compile_unet(unet: UNet2DConditionModel, backend: str = "inductor") -> None:
     """Compiles a UNet's forward in place, whole (fullgraph) or not at all; a second call is idle.
 

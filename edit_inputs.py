@@ -22,6 +22,7 @@ from checkpoints import (
 from diffusion import NoiseSchedule, resolve_device, resolve_dtype
 from preprocess_options import FEATURE_DEFAULTS
 from source_cache import Manifest, SourceCache, find_cache, preprocess_command
+from source_features import find_features
 from util import (
     ArgumentParser,
     MissingFileError,
@@ -74,6 +75,9 @@ class EditConfig:
     dtype: str = option("auto", choices=("auto", "float32", "float16", "bfloat16"))
     attention_backend: str = option("native", choices=CPU_BACKENDS + CUDA_BACKENDS)
     compile: bool = option(False)
+    # running
+    checkpoint_every: int = option(5, low=1)
+    verify: bool = option(False)
     # sampling
     seed: int = option(1, low=0)
     n_timesteps: int = option(50, low=1, high=1000)
@@ -138,8 +142,15 @@ def read_config(
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as --set device=...")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished result")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare all checksums of the cache, its features and a finished result first; the "
+        "same as --set verify=true",
+    )
     args = parser.parse_args(argv)
     overrides = args.set + ([f"device={args.device}"] if args.device else [])
+    overrides += ["verify=true"] if args.verify else []
     return load_config(cls, args.config, overrides), args.overwrite
 
 
@@ -176,8 +187,13 @@ def open_inputs(config: EditConfig) -> EditInputs:
         config.n_inversion_steps,
         config.n_frames,
         partial(remedy, config),
+        config.verify,
     )
     manifest = cache.manifest
+    if config.verify:
+        features = find_features(cache, features_remedy(config, manifest))
+        if features is not None:
+            features.verify()
     remake = f"{remedy(config, manifest)} --overwrite"
     _check_source(config, cache, remake)
     checkpoint = checkpoint_folder(model_key_for(config.sd_version, config.model_key))
@@ -194,10 +210,12 @@ def open_inputs(config: EditConfig) -> EditInputs:
             f"n_timesteps: {config.n_timesteps} needs latents at timesteps that {cache.folder} "
             f"does not hold (it was made with save_steps {manifest.save_steps}); {remake}"
         )
+    n_frames = min(config.n_frames, manifest.n_frames)
+    cache.check_source({*timesteps, max(manifest.timesteps)}, n_frames)
     return EditInputs(
         config=config,
         cache=cache,
-        n_frames=min(config.n_frames, manifest.n_frames),
+        n_frames=n_frames,
         checkpoint=checkpoint,
         timesteps=timesteps,
         device=device,

@@ -25,6 +25,7 @@ from conditions import Control, optical_flow
 from diffusion import (
     CLEAN,
     Denoiser,
+    Loader,
     StableDiffusion,
     compile_unet,
     ddim_step,
@@ -35,8 +36,9 @@ from diffusion import (
     make_denoiser,
 )
 from edit_inputs import EditConfig, EditInputs, features_remedy
+from folders import Workplace, locked, recover, resumable_folder
 from run_info import Stopwatch, device_name, peak_memory_bytes, reset_peak_memory, versions
-from source_cache import CLEAN_LATENTS, MANIFEST
+from source_cache import CLEAN_LATENTS, check_file
 from source_features import (
     CachedFeatures,
     CachedSource,
@@ -59,21 +61,29 @@ from tokenflow_utils import (
     released_neighbours,
     tokenflow_patch,
 )
-from util import load_yaml, replacing_folder, save_tensors, save_yaml, sha256_file, slug
+from util import (
+    UserError,
+    load_sealed_yaml,
+    save_sealed_yaml,
+    save_tensors,
+    save_yaml,
+    slug,
+)
 from video import MAX_FPS_DENOMINATOR, clip_name, save_frames, save_video
 
 log = logging.getLogger("tokenflow")
 
+RUN_FILE = "run.yaml"
 RESULT_FILES = (
     "edited.mp4",
     "side_by_side.mp4",
     "frames",
     "edited_latents.safetensors",
     "config.yaml",
-    "run.yaml",
+    RUN_FILE,
 )
 PLACES = ("output_path", "latents_path", "data_path")
-CHANGES_NO_RESULT = ("chunk_size", "source_features", "compile")
+CHANGES_NO_RESULT = ("chunk_size", "source_features", "compile", "checkpoint_every", "verify")
 
 # The choices of a config that the cached features are made for.
 SERVED_BY_CACHED_FEATURES = {
@@ -120,6 +130,8 @@ class EditSession:
     Args:
         models: of the inputs' checkpoint, device and dtype, if they are loaded already.
         watch: what times the stages, by default one of its own.
+        load: what loads the models, `load_stable_diffusion` if None.
+        work: where the edit is saved every few steps, and goes on from; None: nowhere.
 
     Attributes:
         image_forwards: of the last edit, evaluations of the UNet on one image and branch.
@@ -131,14 +143,17 @@ class EditSession:
         inputs: EditInputs,
         models: StableDiffusion | None = None,
         watch: Stopwatch | None = None,
+        load: Loader | None = None,
+        work: Workplace | None = None,
     ) -> None:
         self.inputs, self.config, self.cache = inputs, inputs.config, inputs.cache
+        self.work = work
         self.image_forwards = 0
         self.source_features = "live"
         self.watch = watch or Stopwatch(inputs.device)
         reset_peak_memory(inputs.device)
         with self.watch("load"):
-            self.models = models or load_stable_diffusion(
+            self.models = models or (load or load_stable_diffusion)(
                 inputs.checkpoint, inputs.device, inputs.dtype
             )
             if inputs.config.compile:
@@ -173,7 +188,8 @@ class EditSession:
         config, models = self.config, self.models
         schedule = models.schedule
         steps = plan_steps(config, plan, len(self.frames))
-        loop = _Loop(self, plan)
+        with self.watch("edit"):
+            loop = _Loop(self, plan)
         predict = {
             "tokenflow": loop.predict_tokenflow,
             "extended_attention": loop.predict_extended_attention,
@@ -181,31 +197,53 @@ class EditSession:
             "none": loop.predict_per_frame,
         }[config.consistency]
 
-        x = plan.start
+        x, done, forwards = plan.start, 0, 0
+        saved = self.work and self.work.state
+        if saved:
+            x, done = saved.tensors["latents"], saved.figures["steps"]
+            forwards = saved.figures["image_forwards"]
+            self.watch.add("edit", saved.figures["seconds"])
         with ExitStack() as stack:
             stack.enter_context(
                 tokenflow_patch(models.unet, loop.context, config.attention_backend)
             )
-            source = stack.enter_context(closing(self._source(loop, steps)))
+            source = stack.enter_context(closing(self._source(loop, steps, done)))
             for control in loop.controls:
                 stack.enter_context(in_pieces(control.controlnet, loop.context))
             following = [*plan.timesteps[1:], CLEAN]
-            progress = tqdm(list(zip(steps, following, strict=True)), desc="edit", unit="step")
-            for step, t_next in progress:
-                loop.context.inject_attention = step.attention
-                loop.context.inject_features = step.features
-                eps = predict(source, x, step.t, step.keyframes)
-                x = ddim_step(x, eps, schedule.level(step.t), schedule.level(t_next))
-        self.image_forwards = loop.image_forwards
+            left = range(done, len(steps))
+            for i in tqdm(left, "edit", len(steps), unit="step", initial=done):
+                step = steps[i]
+                with self.watch("edit"):
+                    loop.context.inject_attention = step.attention
+                    loop.context.inject_features = step.features
+                    eps = predict(source, x, step.t, step.keyframes)
+                    x = ddim_step(x, eps, schedule.level(step.t), schedule.level(following[i]))
+                self.image_forwards = forwards + loop.image_forwards
+                if (i + 1) % config.checkpoint_every == 0 or following[i] == CLEAN:
+                    self._checkpoint(x, i + 1)
         return x
 
-    def _source(self, loop: _Loop, steps: Sequence[StepNeeds]) -> Source:
-        """Where the loop has the source's part of these steps from; says so in the log."""
+    def _checkpoint(self, x: Tensor, steps: int) -> None:
+        """Saves the latents after so many steps."""
+        if self.work is not None:
+            self.work.save(
+                "edit",
+                {"latents": x},
+                steps=steps,
+                seconds=self.watch.seconds["edit"],
+                image_forwards=self.image_forwards,
+                source_features=self.source_features,
+            )
+
+    def _source(self, loop: _Loop, steps: Sequence[StepNeeds], done: int) -> Source:
+        """Where the loop has the source's part of the steps that are left; the log says it too."""
         features, reason = self._cached_features(steps)
         self.source_features = "cached" if features is not None else "live"
         if features is not None:
             log.info("source features: read from %s", features.folder)
-            return CachedSource(loop.context, self.models.device, features, steps, loop.chunks)
+            left = steps[done:]
+            return CachedSource(loop.context, self.models.device, features, left, loop.chunks)
         if self.config.consistency == "tokenflow":
             log.info("source features: computed live (%s)", reason)
         return LiveSource(loop.live_denoiser(), loop.context, self._latents)
@@ -216,9 +254,9 @@ class EditSession:
         for key, served in SERVED_BY_CACHED_FEATURES.items():
             if getattr(config, key) != served:
                 return None, f"{key}: {getattr(config, key)}"
-        features = find_features(self.cache)
+        advice = features_remedy(config, self.cache.manifest)
+        features = find_features(self.cache, advice)
         if features is None:
-            advice = features_remedy(config, self.cache.manifest)
             return None, f"{self.cache.folder} holds none; for some, {advice}"
         skipped = config.n_timesteps - len(steps)  # SDEdit leaves the noisiest out
         needed = FeatureSettings(
@@ -235,32 +273,31 @@ class EditSession:
             return features, ""
         settled = replace(needed, **{key: getattr(features.settings, key) for key in OF_THE_CACHE})
         if features.settings.serve(settled):  # others of the same cache would serve
-            reason += f"; for others, {features_remedy(config, self.cache.manifest)}"
+            reason += f"; for others, {advice}"
         return None, f"{features.folder}: {reason}"
 
     def edit(self, plan: EditPlan) -> Edited:
         """Edits the clip."""
-        with self.watch("edit"):
-            latents = self.edit_latents(plan)
+        latents = self.edit_latents(plan)
         with self.watch("decode"):
             frames = decode_latents(self.models, latents, self.chunk_size)
         return Edited(frames, latents)
 
-    def save(self, edited: Edited, technique: str, folder: Path) -> None:
-        """Writes the result's folder, which appears whole or not at all."""
-        fps = self.cache.fps
+    def save(self, edited: Edited, technique: str, work: Workplace) -> None:
+        """Fills a result's folder, run.yaml last."""
+        fps, folder = self.cache.fps, work.folder
         if self.config.fps is not None:
             fps = Fraction(self.config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
-        with replacing_folder(folder) as partial:
-            with self.watch("write"):
-                save_frames(partial / "frames", edited.frames)
-                save_video(partial / "edited.mp4", edited.frames, fps)
-                pairs = zip(self.frames, edited.frames, strict=True)
-                both = (np.concatenate(pair, axis=1) for pair in pairs)
-                save_video(partial / "side_by_side.mp4", both, fps)
-                save_tensors(partial / "edited_latents.safetensors", {"latents": edited.latents})
-            save_yaml(partial / "config.yaml", asdict(self.config))
-            save_yaml(partial / "run.yaml", self._run_record(technique))
+        with self.watch("write"):
+            save_frames(folder / "frames", edited.frames)
+            save_video(folder / "edited.mp4", edited.frames, fps)
+            pairs = zip(self.frames, edited.frames, strict=True)
+            both = (np.concatenate(pair, axis=1) for pair in pairs)
+            save_video(folder / "side_by_side.mp4", both, fps)
+            save_tensors(folder / "edited_latents.safetensors", {"latents": edited.latents})
+        save_yaml(folder / "config.yaml", asdict(self.config))
+        record = self._run_record(technique) | {"files": work.record_files()}
+        save_sealed_yaml(folder / RUN_FILE, record)
 
     @property
     def chunk_size(self) -> int:
@@ -273,7 +310,7 @@ class EditSession:
         return {
             "technique": technique,
             "cache": str(self.cache.folder),
-            "cache_sha256": sha256_file(self.cache.folder / MANIFEST),
+            "cache_sha256": self.cache.sha256,
             "checkpoint": str(self.inputs.checkpoint),
             "checkpoint_revision": self.cache.manifest.model_revision,
             "n_frames": len(self.frames),
@@ -292,19 +329,20 @@ def run_edit(
     inputs: EditInputs,
     make_plan: Callable[[EditSession], EditPlan],
     overwrite: bool = False,
+    load: Loader | None = None,
+    wait: bool = True,
 ) -> Path:
     """Makes the result of one edit, or finds it made; `make_result` of what a technique plans.
 
     Args:
-        technique: its name in the result's path.
         make_plan: what the technique does, given the loaded session.
-        overwrite: make it again in any case.
+        technique, overwrite, load, wait: as of `make_result`.
 
     Returns:
         the result's folder.
     """
     return make_result(
-        technique, inputs, lambda session: session.edit(make_plan(session)), overwrite
+        technique, inputs, lambda session: session.edit(make_plan(session)), overwrite, load, wait
     )
 
 
@@ -313,24 +351,37 @@ def make_result(
     inputs: EditInputs,
     edit: Callable[[EditSession], Edited],
     overwrite: bool = False,
+    load: Loader | None = None,
+    wait: bool = True,
 ) -> Path:
-    """Makes the result of one edit, or finds it made from the same cache by the same settings.
+    """Makes the result of one edit, goes on with it, or finds it made.
+
+    A result is found if it was made from the same cache by the same settings and is not damaged.
 
     Args:
         technique: its name in the result's path.
         edit: makes the edited clip, given the loaded session.
         overwrite: make it again in any case.
+        load: what loads the models, `load_stable_diffusion` if None.
+        wait: for other processes that make the same result or its cache; else Busy is raised.
 
     Returns:
         the result's folder: edited.mp4, frames/, side_by_side.mp4, edited_latents.safetensors,
         config.yaml (every key), run.yaml (what it resolved to, and how it went).
     """
-    folder = result_folder(inputs, technique)
-    if not overwrite and _is_finished(folder, sha256_file(inputs.cache.folder / MANIFEST)):
-        log.info("%s is there already, made with these settings; --overwrite makes it anew", folder)
-        return folder
-    session = EditSession(inputs)
-    session.save(edit(session), technique, folder)
+    folder, cache = result_folder(inputs, technique), inputs.cache
+    with locked(cache.folder, shared=True, wait=wait), locked(folder, wait=wait):
+        cache.check_unchanged()
+        recover(folder)
+        if not overwrite and _is_finished(folder, cache.sha256, inputs.config.verify):
+            log.info(
+                "%s is there already, made with these settings; --overwrite makes it anew", folder
+            )
+            return folder
+        work_on = {**_result_settings(inputs), "cache_sha256": cache.sha256}
+        with resumable_folder(folder, work_on) as work:
+            session = EditSession(inputs, load=load, work=work)
+            session.save(edit(session), technique, work)
     return folder
 
 
@@ -512,15 +563,31 @@ class FlowField:
 def result_folder(inputs: EditInputs, technique: str) -> Path:
     """<output_path>/<technique>/<clip>/<prompt slug>-<8 hex of what the result depends on>."""
     config = inputs.config
-    settings = asdict(config) | {"dtype": str(inputs.dtype), "device": inputs.device.type}
-    for key in (*PLACES, *CHANGES_NO_RESULT):
-        del settings[key]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    settings = json.dumps(_result_settings(inputs), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
     clip = clip_name(config.data_path)
     return Path(config.output_path) / technique / clip / f"{slug(config.prompt)}-{digest}"
 
 
-def _is_finished(folder: Path, cache_sha256: str) -> bool:
-    if not all((folder / name).exists() for name in RESULT_FILES):
+def _result_settings(inputs: EditInputs) -> dict[str, object]:
+    """What a result depends on beside the cache."""
+    own = {"dtype": str(inputs.dtype), "device": inputs.device.type}
+    settings = asdict(inputs.config) | own
+    return {k: v for k, v in settings.items() if k not in (*PLACES, *CHANGES_NO_RESULT)}
+
+
+def _is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
+    """Whether a result is there, whole, and made from this very cache; the log says why not."""
+    if not (folder / RUN_FILE).is_file():
         return False
-    return load_yaml(folder / "run.yaml").get("cache_sha256") == cache_sha256
+    try:
+        run = load_sealed_yaml(folder / RUN_FILE)
+        for name in run["files"]:
+            check_file(folder, name, run["files"], "the edit is made again", read=verify)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+    if run["cache_sha256"] != cache_sha256:
+        log.info("%s was made from another cache; the edit is made again", folder)
+        return False
+    return True

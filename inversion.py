@@ -59,11 +59,13 @@ def inversion_timesteps(
 @torch.inference_mode()
 def invert(
     denoiser: Denoiser,
-    clean: Tensor,
+    latents: Tensor,
     timesteps: Sequence[int],
     iterations: int,
     tolerance: float,
     batch_size: int,
+    t: int = CLEAN,
+    past: list[tuple[int, Tensor]] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """DDIM inversion of every frame on its own.
 
@@ -72,17 +74,21 @@ def invert(
 
     Args:
         denoiser: the model under the inversion prompt, without guidance.
-        clean: (n, 4, h, w) float32 latents on the CPU.
-        timesteps: ascending.
+        latents: (n, 4, h, w) float32 latents at timestep t, on the CPU.
+        timesteps: ascending; those up to t are behind.
         iterations: noise evaluations per frame and step, at most.
         tolerance: relative residual of a finished frame; 0: every evaluation, from plain DDIM's
             start.
         batch_size: frames evaluated at once.
+        t: CLEAN, or where an inversion that was interrupted goes on.
+        past: (timestep, noise) of the last two steps, which is kept up to date here; to go on with
+            a tolerance to the very same result, it is needed as it was at t.
 
     Yields:
         each timestep with its latents (n, 4, h, w), on the CPU, as soon as it is reached.
     """
-    schedule, x = denoiser.models.schedule, clean
+    schedule, x = denoiser.models.schedule, latents
+    past = past if past is not None else []
     noise = torch.empty_like(x)  # as last evaluated, for each frame
 
     def eps_model(latents: Tensor, t: int, frames: Tensor) -> Tensor:
@@ -90,15 +96,17 @@ def invert(
             noise[frames[part]] = denoiser(latents[part], t, frames[part])[0].cpu()
         return noise[frames]
 
-    past: list[tuple[int, Tensor]] = []  # the last two steps' timesteps and noises
     steps = list(zip([CLEAN, *timesteps[:-1]], timesteps, strict=True))
-    for t_from, t_to in tqdm(steps, desc="invert", unit="step"):
+    behind = sum(t_to <= t for t_to in timesteps)
+    for t_from, t_to in tqdm(
+        steps[behind:], desc="invert", unit="step", initial=behind, total=len(steps)
+    ):
         start = None
         if tolerance and past:
             levels = schedule.level(t_from), schedule.level(t_to)
             start = ddim_step(x, expected_noise(past, t_to), *levels)
         x = ddim_inversion_step(eps_model, x, schedule, t_from, t_to, iterations, tolerance, start)
-        past = [*past[-1:], (t_to, noise.clone())]
+        past[:] = [*past[-1:], (t_to, noise.clone())]
         yield t_to, x
 
 
@@ -115,22 +123,38 @@ def expected_noise(past: Sequence[tuple[int, Tensor]], t: int) -> Tensor:
 
 
 @torch.inference_mode()
-def reconstruct(
-    denoiser: Denoiser, noisy: Tensor, timesteps: Sequence[int], batch_size: int
-) -> Tensor:
+def sample(
+    denoiser: Denoiser,
+    noisy: Tensor,
+    timesteps: Sequence[int],
+    batch_size: int,
+    t: int | None = None,
+) -> Iterator[tuple[int, Tensor]]:
     """DDIM sampling from inverted latents under the inversion prompt, without guidance.
 
     Args:
-        noisy: (n, 4, h, w) latents at timesteps[0].
-        timesteps: descending.
+        noisy: (n, 4, h, w) latents at timestep t, on the CPU.
+        timesteps: descending; those above t are behind.
+        t: one of them, by default the first.
 
-    Returns:
-        (n, 4, h, w) clean latents on the CPU.
+    Yields:
+        each next timestep, CLEAN at last, with its latents (n, 4, h, w), on the CPU.
     """
     schedule, x = denoiser.models.schedule, noisy
     chunks = torch.arange(len(noisy)).split(batch_size)
     steps = list(zip(timesteps, [*timesteps[1:], CLEAN], strict=True))
-    for t, t_next in tqdm(steps, desc="reconstruct", unit="step"):
-        eps = torch.cat([denoiser(x[frames], t, frames)[0].cpu() for frames in chunks])
-        x = ddim_step(x, eps, schedule.level(t), schedule.level(t_next))
-    return x
+    behind = 0 if t is None else timesteps.index(t)
+    for t_from, t_to in tqdm(
+        steps[behind:], desc="reconstruct", unit="step", initial=behind, total=len(steps)
+    ):
+        eps = torch.cat([denoiser(x[frames], t_from, frames)[0].cpu() for frames in chunks])
+        x = ddim_step(x, eps, schedule.level(t_from), schedule.level(t_to))
+        yield t_to, x
+
+
+def reconstruct(
+    denoiser: Denoiser, noisy: Tensor, timesteps: Sequence[int], batch_size: int
+) -> Tensor:
+    """The clean latents (n, 4, h, w) that `sample` leads to."""
+    *_, (_, latents) = sample(denoiser, noisy, timesteps, batch_size)
+    return latents

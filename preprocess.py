@@ -9,9 +9,9 @@ import argparse
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from checkpoints import (
 )
 from conditions import ControlSettings, estimate_depth
 from diffusion import (
-    Denoiser,
+    CLEAN,
+    Loader,
     NoiseSchedule,
     SquaredError,
     StableDiffusion,
@@ -40,20 +41,21 @@ from diffusion import (
     resolve_device,
     resolve_dtype,
 )
-from inversion import InversionTimesteps, inversion_timesteps, invert, reconstruct
+from folders import Workplace, locked, recover, resumable_folder
+from inversion import InversionTimesteps, inversion_timesteps, invert, sample
 from preprocess_options import DEFAULTS, parse_args
 from run_info import Stopwatch, versions
 from source_cache import (
     CLEAN_LATENTS,
-    MANIFEST,
+    DEPTH_FILE,
+    FORMAT,
     Manifest,
-    SourceCache,
     cache_folder,
     describe_difference,
     finish_cache,
     identity,
+    latents_file,
     open_cache,
-    read_manifest,
     save_latents,
     save_source,
 )
@@ -69,7 +71,7 @@ from util import (
     UserError,
     check_writable,
     command_line,
-    replacing_folder,
+    load_tensors,
     setup_logging,
 )
 from video import (
@@ -90,6 +92,9 @@ LATENT_BYTES = 4 * 4  # four channels of float32
 DEPTH_BYTES = 4  # float32 a pixel
 FEATURE_BATCH = 8  # frames at once in the source pass of edits, at most
 DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
+SAVE_EVERY = 10  # steps of the reconstruction
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,14 +117,6 @@ class PreprocessInputs:
     folder: Path
     features: FeatureSettings | None
     read_seconds: float
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    """Images at once for the UNet and for the VAE."""
-
-    unet: int
-    vae: int
 
 
 def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
@@ -224,15 +221,18 @@ def _conditions(
     return control, None
 
 
-def is_made(inputs: PreprocessInputs) -> bool:
+def is_made(inputs: PreprocessInputs, verify: bool = False) -> bool:
     """Whether the cache is there already, made with the same settings.
+
+    Args:
+        verify: compare all checksums.
 
     Raises:
         UserError: if it is there, made with others (named) or damaged.
     """
-    if not (inputs.folder / MANIFEST).is_file():
+    if not inputs.folder.exists():
         return False
-    found = open_cache(inputs.folder).manifest
+    found = open_cache(inputs.folder, lambda _: "run the same command with", verify).manifest
     difference = describe_difference(identity(found), identity(inputs.manifest))
     if difference:
         raise UserError(
@@ -241,14 +241,22 @@ def is_made(inputs: PreprocessInputs) -> bool:
     return True
 
 
-def has_features(inputs: PreprocessInputs) -> bool:
+def has_features(inputs: PreprocessInputs, verify: bool = False) -> bool:
     """Whether the finished cache has features that serve all that are asked for.
 
     If it has others, the log says that these will be replaced, and why.
+
+    Args:
+        verify: compare all checksums.
+
+    Raises:
+        UserError: if they are damaged.
     """
-    found = find_features(SourceCache(inputs.folder, read_manifest(inputs.folder)))
+    found = find_features(open_cache(inputs.folder), "the same command")
     if found is None:
         return False
+    if verify:
+        found.verify()
     difference = found.settings.serve(inputs.features)
     if difference:
         log.info("%s is made anew: %s", found.folder, difference)
@@ -296,7 +304,7 @@ def make_features(
     watch = watch or Stopwatch(inputs.device)
     with watch("load"):
         models = models or load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
-    cache = SourceCache(inputs.folder, read_manifest(inputs.folder))
+    cache = open_cache(inputs.folder)
     manifest, frames = cache.manifest, inputs.clip.frames
     denoiser = make_denoiser(
         models, frames, manifest.inversion_prompt, manifest.control, cache.depth(len(frames))
@@ -322,115 +330,174 @@ def make_cache(
     Returns:
         the manifest with the figures of the reconstruction.
     """
-    clip, manifest = inputs.clip, inputs.manifest
     watch = watch or Stopwatch(inputs.device)
     watch.add("read", inputs.read_seconds)
     with watch("load"):
         models = models or load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
-    depth = None
-    if manifest.depth_model is not None:
-        with watch("depth"):
-            batch = min(batch_size or DEPTH_BATCH, DEPTH_BATCH)
-            depth = estimate_depth(clip.frames, manifest.depth_model, inputs.device, batch)
-    denoiser = make_denoiser(
-        models, clip.frames, manifest.inversion_prompt, manifest.control, depth
-    )
-    size = clip.frames.shape[1:3]
-    with watch("load"):
-        batches = BatchSizes(
-            unet_batch_size(batch_size, denoiser, size), vae_batch_size(batch_size, models, size)
+    work_on = {"format": FORMAT, **identity(inputs.manifest)}
+    with resumable_folder(inputs.folder, work_on) as work:
+        return _CacheMaker(inputs, models, work, watch, batch_size).run()
+
+
+class _CacheMaker:
+    """The making of one cache, stage after stage; what an earlier run saved is not made again."""
+
+    def __init__(
+        self,
+        inputs: PreprocessInputs,
+        models: StableDiffusion,
+        work: Workplace,
+        watch: Stopwatch,
+        batch_size: int | None,
+    ) -> None:
+        self.inputs, self.manifest, self.frames = inputs, inputs.manifest, inputs.clip.frames
+        self.models, self.work, self.watch, self.batch_size = models, work, watch, batch_size
+        self.image_forwards: dict[str, int] = {}  # by stage
+        if work.state is not None:
+            self.image_forwards.update(work.state.figures["image_forwards"])
+            for stage, seconds in work.state.figures["seconds"].items():
+                watch.add(stage, seconds)
+
+    def run(self) -> Manifest:
+        """Runs what is left of the stages; returns the manifest as written."""
+        size = self.frames.shape[1:3]
+        with self.watch("load"):
+            self.vae_batch = vae_batch_size(self.batch_size, self.models, size)
+        clean, depth = self._encode() if self.work.state is None else self._encoded()
+        self.denoiser = make_denoiser(
+            self.models, self.frames, self.manifest.inversion_prompt, self.manifest.control, depth
+        )
+        with self.watch("load"):
+            self.unet_batch = unet_batch_size(self.batch_size, self.denoiser, size)
+        if self.work.state.stage != "reconstruction":
+            self._invert(clean)
+        latents = self._reconstruct()
+        scores = self._save_reconstruction(clean, latents)
+        return finish_cache(
+            self.work.folder,
+            self.manifest,
+            self.work.record_files(),
+            **scores,
+            seconds=self.watch.seconds,
+            image_forwards=self.image_forwards,
+            versions=versions(),
         )
 
-    with replacing_folder(inputs.folder) as partial:
-        return _fill_cache(partial, inputs, denoiser, depth, batches, watch)
+    def _encode(self) -> tuple[Tensor, Tensor | None]:
+        """Writes frames, clean latents and depth; returns the latents, and the depth if any."""
+        depth, manifest = None, self.manifest
+        if manifest.depth_model is not None:
+            with self.watch("depth"):
+                batch = min(self.batch_size or DEPTH_BATCH, DEPTH_BATCH)
+                depth = estimate_depth(self.frames, manifest.depth_model, self.inputs.device, batch)
+        save_source(self.work.folder, self.frames, manifest.inversion_prompt, depth)
+        with self.watch("vae"):
+            clean = encode_frames(self.models, self.frames, self.vae_batch)
+            decode_latents(self.models, clean[:1])  # a VAE that fails shall do so now, not later
+        save_latents(self.work.folder, CLEAN_LATENTS, clean)
+        self._save("encoded", {"latents": clean}, CLEAN)
+        return clean, depth
 
+    def _encoded(self) -> tuple[Tensor, Tensor | None]:
+        """What `_encode` wrote; the frames are as they were, or this were other work."""
+        folder = self.work.folder
+        depth = None
+        if self.manifest.depth_model is not None:
+            depth = load_tensors(folder / DEPTH_FILE)["depth"]
+        return load_tensors(latents_file(folder, CLEAN_LATENTS))["latents"], depth
 
-def _fill_cache(
-    folder: Path,
-    inputs: PreprocessInputs,
-    denoiser: Denoiser,
-    depth: Tensor | None,
-    batches: BatchSizes,
-    watch: Stopwatch,
-) -> Manifest:
-    clip, timesteps, manifest = inputs.clip, inputs.timesteps, inputs.manifest
-    image_forwards = {}
-
-    @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        before = denoiser.image_forwards
-        with watch(name):
-            yield
-        image_forwards[name] = denoiser.image_forwards - before
-
-    save_source(folder, clip.frames, manifest.inversion_prompt, depth)
-    with watch("vae"):
-        clean = encode_frames(denoiser.models, clip.frames, batches.vae)
-        decode_latents(denoiser.models, clean[:1])  # a VAE that fails shall do so now, not later
-    save_latents(folder, CLEAN_LATENTS, clean)
-    with stage("inversion"):
-        how = manifest.inversion_iters, manifest.inversion_tol, batches.unet
-        for t, latents in invert(denoiser, clean, timesteps.inversion, *how):
-            if t in timesteps.saved:
-                save_latents(folder, t, latents)
+    def _invert(self, clean: Tensor) -> None:
+        """Writes the latents of the saved timesteps."""
+        manifest, timesteps, state = self.manifest, self.inputs.timesteps, self.work.state
+        tensors, t_saved = dict(state.tensors), state.figures["t"]
+        past = [(t, tensors[f"noise_{t}"]) for t in state.figures["past"]]
+        how = manifest.inversion_iters, manifest.inversion_tol, self.unet_batch, t_saved, past
+        start = tensors.get("start")  # of the reconstruction
+        steps = invert(self.denoiser, tensors["latents"], timesteps.inversion, *how)
+        for t, latents in self._timed("inversion", steps):
             if t == timesteps.reconstruction[0]:
                 start = latents
-    with stage("reconstruction"):
-        latents = reconstruct(denoiser, start, timesteps.reconstruction, batches.unet)
-    scores = _save_reconstruction(folder, inputs, denoiser.models, clean, latents, batches, watch)
-    return finish_cache(
-        folder,
-        manifest,
-        **scores,
-        seconds=watch.seconds,
-        image_forwards=image_forwards,
-        versions=versions(),
-    )
+            if t not in timesteps.saved:
+                continue
+            save_latents(self.work.folder, t, latents)
+            tensors = {"latents": latents} | ({} if start is None else {"start": start})
+            known = past if manifest.inversion_tol else []  # else no step needs it
+            tensors |= {f"noise_{t_past}": noise for t_past, noise in known}
+            self._save("inversion", tensors, t, past=[t_past for t_past, _ in known])
+        self._save("reconstruction", {"latents": start}, timesteps.reconstruction[0])
+
+    def _reconstruct(self) -> Tensor:
+        """The clean latents that sampling from the inverted ones leads to."""
+        timesteps, state = self.inputs.timesteps.reconstruction, self.work.state
+        latents, t = state.tensors["latents"], state.figures["t"]
+        if t == CLEAN:
+            return latents
+        steps = sample(self.denoiser, latents, timesteps, self.unet_batch, t)
+        for number, (t, latents) in enumerate(self._timed("reconstruction", steps), start=1):
+            if number % SAVE_EVERY == 0 or t == CLEAN:
+                self._save("reconstruction", {"latents": latents}, t)
+        return latents
+
+    def _timed(self, stage: str, steps: Iterator[T]) -> Iterator[T]:
+        """The steps, whose seconds and evaluations count for a stage."""
+        while True:
+            before = self.denoiser.image_forwards
+            with self.watch(stage):
+                step = next(steps, None)
+            made = self.denoiser.image_forwards - before
+            self.image_forwards[stage] = self.image_forwards.get(stage, 0) + made
+            if step is None:
+                return
+            yield step
+
+    def _save(
+        self, stage: str, tensors: dict[str, Tensor], t: int, past: Sequence[int] = ()
+    ) -> None:
+        self.work.save(
+            stage,
+            tensors,
+            t=t,
+            past=list(past),
+            seconds=self.watch.seconds,
+            image_forwards=self.image_forwards,
+        )
+
+    def _save_reconstruction(self, clean: Tensor, latents: Tensor) -> dict[str, float]:
+        """Decodes the reconstruction and the clean latents in step, and writes inverted.mp4.
+
+        Args:
+            clean, latents: (n, 4, h, w) of the clip and of its reconstruction.
+
+        Returns:
+            the three PSNRs of the manifest; no more than a chunk of each decoding is held.
+        """
+        pairs = {
+            "psnr": SquaredError(),  # reconstruction and frames
+            "vae_psnr": SquaredError(),  # the VAE's decoding and frames
+            "psnr_to_vae": SquaredError(),  # reconstruction and the VAE's decoding
+        }
+
+        def decoded() -> Iterator[np.ndarray]:
+            for first in range(0, len(clean), self.vae_batch):
+                part = slice(first, first + self.vae_batch)
+                with self.watch("vae"):
+                    bound = decode_latents(self.models, clean[part], self.vae_batch)
+                    found = decode_latents(self.models, latents[part], self.vae_batch)
+                pairs["psnr"].add(found, self.frames[part])
+                pairs["vae_psnr"].add(bound, self.frames[part])
+                pairs["psnr_to_vae"].add(found, bound)
+                yield from found
+
+        save_video(self.work.folder / "inverted.mp4", decoded(), self.inputs.clip.fps)
+        return {name: round(error.psnr, 3) for name, error in pairs.items()}
 
 
-def _save_reconstruction(
-    folder: Path,
-    inputs: PreprocessInputs,
-    models: StableDiffusion,
-    clean: Tensor,
-    latents: Tensor,
-    batches: BatchSizes,
-    watch: Stopwatch,
-) -> dict[str, float]:
-    """Decodes the reconstruction and the clean latents in step, and writes inverted.mp4.
+def preprocess(args: argparse.Namespace, load: Loader | None = None, wait: bool = True) -> Path:
+    """Makes the cache of one clip, goes on with it, or finds it made.
 
     Args:
-        clean, latents: (n, 4, h, w) of the clip and of its reconstruction.
-
-    Returns:
-        the three PSNRs of the manifest; no more than a chunk of each decoding is held.
-    """
-    pairs = {
-        "psnr": SquaredError(),  # reconstruction and frames
-        "vae_psnr": SquaredError(),  # the VAE's decoding and frames
-        "psnr_to_vae": SquaredError(),  # reconstruction and the VAE's decoding
-    }
-
-    def decoded() -> Iterator[np.ndarray]:
-        first = 0
-        while first < len(clean):
-            part = slice(first, first + batches.vae)
-            frames = inputs.clip.frames[part]
-            with watch("vae"):
-                bound = decode_latents(models, clean[part], batches.vae)
-                found = decode_latents(models, latents[part], batches.vae)
-            pairs["psnr"].add(found, frames)
-            pairs["vae_psnr"].add(bound, frames)
-            pairs["psnr_to_vae"].add(found, bound)
-            yield from found
-            first += batches.vae
-
-    save_video(folder / "inverted.mp4", decoded(), inputs.clip.fps)
-    return {name: round(error.psnr, 3) for name, error in pairs.items()}
-
-
-def preprocess(args: argparse.Namespace) -> Path:
-    """Makes the cache of one clip, or finds it made.
+        load: what loads the models, `load_stable_diffusion` if None.
+        wait: for other processes that work on the same cache, or read it; else Busy is raised.
 
     Returns:
         the cache's folder.
@@ -439,18 +506,21 @@ def preprocess(args: argparse.Namespace) -> Path:
         UserError: see `parse_args`, `open_inputs` and `is_made`.
     """
     inputs = open_inputs(args)
-    made = not args.overwrite and is_made(inputs)
-    if made and (inputs.features is None or has_features(inputs)):
-        log.info("%s is there already, made with these settings", inputs.folder)
-    else:
-        check_disk(inputs, made)
-        watch = Stopwatch(inputs.device)
-        with watch("load"):
-            models = load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
-        if not made:
-            report_reconstruction(make_cache(inputs, args.batch_size, models, watch))
-        if inputs.features is not None:
-            make_features(inputs, args.batch_size, models, watch)
+    with locked(inputs.folder, wait=wait):
+        recover(inputs.folder)
+        made = not args.overwrite and is_made(inputs, args.verify)
+        if made and (inputs.features is None or has_features(inputs, args.verify)):
+            log.info("%s is there already, made with these settings", inputs.folder)
+        else:
+            check_disk(inputs, made)
+            watch = Stopwatch(inputs.device)
+            with watch("load"):
+                load = load or load_stable_diffusion
+                models = load(inputs.checkpoint, inputs.device, inputs.dtype)
+            if not made:
+                report_reconstruction(make_cache(inputs, args.batch_size, models, watch))
+            if inputs.features is not None:
+                make_features(inputs, args.batch_size, models, watch)
     if args.steps != DEFAULTS["steps"]:
         log.info("edits find this cache with --set n_inversion_steps=%d", args.steps)
     return inputs.folder

@@ -94,6 +94,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=1,
         help="for released command lines; nothing here is random")  # fmt: skip
     add("--overwrite", action="store_true", help="replace a cache made with other settings")
+    add(
+        "--verify",
+        action="store_true",
+        help="compare the checksums of all files of a cache that is there",
+    )
     parser.set_defaults(**_CONTROL_DEFAULTS, **FEATURE_DEFAULTS)
     args = parser.parse_args(argv)
     _fill_in_settings(args)

@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluate_inputs import method_name
+from folders import replacing_folder
 from source_cache import MANIFEST, SourceCache, read_manifest
 from util import (
     ArgumentParser,
@@ -36,7 +37,6 @@ from util import (
     check_writable,
     command_line,
     load_yaml,
-    replacing_folder,
     setup_logging,
     sha256_file,
     slug,

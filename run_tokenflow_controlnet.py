@@ -17,6 +17,7 @@ from checkpoints import (
     single_model_folder,
 )
 from conditions import Control, ControlSettings, estimate_depth, load_control
+from diffusion import Loader
 from edit_inputs import EditConfig, open_inputs, read_config
 from editing import EditPlan, EditSession, run_edit
 from util import UserError, command_line, option, setup_logging
@@ -85,8 +86,15 @@ def plan(session: EditSession, settings: ControlSettings) -> EditPlan:
     )
 
 
-def edit(config: ControlNetConfig, overwrite: bool = False) -> Path:
+def edit(
+    config: ControlNetConfig,
+    overwrite: bool = False,
+    load: Loader | None = None,
+    wait: bool = True,
+) -> Path:
     """Makes the result of one edit, or finds it made; returns its folder.
+
+    Args: as of `editing.make_result`.
 
     Raises:
         UserError: naming what is missing or does not fit.
@@ -96,7 +104,7 @@ def edit(config: ControlNetConfig, overwrite: bool = False) -> Path:
     check_controlnet_fits(inputs.checkpoint, settings.key)
     if config.control == "depth" and not inputs.cache.has_depth:
         single_model_folder(config.depth_model, "depth_model")
-    return run_edit(TECHNIQUE, inputs, partial(plan, settings=settings), overwrite)
+    return run_edit(TECHNIQUE, inputs, partial(plan, settings=settings), overwrite, load, wait)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

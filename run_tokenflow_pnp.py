@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import load_unet_skeleton
+from diffusion import Loader
 from edit_inputs import EditConfig, EditInputs, open_inputs, read_config
 from editing import EditPlan, EditSession, run_edit
 from tokenflow_utils import missing_injection_layers
@@ -52,15 +53,22 @@ def plan(session: EditSession) -> EditPlan:
     )
 
 
-def edit(config: PnPConfig, overwrite: bool = False) -> Path:
+def edit(
+    config: PnPConfig,
+    overwrite: bool = False,
+    load: Loader | None = None,
+    wait: bool = True,
+) -> Path:
     """Makes the result of one edit, or finds it made; returns its folder.
+
+    Args: as of `editing.make_result`.
 
     Raises:
         UserError: naming what is missing or does not fit.
     """
     inputs = open_inputs(config)
     check_injection_layers(inputs)
-    return run_edit(TECHNIQUE, inputs, plan, overwrite)
+    return run_edit(TECHNIQUE, inputs, plan, overwrite, load, wait)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion import Loader
 from edit_inputs import EditConfig, open_inputs, read_config
 from editing import EditPlan, EditSession, run_edit
 from util import command_line, option, setup_logging
@@ -44,13 +45,20 @@ def plan(session: EditSession) -> EditPlan:
     return EditPlan(timesteps=timesteps, start=noised(timesteps[0]))
 
 
-def edit(config: SDEditConfig, overwrite: bool = False) -> Path:
+def edit(
+    config: SDEditConfig,
+    overwrite: bool = False,
+    load: Loader | None = None,
+    wait: bool = True,
+) -> Path:
     """Makes the result of one edit, or finds it made; returns its folder.
+
+    Args: as of `editing.make_result`.
 
     Raises:
         UserError: naming what is missing or does not fit.
     """
-    return run_edit(TECHNIQUE, open_inputs(config), plan, overwrite)
+    return run_edit(TECHNIQUE, open_inputs(config), plan, overwrite, load, wait)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

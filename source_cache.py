@@ -9,15 +9,18 @@
         inverted.mp4             the reconstruction
         features/                what edits need from the source (source_features.py), added later
 
-A folder without a manifest is unfinished. safetensors only: no pickle is read or written.
+A cache is made in a hidden folder beside (folders.py) and appears whole. The manifest's last line
+is its own checksum, and it has those of all other files: a file's is compared before it is used.
+safetensors only: no pickle is read or written.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -26,18 +29,20 @@ import numpy as np
 from torch import Tensor
 
 from conditions import ControlSettings
+from folders import is_locked
 from util import (
     MissingFileError,
     UserError,
+    atomic_file,
+    load_sealed_yaml,
     load_tensors,
-    load_yaml,
+    save_sealed_yaml,
     save_tensors,
-    save_yaml,
     sha256_file,
 )
-from video import load_frames, save_frames
+from video import frame_name, load_frames, save_frames
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.yaml"
 CLEAN_LATENTS = "clean"
 DEPTH_FILE = "depth.safetensors"
@@ -150,31 +155,27 @@ def save_latents(folder: Path, name: str | int, latents: Tensor) -> None:
 def save_source(folder: Path, frames: np.ndarray, prompt: str, depth: Tensor | None) -> None:
     """Writes what the inversion started from: frames (n, H, W, 3), prompt, depth (n, 1, H, W)."""
     save_frames(folder / "frames", frames)
-    (folder / "inversion_prompt.txt").write_text(prompt, encoding="utf-8")
+    with atomic_file(folder / "inversion_prompt.txt") as temporary:
+        temporary.write_text(prompt, encoding="utf-8")
     if depth is not None:
         save_tensors(folder / DEPTH_FILE, {"depth": depth})
 
 
-def finish_cache(folder: Path, manifest: Manifest, **figures: object) -> Manifest:
-    """Records the folder's files in the manifest and writes it: from now on the cache is whole.
+def finish_cache(
+    folder: Path, manifest: Manifest, files: dict[str, dict], **figures: object
+) -> Manifest:
+    """Writes the manifest: from now on the cache is whole.
 
     Args:
         manifest: what the cache depends on.
+        files: all others in the folder (`folders.Workplace.record_files`).
         figures: the fields of the manifest that say how its making went.
 
     Returns:
         the manifest as written.
     """
-    files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
     manifest = replace(manifest, files=files, **figures)
-    save_yaml(folder / MANIFEST, asdict(manifest))
+    save_sealed_yaml(folder / MANIFEST, asdict(manifest))
     return manifest
 
 
@@ -184,10 +185,21 @@ def finish_cache(folder: Path, manifest: Manifest, **figures: object) -> Manifes
 
 @dataclass(frozen=True)
 class SourceCache:
-    """A finished cache; made by `open_cache`."""
+    """A finished cache; made by `open_cache`.
+
+    Each method raises a UserError that says what to do if a file is missing or damaged, or not the
+    one that the manifest knows: after the cache was opened, it may be replaced or vanish.
+
+    Attributes:
+        sha256: of the manifest's file, by which results and features know the cache.
+        advice: what to do about damage.
+    """
 
     folder: Path
     manifest: Manifest
+    sha256: str
+    advice: str
+    _checked: set[str] = field(default_factory=set, compare=False)
 
     @property
     def fps(self) -> Fraction:
@@ -195,10 +207,14 @@ class SourceCache:
 
     def latents(self, name: str | int, n_frames: int) -> Tensor:
         """The first n_frames latents at a saved timestep (or CLEAN_LATENTS), (n, 4, h, w)."""
-        return load_tensors(latents_file(self.folder, name))["latents"][:n_frames]
+        path = latents_file(self.folder, name)
+        self.check(path.relative_to(self.folder).as_posix())
+        return load_tensors(path)["latents"][:n_frames]
 
     def frames(self, n_frames: int) -> np.ndarray:
         """The first n_frames source frames, (n, H, W, 3) uint8."""
+        for index in range(n_frames):
+            self.check(f"frames/{frame_name(index)}")
         return load_frames(self.folder / "frames", n_frames)
 
     @property
@@ -210,7 +226,74 @@ class SourceCache:
         """Depth of the first n_frames, (n, 1, H, W) in [0, 1], where there is any."""
         if not self.has_depth:
             return None
+        self.check(DEPTH_FILE)
         return load_tensors(self.folder / DEPTH_FILE)["depth"][:n_frames]
+
+    def check(self, name: str) -> None:
+        """Compares a file with its checksum, once: `name` is its path within the cache."""
+        if name not in self._checked:
+            check_file(self.folder, name, self.manifest.files, self.advice)
+            self._checked.add(name)
+
+    def check_source(self, timesteps: Iterable[int], n_frames: int) -> None:
+        """Compares what an edit of n_frames reads but for the features with its checksums."""
+        latents = (latents_file(self.folder, name) for name in (CLEAN_LATENTS, *timesteps))
+        names = [path.relative_to(self.folder).as_posix() for path in latents]
+        names += [f"frames/{frame_name(index)}" for index in range(n_frames)]
+        for name in [*names, DEPTH_FILE] if self.has_depth else names:
+            self.check(name)
+
+    def check_unchanged(self) -> None:
+        """Refuses to go on with a cache that was replaced since it was opened."""
+        if self.sha256 != sha256_file(self.folder / MANIFEST):
+            raise UserError(f"{self.folder}: was made anew meanwhile; run the same command again")
+
+    def verify(self) -> None:
+        """Compares every file with its checksum, and refuses files that the manifest lacks."""
+        for name in self.manifest.files:
+            self.check(name)
+        refuse_foreign_files(self.folder, self.manifest.files)
+
+
+def check_file(
+    folder: Path, name: str, files: Mapping[str, Mapping], advice: str, read: bool = True
+) -> None:
+    """Refuses a file of a folder that is not as its manifest says.
+
+    Args:
+        files: the manifest's; a file that it lacks is refused too.
+        advice: what to do then, for the error.
+        read: compare the checksum too; else only the size.
+
+    Raises:
+        UserError: naming the file, what is wrong with it and the advice.
+    """
+    path, recorded = folder / name, files.get(name)
+    if not path.is_file():
+        raise MissingFileError(f"{path}: is missing; {advice}")
+    if recorded is None:
+        raise UserError(f"{path}: the manifest does not know it; {advice}")
+    size = path.stat().st_size
+    if size != recorded["bytes"]:
+        raise UserError(f"{path}: {size} bytes, the manifest says {recorded['bytes']}; {advice}")
+    if read and sha256_file(path) != recorded["sha256"]:
+        raise UserError(f"{path}: damaged (its checksum is not the manifest's); {advice}")
+
+
+def refuse_foreign_files(folder: Path, files: Mapping[str, Mapping]) -> None:
+    """Refuses visible files in a folder that its manifest lacks; folders with their own are theirs.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for place, below, names in os.walk(folder):
+        inside = [name for name in sorted(below) if not name.startswith(".")]
+        below[:] = [name for name in inside if not (Path(place, name) / MANIFEST).is_file()]
+        for name in sorted(names):
+            path = Path(place, name)
+            known = path.relative_to(folder).as_posix() in files or path == folder / MANIFEST
+            if not known and not name.startswith("."):
+                raise UserError(f"{path}: is not of this cache; run: rm {shlex.quote(str(path))}")
 
 
 def remake(manifest: Manifest | None) -> str:
@@ -225,11 +308,13 @@ def find_cache(
     steps: int,
     n_frames: int,
     remedy: Callable[[Manifest | None], str] = remake,
+    verify: bool = False,
 ) -> SourceCache:
     """The cache of a clip for an edit of up to n_frames: that very one, else the longest.
 
     Args:
         remedy: says what to do about a cache that is missing (None) or damaged (its manifest).
+        verify: as in `open_cache`.
 
     Raises:
         MissingFileError: if there is none, or only unfinished ones.
@@ -248,34 +333,41 @@ def find_cache(
         hint = ""
         if others:
             hint = f" (there is {', '.join(others)}; sd_version and n_inversion_steps choose)"
-        state = "only an unfinished cache" if any(folder.glob("*nframes_*")) else "no cache"
-        raise MissingFileError(f"{folder}: {state} for this clip{hint}; {remedy(None)}")
-    return open_cache(finished.get(n_frames, finished[max(finished)]), remedy)
+        begun = list(folder.glob(".nframes_*.work"))
+        state, advice = "no cache", remedy(None)
+        if any(folder.glob("nframes_*")):
+            state, advice = "only a cache that lacks its manifest", f"{advice} --overwrite"
+        elif any(is_locked(work.with_name(work.name[1:-5])) for work in begun):
+            state = "another process is just making the cache"
+        elif begun:
+            state = "only an unfinished cache"
+        raise MissingFileError(f"{folder}: {state} for this clip{hint}; {advice}")
+    return open_cache(finished.get(n_frames, finished[max(finished)]), remedy, verify)
 
 
-def open_cache(folder: Path, remedy: Callable[[Manifest | None], str] = remake) -> SourceCache:
-    """Opens a finished cache after checking that its files are all there and undamaged.
+def open_cache(
+    folder: Path, remedy: Callable[[Manifest | None], str] = remake, verify: bool = False
+) -> SourceCache:
+    """Opens a finished cache after checking that its files are all there, of the right size.
+
+    Checksums are compared when the files are read.
 
     Args:
         remedy: as in `find_cache`.
+        verify: compare all checksums now, and refuse files that do not belong there.
 
     Raises:
-        UserError: if the manifest is not one of this format, or a file is missing or damaged.
+        UserError: if the manifest is damaged or not one of this format, or a file is missing or
+            damaged.
     """
     manifest = read_manifest(folder, remedy)
     advice = f"{remedy(manifest)} --overwrite"
-    for name, recorded in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise MissingFileError(f"{path}: missing from the cache; {advice}")
-        size = path.stat().st_size
-        if size != recorded["bytes"]:
-            raise UserError(
-                f"{path}: {size} bytes, the manifest says {recorded['bytes']}; {advice}"
-            )
-        if sha256_file(path) != recorded["sha256"]:
-            raise UserError(f"{path}: damaged (its checksum is not the manifest's); {advice}")
-    return SourceCache(folder, manifest)
+    for name in manifest.files:
+        check_file(folder, name, manifest.files, advice, read=False)
+    cache = SourceCache(folder, manifest, sha256_file(folder / MANIFEST), advice)
+    if verify:
+        cache.verify()
+    return cache
 
 
 def read_manifest(folder: Path, remedy: Callable[[Manifest | None], str] = remake) -> Manifest:
@@ -289,11 +381,10 @@ def read_manifest(folder: Path, remedy: Callable[[Manifest | None], str] = remak
     """
     path = folder / MANIFEST
     try:
-        data = load_yaml(path)
+        data = load_sealed_yaml(path)
     except UserError as error:
         raise type(error)(f"{error}; {remedy(None)} --overwrite") from error
-    expected = {f.name for f in fields(Manifest)}
-    if data.get("format") != FORMAT or set(data) != expected:
+    if data.get("format") != FORMAT or set(data) != {f.name for f in fields(Manifest)}:
         raise UserError(f"{path}: not a manifest of format {FORMAT}; {remedy(None)} --overwrite")
     if data["control"] is not None:
         data["control"] = ControlSettings(**data["control"])

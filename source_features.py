@@ -15,11 +15,13 @@ possible since the keyframes of all steps are a pure function of a seed.
             all_tokens/<layer>      (n, L, c) of every layer
 
 The files are memory-mapped, and a thread reads them ahead of the steps that need them. Each file's
-checksum is compared before it is used.
+checksum is compared before it is used. The folder is made as the cache is: beside, with a manifest
+that has its own checksum, gone on with after an interruption.
 """
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,8 +39,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import Denoiser
+from folders import resumable_folder
 from run_info import Stopwatch
-from source_cache import MANIFEST, SourceCache
+from source_cache import MANIFEST, SourceCache, check_file, refuse_foreign_files
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
@@ -51,17 +54,10 @@ from tokenflow_utils import (
     self_attention_layers,
     tokenflow_patch,
 )
-from util import (
-    UserError,
-    load_yaml,
-    replacing_folder,
-    save_tensors,
-    save_yaml,
-    sha256_file,
-)
+from util import UserError, load_sealed_yaml, save_sealed_yaml, save_tensors
 
 FOLDER = "features"
-FORMAT = 1
+FORMAT = 2
 READER = "read-ahead"  # the thread's name
 _READ_AHEAD = 2  # chunks that wait, read, for the edit to come to them
 
@@ -280,28 +276,41 @@ def write_features(
         watch: times the stage "features".
     """
     context = TokenFlowContext(images_at_once=chunk_size)
-    before = denoiser.image_forwards
     latents = partial(cache.latents, n_frames=settings.n_frames)
     live = LiveSource(denoiser, context, latents)
     steps = list(zip(timesteps, settings.keyframes(), strict=True))
     unet = denoiser.models.unet
-    with replacing_folder(cache.folder / FOLDER) as partial_folder:
+    identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": asdict(settings)}
+    with resumable_folder(cache.folder / FOLDER, identity) as work:
+        before = {"steps": 0, "seconds": 0.0, "image_forwards": 0}  # of an interrupted run
+        if work.state is not None:
+            before = work.state.figures
+            watch.add("features", before["seconds"])
+        evaluated = denoiser.image_forwards
         with ExitStack() as stack:
-            stack.enter_context(watch("features"))
             stack.enter_context(tokenflow_patch(unet, context))
             if denoiser.control is not None:
                 stack.enter_context(in_pieces(denoiser.control.controlnet, context))
-            for step, (t, keyframes) in enumerate(tqdm(steps, desc="features", unit="step")):
-                tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
-                every = {name: tensors.pop(name) for name in list(tensors) if _is_of_all(name)}
-                save_tensors(partial_folder / _file_name(t), tensors)
-                if every:
-                    save_tensors(partial_folder / _file_name(t, "tokens"), every)
-        figures = {
-            "seconds": watch.seconds["features"],
-            "image_forwards": denoiser.image_forwards - before,
-        }
-        _write_manifest(partial_folder, cache, settings, figures)
+            left = range(before["steps"], len(steps))
+            for step in tqdm(left, "features", len(steps), unit="step", initial=before["steps"]):
+                t, keyframes = steps[step]
+                with watch("features"):
+                    tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
+                    _save_step(work.folder, t, tensors)
+                forwards = before["image_forwards"] + denoiser.image_forwards - evaluated
+                seconds = watch.seconds["features"]
+                work.save("features", {}, steps=step + 1, seconds=seconds, image_forwards=forwards)
+        figures = {key: work.state.figures[key] for key in ("seconds", "image_forwards")}
+        files = work.record_files()
+        save_sealed_yaml(work.folder / MANIFEST, {**identity, **figures, "files": files})
+
+
+def _save_step(folder: Path, t: int, tensors: dict[str, Tensor]) -> None:
+    """Writes what `_record_step` found: what edits read, and apart from it what they do not."""
+    every = {name: tensors.pop(name) for name in list(tensors) if _is_of_all(name)}
+    save_tensors(folder / _file_name(t), tensors)
+    if every:
+        save_tensors(folder / _file_name(t, "tokens"), every)
 
 
 def _record_step(
@@ -346,25 +355,6 @@ def _is_of_all(name: str) -> bool:
     return name.startswith("all_tokens/")
 
 
-def _write_manifest(
-    folder: Path, cache: SourceCache, settings: FeatureSettings, figures: dict[str, object]
-) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.glob("*.safetensors"))
-    }
-    save_yaml(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "cache_sha256": sha256_file(cache.folder / MANIFEST),
-            "settings": asdict(settings),
-            **figures,
-            "files": files,
-        },
-    )
-
-
 # ---------------------------------------------------------------------------------------------
 # Reading (edits)
 
@@ -376,6 +366,7 @@ class CachedFeatures:
     folder: Path
     settings: FeatureSettings
     files: dict[str, dict]
+    advice: str
 
     def of_keyframes(
         self, t: int, keyframes: Tensor, attention: bool, features: bool
@@ -413,12 +404,13 @@ class CachedFeatures:
         Raises:
             UserError: if it is missing or damaged.
         """
-        path = self.folder / _file_name(t, kind)
-        if not path.is_file() or sha256_file(path) != self.files[path.name]["sha256"]:
-            raise UserError(
-                f"{path}: missing or damaged; delete {self.folder} and run preprocess.py again, "
-                "or edit with --set source_features=live"
-            )
+        check_file(self.folder, _file_name(t, kind), self.files, self.advice)
+
+    def verify(self) -> None:
+        """Compares every file with its checksum, and refuses files that the manifest lacks."""
+        for name in self.files:
+            check_file(self.folder, name, self.files, self.advice)
+        refuse_foreign_files(self.folder, self.files)
 
     def _open(self, t: int, kind: str = "step") -> safe_open:
         path = self.folder / _file_name(t, kind)
@@ -428,26 +420,38 @@ class CachedFeatures:
             raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def find_features(cache: SourceCache) -> CachedFeatures | None:
-    """The finished features of a cache, if there are any that belong to it.
+def find_features(
+    cache: SourceCache, remake: str = "run preprocess.py again"
+) -> CachedFeatures | None:
+    """The finished features of a cache, if it has any: all files there, of the right size.
+
+    Args:
+        remake: what makes them again, for errors.
 
     Raises:
-        UserError: if their manifest is damaged or of another format.
+        UserError: if a file is missing or damaged, or they belong to another cache.
     """
-    path = cache.folder / FOLDER / MANIFEST
-    if not path.is_file():
+    folder = cache.folder / FOLDER
+    if not folder.exists():
         return None
-    data = load_yaml(path)
+    advice = (
+        f"run: rm -r {shlex.quote(str(folder))} and then {remake.removeprefix('run: ')}; "
+        "or edit without: --set source_features=live"
+    )
+    path = folder / MANIFEST
+    try:
+        data = load_sealed_yaml(path)
+    except UserError as error:
+        raise type(error)(f"{error}; {advice}") from error
     names = {field.name for field in fields(FeatureSettings)}
     whole = {"format", "cache_sha256", "settings", "files"} <= set(data)
     if not whole or data["format"] != FORMAT or set(data["settings"] or ()) != names:
-        raise UserError(
-            f"{path}: not a manifest of format {FORMAT}; delete {path.parent} and run "
-            "preprocess.py again"
-        )
-    if data["cache_sha256"] != sha256_file(cache.folder / MANIFEST):
-        return None  # of a cache that was replaced
-    return CachedFeatures(path.parent, FeatureSettings(**data["settings"]), data["files"])
+        raise UserError(f"{path}: not a manifest of format {FORMAT}; {advice}")
+    if data["cache_sha256"] != cache.sha256:
+        raise UserError(f"{folder}: belongs to another cache; {advice}")
+    for name in data["files"]:
+        check_file(folder, name, data["files"], advice, read=False)
+    return CachedFeatures(folder, FeatureSettings(**data["settings"]), data["files"], advice)
 
 
 @dataclass(frozen=True)

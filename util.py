@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import logging
 import math
@@ -13,7 +14,8 @@ import os
 import re
 import reprlib
 import secrets
-import shutil
+import shlex
+import signal
 import sys
 import types
 import typing
@@ -53,13 +55,23 @@ class ArgumentParser(argparse.ArgumentParser):
 def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
     """Run a script's main(None) and leave: user errors become one line and exit status 2.
 
-    Running out of GPU memory is reported in the same way, Ctrl-C exits with 130, and everything
-    else is a bug that keeps its traceback.
+    A disk that is full or cannot be written to and too little GPU memory are reported in the same
+    way. SIGINT (Ctrl-C), SIGTERM and SIGHUP end it with 128 + their number and a line that says how
+    to go on. Everything else is a bug that keeps its traceback.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup(1) has SIGHUP ignored
+            signal.signal(number, _interrupt)
     try:
         main(None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"error: {named}{error.strerror}; once that is mended, {_GO_ON}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         print(
@@ -68,10 +80,30 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        again = shlex.join(["python", *sys.argv])
+        print(f"\ninterrupted; {_GO_ON}: {again}", file=sys.stderr)
+        sys.exit(128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT))
     sys.exit(0)
+
+
+_GO_ON = "the same command goes on with what is finished by now"
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ESTALE, errno.ENAMETOOLONG, errno.ENOLCK,
+)  # fmt: skip
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
+    raise Interrupted(number)
 
 
 class _MessageFormatter(logging.Formatter):
@@ -101,7 +133,8 @@ def setup_logging() -> None:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write; on success it becomes `path` at once, on failure it is removed.
 
-    The temporary file lies in the same folder (made if missing), hidden, with the same suffix.
+    The temporary file lies in the same folder (made if missing), hidden, with the same suffix. What
+    was written is on the disk before it takes its name: no loss of power leaves a part of it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,27 +145,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it takes the place of `folder`, old or missing.
-
-    On failure `folder` is as it was, and what was written stays beside it under a hidden name
-    until the next attempt.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def sync_folder(folder: str | Path) -> None:
+    """Put a folder's entries (what is in it, under which names) on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(folder: str | Path, name: str) -> None:
@@ -227,6 +251,30 @@ def save_yaml(path: str | Path, mapping: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def save_sealed_yaml(path: str | Path, mapping: Mapping[str, Any]) -> None:
+    """Write a mapping as YAML whose last line is a checksum of all before it: sha256: <hex>."""
+    text = yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True).encode()
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(text + f"{_SEAL}{hashlib.sha256(text).hexdigest()}\n".encode())
+
+
+def load_sealed_yaml(path: str | Path) -> dict[str, Any]:
+    """Read what `save_sealed_yaml` wrote, without the checksum.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it was truncated or changed since, or never was such a file.
+    """
+    content = _existing_file(path).read_bytes()
+    text, seal, checksum = content.rpartition(_SEAL.encode())
+    if not seal or checksum.decode("ascii", "replace") != hashlib.sha256(text).hexdigest() + "\n":
+        raise UserError(f"{path}: damaged, changed after it was written, or of an older version")
+    return _parse_yaml(text, str(path))
+
+
+_SEAL = "sha256: "
 
 
 def load_yaml(path: str | Path) -> dict[Any, Any]:

@@ -384,12 +384,17 @@ def save_video(path: str | Path, frames: Iterable[np.ndarray], fps: Fraction) ->
         container.mux(stream.encode())
 
 
+def frame_name(index: int) -> str:
+    """The file name of a frame: 00000.png, ..."""
+    return f"{index:05d}.png"
+
+
 def save_frames(folder: str | Path, frames: Iterable[np.ndarray]) -> None:
     """Write RGB uint8 (H, W, 3) frames as 00000.png, ...; frames of a longer earlier run go."""
     folder = Path(folder)
     count = 0
     for count, array in enumerate(frames, start=1):
-        with atomic_file(folder / f"{count - 1:05d}.png") as temporary:
+        with atomic_file(folder / frame_name(count - 1)) as temporary:
             Image.fromarray(array).save(temporary)
     for stale in _saved_frames(folder)[count:]:
         stale.unlink()
@@ -405,7 +410,7 @@ def load_frames(folder: str | Path, n_frames: int | None = None) -> np.ndarray:
     folder = Path(folder)
     count = n_frames if n_frames is not None else max(len(_saved_frames(folder)), 1)
     frames: list[np.ndarray] = []
-    for path in (folder / f"{index:05d}.png" for index in range(count)):
+    for path in (folder / frame_name(index) for index in range(count)):
         if not path.is_file():
             raise MissingFileError(f"{path}: no such frame")
         frames.append(np.asarray(_open_image(path)))

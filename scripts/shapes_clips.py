@@ -32,6 +32,7 @@ from shapes_world import (
     render_clip,
 )
 
+from folders import replacing_folder
 from motion import save_motion, truth_file
 from util import (
     ArgumentParser,
@@ -39,7 +40,6 @@ from util import (
     check_writable,
     command_line,
     load_yaml,
-    replacing_folder,
     save_yaml,
 )
 from video import save_frames

@@ -45,8 +45,11 @@ def invert(clip: Path, save_dir: Path, model: Path, **options: object) -> Path:
 
 
 def contents(folder: Path) -> dict[str, int]:
-    """All that lies in a folder with the time of its last change: equal if nothing was written."""
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+    """All that lies in a folder, and when files last changed: equal if none was written."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns if path.is_file() else 0
+        for path in folder.rglob("*")
+    }
 
 
 def video_facts(path: Path) -> tuple[int, Fraction, tuple[int, int]]:

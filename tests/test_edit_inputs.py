@@ -18,7 +18,7 @@ import run_tokenflow_sdedit
 from checkpoints import checkpoint_revision
 from edit_inputs import open_inputs
 from run_tokenflow_pnp import PnPConfig
-from util import MissingFileError, UserError, load_yaml, save_yaml
+from util import MissingFileError, UserError, load_sealed_yaml, save_sealed_yaml, save_yaml
 
 SCRIPTS = {
     "pnp": run_tokenflow_pnp,
@@ -239,9 +239,10 @@ def test_without_a_cache_the_command_that_makes_it_is_named(place, keys, techniq
     assert open_inputs(PnPConfig(**{k: v for k, v in keys.items() if k != "controlnet_key"}))
 
 
-def test_an_unfinished_cache_is_none(place, keys, cache):
+def test_a_cache_without_its_manifest_is_none(place, keys, cache):
     (cache / "manifest.yaml").unlink()
-    message = refused(place, "only an unfinished cache for this clip", keys, error=MissingFileError)
+    said = "only a cache that lacks its manifest for this clip.*--overwrite"
+    message = refused(place, said, keys, error=MissingFileError)
     run_the_command_in(message)
     open_inputs(PnPConfig(**keys))
 
@@ -327,7 +328,7 @@ def damage_one_bit(path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (damage_missing, "missing from the cache"),
+        (damage_missing, "is missing"),
         (damage_cut, r"\d+ bytes, the manifest says \d+"),
         (damage_one_bit, "checksum"),
     ],
@@ -344,15 +345,25 @@ def test_a_damaged_cache_is_refused(place, keys, cache, name, damage, said):
         lambda text: "",
         lambda text: "- a list\n",
         lambda text: "{",
-        lambda text: text.replace("format: 2", "format: 1"),
         lambda text: text.replace("save_steps: 5\n", ""),
+        lambda text: text.replace("fps: '10'", "fps: '11'"),
+        lambda text: text[:-2] + "x\n",
     ],
-    ids=["cut", "empty", "list", "no YAML", "another format", "a field less"],
+    ids=["cut", "empty", "list", "no YAML", "a field less", "another value", "another checksum"],
 )
 def test_a_damaged_manifest_is_refused(place, keys, cache, damage):
     path = cache / "manifest.yaml"
-    path.write_text(damage(path.read_text()))
-    refused(place, r"manifest\.yaml: .*preprocess\.py .*--overwrite", keys)
+    text = path.read_text()
+    path.write_text(damage(text))
+    assert path.read_text() != text
+    refused(place, r"manifest\.yaml: damaged.*preprocess\.py .*--overwrite", keys)
+
+
+@pytest.mark.parametrize("changes", [{"format": 2}, {"more": 1}])
+def test_a_manifest_of_another_format_is_refused(place, keys, cache, changes):
+    path = cache / "manifest.yaml"
+    save_sealed_yaml(path, {**load_sealed_yaml(path), **changes})
+    refused(place, r"manifest\.yaml: not a manifest of format 3; .*preprocess\.py .*--over", keys)
 
 
 def test_other_folders_beside_the_caches_are_no_matter(place, keys, cache):
@@ -430,9 +441,9 @@ def test_pnp_alone_refuses_a_unet_without_its_layers(place, keys, cache, tiny_mo
     for name in ("down_block_types", "up_block_types", "block_out_channels", "attention_head_dim"):
         settings[name] = settings[name][:3]
     (copy / "unet" / "config.json").write_text(json.dumps(settings))
-    manifest = load_yaml(cache / "manifest.yaml")
+    manifest = load_sealed_yaml(cache / "manifest.yaml")
     manifest["model_revision"] = checkpoint_revision(copy)
-    save_yaml(cache / "manifest.yaml", manifest)
+    save_sealed_yaml(cache / "manifest.yaml", manifest)
     keys["model_key"] = "short"
     expected = r"short: its UNet has no up_blocks\.3\..*\(\d of the layers that PnP injects into"
     refused(place, expected, keys)

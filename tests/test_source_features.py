@@ -2,6 +2,7 @@
 
 import itertools
 import shlex
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from source_features import (
     write_features,
 )
 from tokenflow_utils import ATTENTION_LAYERS, self_attention_layers
-from util import UserError, load_yaml
+from util import UserError, load_sealed_yaml, load_yaml, save_sealed_yaml
 
 # A keyframe's injected features come from its chunk's pass where they are cached, and from the
 # keyframes' where they are live: rounding depends on the batch.
@@ -279,26 +280,37 @@ def flip(path):
 def test_a_damaged_file_is_named_before_it_is_used(keys, tiny_model, tmp_path, harm):
     other, path = damaged_cache(keys, tiny_model, tmp_path)
     harm(path)
-    with pytest.raises(UserError, match=rf"{path.name}: missing or damaged.*preprocess.py"):
+    with pytest.raises(
+        UserError,
+        match=rf"{path.name}: .*; run: rm -r .*preprocess.py",
+    ):
         pnp(other)
     assert torch.isfinite(pnp(other, source_features="live")).all()
     assert not [t for t in threading.enumerate() if t.name.startswith(READER)]  # it has ended
 
 
-def test_features_of_another_cache_are_not_taken(keys, tiny_model, tmp_path):
+def test_features_of_another_cache_are_refused(keys, tiny_model, tmp_path):
     other, _ = damaged_cache(keys, tiny_model, tmp_path)
-    manifest = folder_of(other).parent / "manifest.yaml"
-    manifest.write_text(manifest.read_text() + "\n# made again\n")
-    assert find_features(session_of(other).cache) is None
+    shutil.rmtree(folder_of(other))
+    shutil.copytree(folder_of(keys), folder_of(other))
+    with pytest.raises(UserError, match="features: belongs to another cache; run: rm -r"):
+        find_features(session_of(other).cache)
 
 
-@pytest.mark.parametrize(
-    "text", ["format: 0", "format: 1", "{format: 1, cache_sha256: a, files: {}, settings: null}"]
-)
-def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path, text):
+@pytest.mark.parametrize("changes", [{"format": 1}, {"settings": None}, {"settings": {"a": 1}}])
+def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path, changes):
     other, _ = damaged_cache(keys, tiny_model, tmp_path)
-    (folder_of(other) / "manifest.yaml").write_text(text)
-    with pytest.raises(UserError, match="not a manifest of format 1"):
+    path = folder_of(other) / "manifest.yaml"
+    save_sealed_yaml(path, {**load_sealed_yaml(path), **changes})
+    with pytest.raises(UserError, match="not a manifest of format 2; run: rm -r"):
+        pnp(other)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_a_damaged_manifest_is_refused(keys, tiny_model, tmp_path, harm):
+    other, _ = damaged_cache(keys, tiny_model, tmp_path)
+    harm(folder_of(other) / "manifest.yaml")
+    with pytest.raises(UserError, match=r"features/manifest.yaml: .*run: rm -r .*preprocess.py"):
         pnp(other)
 
 

@@ -1,0 +1,330 @@
+"""Folders that hold the result of long work: they appear whole, and work on them can go on.
+
+    <parent>/<name>/              the finished folder
+    <parent>/.<name>.lock         locked by the process that works on it, or by those that read it
+    <parent>/.<name>.work/        unfinished work
+        work.json                 what it is; work on anything else is thrown away
+        state.safetensors         where it goes on
+        folder/                   what will be <name>
+        old/                      what <name> replaces, between two renames
+
+A process may be killed at any moment: every file is written under a temporary name, synced and
+renamed (`util.atomic_file`), and so is the folder, last. Locks are flock(2)'s, which end with the
+process that holds them. Nothing here knows diffusion.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from util import UserError, atomic_file, sha256_file, sync_folder
+
+log = logging.getLogger("tokenflow")
+
+# Where a lock cannot be had for want of rights, nobody else can be writing from here either.
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class Busy(UserError):
+    """Another process works on the folder."""
+
+
+# ---------------------------------------------------------------------------------------- locks
+
+
+@contextmanager
+def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Keeps other processes off a folder, which need not exist yet.
+
+    Args:
+        shared: only those that write; several may read at once.
+        wait: until the others are done, which the log says; else Busy is raised.
+
+    Raises:
+        Busy: if another process is at it and `wait` is false.
+    """
+    lock = _acquire(folder, shared, wait)
+    if lock is None:
+        yield
+        return
+    try:
+        if not shared:
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        _release(folder, lock)
+
+
+def _acquire(folder: Path, shared: bool, wait: bool) -> int | None:
+    """The descriptor of the folder's lock, held; None where a reader needs none."""
+    path, kind = _lock_path(folder), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        lock = _open_lock(path, read_only=shared)
+        if lock is None:
+            return None
+        try:
+            _flock(lock, kind, folder, wait)
+            if _is_at(path, lock):
+                return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # removed by its holder while this process waited for it
+
+
+def _flock(lock: int, kind: int, folder: Path, wait: bool) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        # Readers leave no name.
+        who = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
+        if not wait:
+            raise Busy(f"{folder}: {who} works on it; try again when it has ended") from error
+        log.info("%s: waiting for %s, which works on it (Ctrl-C gives up)", folder, who)
+        fcntl.flock(lock, kind)
+
+
+def _release(folder: Path, lock: int) -> None:
+    """Lets go of a lock; whoever is the last to hold it removes its file."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(_lock_path(folder), lock) and os.access(folder.parent, os.W_OK):
+            _lock_path(folder).unlink()
+    except BlockingIOError:
+        pass  # others hold it still
+    finally:
+        os.close(lock)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is (still) the one of this name."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process works on the folder now."""
+    path = _lock_path(folder)
+    if not path.is_file():
+        return False
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _open_lock(path: Path, read_only: bool) -> int | None:
+    """A descriptor of a lock file, made if need be; None where it can be neither made nor read."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if not read_only or error.errno not in _READ_ONLY:
+            raise
+        return os.open(path, os.O_RDONLY) if path.is_file() else None
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+# ------------------------------------------------------------------------------ whole folders
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill; on success it takes the place of `folder`, old or missing.
+
+    On failure `folder` is as it was, and what was written is removed.
+    """
+    place = _work_place(folder)
+    recover(folder)
+    _remove(place)
+    (place / "folder").mkdir(parents=True)
+    try:
+        yield place / "folder"
+    except BaseException:
+        _remove(place)
+        raise
+    _put_in_place(folder)
+
+
+def recover(folder: Path) -> None:
+    """Ends what a process that was killed between two renames had begun. Call it locked."""
+    old = _work_place(folder) / "old"
+    if not old.exists():
+        return
+    if folder.exists():
+        _remove(old)
+    else:
+        old.rename(folder)
+
+
+def _put_in_place(folder: Path) -> None:
+    place = _work_place(folder)
+    for path, _, _ in os.walk(place / "folder"):
+        sync_folder(path)
+    if folder.exists():
+        folder.rename(place / "old")
+    (place / "folder").rename(folder)
+    sync_folder(folder.parent)
+    _remove(place)
+
+
+def _work_place(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.work")
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------- work that goes on
+
+
+@dataclass(frozen=True)
+class State:
+    """Where work goes on: the stage that it was in, its tensors, and plain figures."""
+
+    stage: str
+    tensors: dict[str, torch.Tensor]
+    figures: dict[str, Any]
+
+
+@dataclass
+class Workplace:
+    """A folder that is being filled, by one process after another if need be.
+
+    Attributes:
+        folder: to fill; a file counts from the `save` after it was written.
+        state: as last saved, by this process or one before it; None at the beginning.
+        files: bytes and sha256 of the files that were there then, by path within the folder.
+    """
+
+    folder: Path
+    state: State | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def save(self, stage: str, tensors: Mapping[str, torch.Tensor], **figures: Any) -> None:
+        """Makes this the state that work goes on from, with all files that are there now."""
+        self.record_files()
+        # Copies, since safetensors takes no two tensors that share memory.
+        plain = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        text = json.dumps({"stage": stage, "figures": figures, "files": self.files})
+        metadata = {"state": text, "sha256": _digest(text, plain)}
+        with atomic_file(_state_file(self.folder.parent)) as temporary:
+            save_file(plain, temporary, metadata)
+        self.state = State(stage, plain, figures)
+
+    def record_files(self) -> dict[str, dict[str, Any]]:
+        """Records the files that are there by now; returns all of them."""
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if name not in self.files and path.is_file():
+                self.files[name] = file_record(path)
+        return self.files
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """What manifests say of a file: its bytes and sha256."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+@contextmanager
+def resumable_folder(folder: Path, work: Mapping[str, Any]) -> Iterator[Workplace]:
+    """Yields a place to fill; on success it takes the place of `folder`, old or missing.
+
+    However it is left otherwise, the next one with the same `work` goes on from the last `save`.
+    What is damaged since, or belongs to other work, is thrown away, the former with a warning.
+    Call it locked.
+
+    Args:
+        work: all that the folder's contents depend on, as plain values.
+    """
+    place = _work_place(folder)
+    recover(folder)
+    text = json.dumps(work, indent=1, sort_keys=True)
+    label = place / "work.json"
+    workplace = None
+    if label.is_file() and label.read_bytes() == text.encode():
+        workplace = _reopen(place)
+    if workplace is None:
+        _remove(place)
+        workplace = Workplace(place / "folder")
+        workplace.folder.mkdir(parents=True)
+        with atomic_file(label) as temporary:
+            temporary.write_bytes(text.encode())
+    else:
+        log.info("%s: going on where an earlier run stopped", folder)
+    try:
+        yield workplace
+    except BaseException:
+        if workplace.state is None:
+            _remove(place)  # there is nothing to go on from
+        raise
+    _put_in_place(folder)
+
+
+def _reopen(place: Path) -> Workplace | None:
+    """The workplace as it was last saved; None where nothing was, or it is damaged since."""
+    path = _state_file(place)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        metadata, tensors = {}, {}
+    text = metadata.get("state", "")
+    if metadata.get("sha256") != _digest(text, tensors):
+        log.warning("%s: damaged; the work begins anew", path)
+        return None
+    state = json.loads(text)
+    workplace = Workplace(
+        place / "folder", State(state["stage"], tensors, state["figures"]), state["files"]
+    )
+    for name, record in workplace.files.items():
+        path = workplace.folder / name
+        if not path.is_file() or file_record(path) != record:
+            log.warning("%s: damaged; the work begins anew", path)
+            return None
+    for path in list(workplace.folder.rglob("*")):
+        if path.is_file() and path.relative_to(workplace.folder).as_posix() not in workplace.files:
+            path.unlink()  # written after the last save, perhaps in part
+    return workplace
+
+
+def _state_file(place: Path) -> Path:
+    return place / "state.safetensors"
+
+
+def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0")
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
