@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from checkpoints import frozen
 from conditions import Control, ControlSettings, depth_latents, load_control
+from parallel import ALONE, Team
 from prompt_attention import share_prompts
 from util import UserError
 
@@ -58,12 +59,23 @@ class StableDiffusion:
         return self.unet.config.in_channels == self.vae.config.latent_channels + 1
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, team: Team = ALONE) -> torch.device:
     """The torch device of a `device` option: auto, cpu, cuda, cuda:1, mps.
+
+    Args:
+        team: of several processes, each takes the GPU of its number on its machine.
 
     Raises:
         UserError: if torch knows no such device or this machine has none.
     """
+    if team.size > 1:
+        if name not in ("auto", "cpu", "cuda"):
+            raise UserError(
+                f"device: {name} cannot be shared by {team.size} processes; expected cuda (a GPU "
+                "for each), cpu or auto"
+            )
+        if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+            name = f"cuda:{team.local_rank}"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -429,13 +441,15 @@ def encode_frames(models: StableDiffusion, frames: np.ndarray, batch_size: int =
     Returns:
         (n, 4, h, w) float32 on the CPU.
     """
-    latents = []
-    for start in range(0, len(frames), batch_size):
-        pixels = torch.from_numpy(frames[start : start + batch_size]).permute(0, 3, 1, 2)
+    n, height, width, _ = frames.shape
+    channels, factor = models.vae.config.latent_channels, models.vae_factor
+    latents = torch.empty(n, channels, height // factor, width // factor)
+    for numbers in _pieces(n, batch_size):
+        pixels = torch.from_numpy(frames[numbers]).permute(0, 3, 1, 2)
         pixels = pixels.to(models.device, models.dtype) / 127.5 - 1.0  # [-1, 1]
         mean = models.vae.encode(pixels).latent_dist.mean
-        latents.append((mean.float() * models.vae.config.scaling_factor).cpu())
-    return torch.cat(latents)
+        latents[numbers] = (mean.float() * models.vae.config.scaling_factor).cpu()
+    return latents
 
 
 @torch.inference_mode()
@@ -445,17 +459,24 @@ def decode_latents(models: StableDiffusion, latents: Tensor, batch_size: int = 8
     Raises:
         UserError: if the decoded pixels are not finite.
     """
-    frames = []
-    for chunk in latents.split(batch_size):
-        scaled = chunk.to(models.device, torch.float32) / models.vae.config.scaling_factor
+    (n, _, h, w), factor = latents.shape, models.vae_factor
+    frames = np.empty((n, h * factor, w * factor, 3), np.uint8)
+    for numbers in _pieces(n, batch_size):
+        scaled = latents[numbers].to(models.device, torch.float32)
+        scaled = scaled / models.vae.config.scaling_factor
         pixels = models.vae.decode(scaled.to(models.dtype), return_dict=False)[0].float()
         if not torch.isfinite(pixels).all():
             raise UserError(
                 f"the VAE's frames are not finite in {models.dtype_name}; try {BETTER_DTYPE}"
             )
         pixels = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
-        frames.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(frames)
+        frames[numbers] = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return frames
+
+
+def _pieces(n: int, size: int) -> list[slice]:
+    """0..n-1 in ranges of `size` at most; none for n = 0."""
+    return [slice(start, start + size) for start in range(0, n, size)]
 
 
 _VALUES_AT_ONCE = 2**20  # of a uint8 clip, which are compared

@@ -20,6 +20,7 @@ from checkpoints import (
     model_key_for,
 )
 from diffusion import NoiseSchedule, resolve_device, resolve_dtype
+from parallel import ALONE, Team
 from preprocess_options import FEATURE_DEFAULTS
 from source_cache import Manifest, SourceCache, find_cache, preprocess_command
 from source_features import find_features
@@ -169,15 +170,21 @@ class EditInputs:
     timesteps: list[int]  # of the sampling schedule, noisiest first
     device: torch.device
     dtype: torch.dtype
+    team: Team = ALONE  # the processes that make this edit together
 
 
-def open_inputs(config: EditConfig) -> EditInputs:
+def open_inputs(config: EditConfig, team: Team = ALONE) -> EditInputs:
     """Finds and checks the cache, the checkpoint and the device of a configuration.
 
     Raises:
         UserError: naming what is missing or does not fit, and the command that mends it.
     """
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, team)
+    if config.compile and team.size > 1:
+        raise UserError(
+            f"compile: true, but {team.size} processes exchange tokens inside of the UNet, which "
+            "cannot be compiled whole; use compile: false, or one process"
+        )
     _check_backend(config.attention_backend, device)
     check_writable(config.output_path, "output_path")
     cache = find_cache(
@@ -220,6 +227,7 @@ def open_inputs(config: EditConfig) -> EditInputs:
         timesteps=timesteps,
         device=device,
         dtype=resolve_dtype(config.dtype, device),
+        team=team,
     )
 
 

@@ -37,6 +37,7 @@ from diffusion import (
 )
 from edit_inputs import EditConfig, EditInputs, features_remedy
 from folders import Workplace, locked, recover, resumable_folder
+from parallel import Team
 from run_info import Stopwatch, device_name, peak_memory_bytes, reset_peak_memory, versions
 from source_cache import CLEAN_LATENTS, check_file
 from source_features import (
@@ -60,6 +61,7 @@ from tokenflow_utils import (
     neighbours,
     released_neighbours,
     tokenflow_patch,
+    windows_of,
 )
 from util import (
     UserError,
@@ -197,11 +199,11 @@ class EditSession:
             "none": loop.predict_per_frame,
         }[config.consistency]
 
-        x, done, forwards = plan.start, 0, 0
+        x, done, before = plan.start, 0, 0
         saved = self.work and self.work.state
         if saved:
             x, done = saved.tensors["latents"], saved.figures["steps"]
-            forwards = saved.figures["image_forwards"]
+            before = saved.figures["image_forwards"]
             self.watch.add("edit", saved.figures["seconds"])
         with ExitStack() as stack:
             stack.enter_context(
@@ -212,15 +214,18 @@ class EditSession:
                 stack.enter_context(in_pieces(control.controlnet, loop.context))
             following = [*plan.timesteps[1:], CLEAN]
             left = range(done, len(steps))
-            for i in tqdm(left, "edit", len(steps), unit="step", initial=done):
+            for i in tqdm(
+                left, "edit", len(steps), unit="step", initial=done, disable=not self.team.is_main
+            ):
                 step = steps[i]
                 with self.watch("edit"):
                     loop.context.inject_attention = step.attention
                     loop.context.inject_features = step.features
                     eps = predict(source, x, step.t, step.keyframes)
                     x = ddim_step(x, eps, schedule.level(step.t), schedule.level(following[i]))
-                self.image_forwards = forwards + loop.image_forwards
                 if (i + 1) % config.checkpoint_every == 0 or following[i] == CLEAN:
+                    made = sum(self.team.of_all(loop.image_forwards))
+                    self.image_forwards = before + made
                     self._checkpoint(x, i + 1)
         return x
 
@@ -240,10 +245,12 @@ class EditSession:
         """Where the loop has the source's part of the steps that are left; the log says it too."""
         features, reason = self._cached_features(steps)
         self.source_features = "cached" if features is not None else "live"
+        kind = f"{self.source_features} of {self.cache.sha256}"
+        self.team.check_same(kind, "source cache and its features")
         if features is not None:
             log.info("source features: read from %s", features.folder)
-            left = steps[done:]
-            return CachedSource(loop.context, self.models.device, features, left, loop.chunks)
+            where, left = (loop.context, self.models.device), steps[done:]
+            return CachedSource(*where, features, left, loop.chunks, self.team)
         if self.config.consistency == "tokenflow":
             log.info("source features: computed live (%s)", reason)
         return LiveSource(loop.live_denoiser(), loop.context, self._latents)
@@ -280,11 +287,16 @@ class EditSession:
         """Edits the clip."""
         latents = self.edit_latents(plan)
         with self.watch("decode"):
-            frames = decode_latents(self.models, latents, self.chunk_size)
+            share = self.team.share(len(latents))
+            own = decode_latents(self.models, share.take(latents), self.chunk_size)
+            frames = share.gather(torch.from_numpy(own)).numpy()
         return Edited(frames, latents)
 
     def save(self, edited: Edited, technique: str, work: Workplace) -> None:
-        """Fills a result's folder, run.yaml last."""
+        """Fills a result's folder, run.yaml last; of several processes, the main one does."""
+        peak = max(self.team.of_all(peak_memory_bytes(self.inputs.device)))
+        if not self.team.is_main:
+            return
         fps, folder = self.cache.fps, work.folder
         if self.config.fps is not None:
             fps = Fraction(self.config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
@@ -296,8 +308,12 @@ class EditSession:
             save_video(folder / "side_by_side.mp4", both, fps)
             save_tensors(folder / "edited_latents.safetensors", {"latents": edited.latents})
         save_yaml(folder / "config.yaml", asdict(self.config))
-        record = self._run_record(technique) | {"files": work.record_files()}
+        record = self._run_record(technique, peak) | {"files": work.record_files()}
         save_sealed_yaml(folder / RUN_FILE, record)
+
+    @property
+    def team(self) -> Team:
+        return self.inputs.team
 
     @property
     def chunk_size(self) -> int:
@@ -306,7 +322,7 @@ class EditSession:
     def _latents(self, name: str | int) -> Tensor:
         return self.cache.latents(name, self.inputs.n_frames)
 
-    def _run_record(self, technique: str) -> dict:
+    def _run_record(self, technique: str, peak_memory: int) -> dict:
         return {
             "technique": technique,
             "cache": str(self.cache.folder),
@@ -315,11 +331,12 @@ class EditSession:
             "checkpoint_revision": self.cache.manifest.model_revision,
             "n_frames": len(self.frames),
             "device": device_name(self.inputs.device),
+            "processes": self.team.size,
             "dtype": self.models.dtype_name,
             "source_features": self.source_features,
             "image_forwards": self.image_forwards,
             "seconds": self.watch.seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.inputs.device),
+            "peak_memory_bytes": peak_memory,
             "versions": versions(),
         }
 
@@ -369,17 +386,25 @@ def make_result(
         the result's folder: edited.mp4, frames/, side_by_side.mp4, edited_latents.safetensors,
         config.yaml (every key), run.yaml (what it resolved to, and how it went).
     """
-    folder, cache = result_folder(inputs, technique), inputs.cache
-    with locked(cache.folder, shared=True, wait=wait), locked(folder, wait=wait):
-        cache.check_unchanged()
-        recover(folder)
-        if not overwrite and _is_finished(folder, cache.sha256, inputs.config.verify):
+    folder, cache, team = result_folder(inputs, technique), inputs.cache, inputs.team
+    with (
+        locked(cache.folder, shared=True, wait=wait, team=team),
+        locked(folder, wait=wait, team=team),
+    ):
+        with team.together():
+            cache.check_unchanged()
+            found = False
+            if team.is_main:
+                recover(folder)
+                verify = inputs.config.verify
+                found = not overwrite and _is_finished(folder, cache.sha256, verify)
+        if team.agree(found):
             log.info(
                 "%s is there already, made with these settings; --overwrite makes it anew", folder
             )
             return folder
         work_on = {**_result_settings(inputs), "cache_sha256": cache.sha256}
-        with resumable_folder(folder, work_on) as work:
+        with resumable_folder(folder, work_on, team) as work:
             session = EditSession(inputs, load=load, work=work)
             session.save(edit(session), technique, work)
     return folder
@@ -409,7 +434,9 @@ class _Loop:
     """One run's denoisers and context; predicts the guided noise of all frames at a step.
 
     Each predictor takes the source, x (n, 4, h, w), the edit's latents at timestep t, and the
-    step's keyframes, and returns eps, (n, 4, h, w) float32 on the CPU.
+    step's keyframes, and returns eps, (n, 4, h, w) float32 on the CPU. Of several processes, each
+    computes its share of the frames, in its own chunks, and what it finds is gathered; keyframes
+    that are edited together are shared out by themselves.
     """
 
     def __init__(self, session: EditSession, plan: EditPlan) -> None:
@@ -428,10 +455,13 @@ class _Loop:
             # A chunk's images; first_frame adds the first frame to each.
             images_at_once=(session.chunk_size + (config.consistency == "first_frame"))
             * len(prompts),
+            keep_base=config.consistency == "tokenflow",
         )
         self.frames = torch.arange(len(session.frames))
+        self.team, self.share = session.team, session.team.share(len(self.frames))
         self.chunk_size = session.chunk_size
-        self.chunks = self.frames.split(session.chunk_size)
+        own = self.share.numbers  # which there may be none of
+        self.chunks = own.split(session.chunk_size) if len(own) else ()
         self.flow = None
         if config.correspondence == "flow":
             self.flow = FlowField(session.frames, plan.start.shape[-2:], models)
@@ -462,48 +492,54 @@ class _Loop:
 
     def predict_tokenflow(self, source: Source, x: Tensor, t: int, keyframes: Tensor) -> Tensor:
         """Keyframes are edited together; every frame is made from their output tokens."""
-        source.tokens(t, keyframes)
-        self._edit_jointly(x, t, keyframes)
-        eps = []
+        own = self._own_keyframes(keyframes)
+        source.tokens(t, own)
+        self._edit(Pass.EXTENDED, x, t, own)
+        eps = [x[:0]]
         for chunk in self.chunks:
             self._set_neighbours(chunk, keyframes)
             source.matches(t, chunk)
             eps.append(self._edit(Pass.PROPAGATE, x, t, chunk))
-        return torch.cat(eps)
+        return self.share.gather(torch.cat(eps))
 
     def predict_extended_attention(self, source: Source, x: Tensor, t: int, _: Tensor) -> Tensor:
         """Every frame is a keyframe, and nothing is propagated (Table 1, "w/o TokenFlow")."""
+        own = self._own_keyframes(self.frames)
         if self._injecting:
-            source.tokens(t, self.frames)
-        return self._edit_jointly(x, t, self.frames)
+            source.tokens(t, own)
+        return self.context.keyframe_share.gather(self._edit(Pass.EXTENDED, x, t, own))
 
     def predict_per_frame(self, source: Source, x: Tensor, t: int, _: Tensor) -> Tensor:
         """The base technique alone, each frame by itself."""
-        eps = []
+        eps = [x[:0]]
         for chunk in self.chunks:
             if self._injecting:
                 source.tokens(t, chunk)
             eps.append(self._edit(Pass.PER_FRAME, x, t, chunk))
-        return torch.cat(eps)
+        return self.share.gather(torch.cat(eps))
 
     def predict_first_frame(self, source: Source, x: Tensor, t: int, _: Tensor) -> Tensor:
         """Every frame attends to the first alone (Text2Video-Zero, Khachatryan et al. 2023)."""
-        eps = []
+        eps = [x[:0]]
         for chunk in self.chunks:
             frames = torch.cat([self.frames[:1], chunk])
             if self._injecting:
                 source.tokens(t, frames)
             eps.append(self._edit(Pass.FIRST_FRAME, x, t, frames)[1:])
-        return torch.cat(eps)
+        return self.share.gather(torch.cat(eps))
 
     @property
     def _injecting(self) -> bool:
         return self.context.inject_attention or self.context.inject_features
 
-    def _edit_jointly(self, x: Tensor, t: int, frames: Tensor) -> Tensor:
-        windows = keyframe_windows(len(frames), self.config.max_keyframes, self.chunk_size)
+    def _own_keyframes(self, keyframes: Tensor) -> Tensor:
+        """Shares out the keyframes that are edited together; returns this process's."""
+        share = self.team.share_jointly(len(keyframes))
+        windows = keyframe_windows(len(keyframes), self.config.max_keyframes, self.chunk_size)
+        windows = windows_of(windows, share.own)
         self.context.windows = [window.to(self.device) for window in windows]
-        return self._edit(Pass.EXTENDED, x, t, frames)
+        self.context.keyframe_share = share
+        return share.take(keyframes)
 
     def _edit(self, mode: Pass, x: Tensor, t: int, frames: Tensor) -> Tensor:
         self.context.mode = mode

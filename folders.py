@@ -33,9 +33,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from parallel import ALONE, Team
 from util import UserError, atomic_file, sha256_file, sync_folder
 
 log = logging.getLogger("tokenflow")
+
+LABEL = "work.json"
 
 # Where a lock cannot be had for want of rights, nobody else can be writing from here either.
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -49,17 +52,20 @@ class Busy(UserError):
 
 
 @contextmanager
-def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+def locked(
+    folder: Path, *, shared: bool = False, wait: bool = True, team: Team = ALONE
+) -> Iterator[None]:
     """Keeps other processes off a folder, which need not exist yet.
 
     Args:
         shared: only those that write; several may read at once.
         wait: until the others are done, which the log says; else Busy is raised.
+        team: processes that work on the folder together: the main one keeps all others off.
 
     Raises:
         Busy: if another process is at it and `wait` is false.
     """
-    lock = _acquire(folder, shared, wait)
+    lock = _acquire(folder, shared, wait) if team.is_main else None
     if lock is None:
         yield
         return
@@ -219,14 +225,19 @@ class Workplace:
         folder: to fill; a file counts from the `save` after it was written.
         state: as last saved, by this process or one before it; None at the beginning.
         files: bytes and sha256 of the files that were there then, by path within the folder.
+        writes: whether this process does what these methods say; of a team, the main one.
     """
 
     folder: Path
     state: State | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    writes: bool = True
 
     def save(self, stage: str, tensors: Mapping[str, torch.Tensor], **figures: Any) -> None:
         """Makes this the state that work goes on from, with all files that are there now."""
+        if not self.writes:
+            self.state = State(stage, dict(tensors), figures)
+            return
         self.record_files()
         # Copies, since safetensors takes no two tensors that share memory.
         plain = {
@@ -254,7 +265,9 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def resumable_folder(folder: Path, work: Mapping[str, Any]) -> Iterator[Workplace]:
+def resumable_folder(
+    folder: Path, work: Mapping[str, Any], team: Team = ALONE
+) -> Iterator[Workplace]:
     """Yields a place to fill; on success it takes the place of `folder`, old or missing.
 
     However it is left otherwise, the next one with the same `work` goes on from the last `save`.
@@ -263,59 +276,76 @@ def resumable_folder(folder: Path, work: Mapping[str, Any]) -> Iterator[Workplac
 
     Args:
         work: all that the folder's contents depend on, as plain values.
+        team: the processes that fill it together, each of which calls this.
     """
-    place = _work_place(folder)
+    if not team.is_main:
+        resumed = team.agree(None)
+        state, _ = _read_state(_work_place(folder)) if resumed else (None, {})
+        yield Workplace(_work_place(folder) / "folder", state, writes=False)
+        team.wait()
+        return
     recover(folder)
-    text = json.dumps(work, indent=1, sort_keys=True)
-    label = place / "work.json"
-    workplace = None
-    if label.is_file() and label.read_bytes() == text.encode():
-        workplace = _reopen(place)
-    if workplace is None:
-        _remove(place)
-        workplace = Workplace(place / "folder")
-        workplace.folder.mkdir(parents=True)
-        with atomic_file(label) as temporary:
-            temporary.write_bytes(text.encode())
-    else:
-        log.info("%s: going on where an earlier run stopped", folder)
+    workplace = _reopen(folder, work) or _begin(folder, work)
+    team.agree(workplace.state is not None)
     try:
         yield workplace
     except BaseException:
         if workplace.state is None:
-            _remove(place)  # there is nothing to go on from
+            _remove(_work_place(folder))  # there is nothing to go on from
         raise
     _put_in_place(folder)
+    team.wait()
 
 
-def _reopen(place: Path) -> Workplace | None:
-    """The workplace as it was last saved; None where nothing was, or it is damaged since."""
-    path = _state_file(place)
-    if not path.is_file():
+def _begin(folder: Path, work: Mapping[str, Any]) -> Workplace:
+    place = _work_place(folder)
+    _remove(place)
+    (place / "folder").mkdir(parents=True)
+    with atomic_file(place / LABEL) as temporary:
+        temporary.write_text(_label(work), encoding="utf-8")
+    return Workplace(place / "folder")
+
+
+def _reopen(folder: Path, work: Mapping[str, Any]) -> Workplace | None:
+    """The same work as it was last saved; None where nothing was, or it is damaged since."""
+    place = _work_place(folder)
+    label, path = place / LABEL, _state_file(place)
+    if not label.is_file() or label.read_bytes() != _label(work).encode() or not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
-        metadata, tensors = {}, {}
-    text = metadata.get("state", "")
-    if metadata.get("sha256") != _digest(text, tensors):
+    state, files = _read_state(place)
+    if state is None:
         log.warning("%s: damaged; the work begins anew", path)
         return None
-    state = json.loads(text)
-    workplace = Workplace(
-        place / "folder", State(state["stage"], tensors, state["figures"]), state["files"]
-    )
-    for name, record in workplace.files.items():
+    workplace = Workplace(place / "folder", state, files)
+    for name, record in files.items():
         path = workplace.folder / name
         if not path.is_file() or file_record(path) != record:
             log.warning("%s: damaged; the work begins anew", path)
             return None
     for path in list(workplace.folder.rglob("*")):
-        if path.is_file() and path.relative_to(workplace.folder).as_posix() not in workplace.files:
+        if path.is_file() and path.relative_to(workplace.folder).as_posix() not in files:
             path.unlink()  # written after the last save, perhaps in part
+    log.info("%s: going on where an earlier run stopped", folder)
     return workplace
+
+
+def _label(work: Mapping[str, Any]) -> str:
+    return json.dumps(work, indent=1, sort_keys=True)
+
+
+def _read_state(place: Path) -> tuple[State | None, dict[str, dict[str, Any]]]:
+    """The last saved state, and what it says of the files; no state if it is damaged."""
+    try:
+        with safe_open(_state_file(place), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None, {}
+    text = metadata.get("state", "")
+    if metadata.get("sha256") != _digest(text, tensors):
+        return None, {}
+    found = json.loads(text)
+    return State(found["stage"], tensors, found["figures"]), found["files"]
 
 
 def _state_file(place: Path) -> Path:

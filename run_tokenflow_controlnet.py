@@ -20,6 +20,7 @@ from conditions import Control, ControlSettings, estimate_depth, load_control
 from diffusion import Loader
 from edit_inputs import EditConfig, open_inputs, read_config
 from editing import EditPlan, EditSession, run_edit
+from parallel import ALONE, Team, start_team
 from util import UserError, command_line, option, setup_logging
 
 TECHNIQUE = "controlnet"
@@ -91,28 +92,35 @@ def edit(
     overwrite: bool = False,
     load: Loader | None = None,
     wait: bool = True,
+    team: Team = ALONE,
 ) -> Path:
     """Makes the result of one edit, or finds it made; returns its folder.
 
-    Args: as of `editing.make_result`.
+    Args:
+        overwrite, load, wait: as of `editing.make_result`.
+        team: the processes that make it together, each of which calls this.
 
     Raises:
         UserError: naming what is missing or does not fit.
     """
-    settings = control_settings(config)
-    inputs = open_inputs(config)
-    check_controlnet_fits(inputs.checkpoint, settings.key)
-    if config.control == "depth" and not inputs.cache.has_depth:
-        single_model_folder(config.depth_model, "depth_model")
+    with team.together():
+        settings = control_settings(config)
+        inputs = open_inputs(config, team)
+        check_controlnet_fits(inputs.checkpoint, settings.key)
+        if config.control == "depth" and not inputs.cache.has_depth:
+            single_model_folder(config.depth_model, "depth_model")
     return run_edit(TECHNIQUE, inputs, partial(plan, settings=settings), overwrite, load, wait)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the result's folder."""
-    setup_logging()
-    config, overwrite = read_config(ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
-    folder = edit(config, overwrite)
-    print(f"result: {folder}")
+    with start_team() as team:
+        setup_logging(quiet=not team.is_main)
+        with team.together():
+            config, overwrite = read_config(ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
+        folder = edit(config, overwrite, team)
+        if team.is_main:
+            print(f"result: {folder}")
     return folder
 
 

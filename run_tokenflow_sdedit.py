@@ -12,6 +12,7 @@ from pathlib import Path
 from diffusion import Loader
 from edit_inputs import EditConfig, open_inputs, read_config
 from editing import EditPlan, EditSession, run_edit
+from parallel import ALONE, Team, start_team
 from util import command_line, option, setup_logging
 
 TECHNIQUE = "sdedit"
@@ -50,23 +51,31 @@ def edit(
     overwrite: bool = False,
     load: Loader | None = None,
     wait: bool = True,
+    team: Team = ALONE,
 ) -> Path:
     """Makes the result of one edit, or finds it made; returns its folder.
 
-    Args: as of `editing.make_result`.
+    Args:
+        overwrite, load, wait: as of `editing.make_result`.
+        team: the processes that make it together, each of which calls this.
 
     Raises:
         UserError: naming what is missing or does not fit.
     """
-    return run_edit(TECHNIQUE, open_inputs(config), plan, overwrite, load, wait)
+    with team.together():
+        inputs = open_inputs(config, team)
+    return run_edit(TECHNIQUE, inputs, plan, overwrite, load, wait)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the result's folder."""
-    setup_logging()
-    config, overwrite = read_config(SDEditConfig, argv, CONFIG, __doc__.splitlines()[0])
-    folder = edit(config, overwrite)
-    print(f"result: {folder}")
+    with start_team() as team:
+        setup_logging(quiet=not team.is_main)
+        with team.together():
+            config, overwrite = read_config(SDEditConfig, argv, CONFIG, __doc__.splitlines()[0])
+        folder = edit(config, overwrite, team)
+        if team.is_main:
+            print(f"result: {folder}")
     return folder
 
 

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from diffusion import Denoiser
 from folders import resumable_folder
+from parallel import ALONE, Team
 from run_info import Stopwatch
 from source_cache import MANIFEST, SourceCache, check_file, refuse_foreign_files
 from tokenflow_utils import (
@@ -371,7 +372,11 @@ class CachedFeatures:
     def of_keyframes(
         self, t: int, keyframes: Tensor, attention: bool, features: bool
     ) -> dict[str, Tensor]:
-        """What is injected into keyframes at timestep t: "tokens/<layer>" and "features"."""
+        """What is injected at timestep t.
+
+        Args:
+            keyframes: whose "features" are read; "tokens/<layer>" are those of all keyframes.
+        """
         with self._open(t) as file:
             names = [name for name in file.keys() if name.startswith("tokens/") and attention]  # noqa: SIM118
             found = {name: file.get_tensor(name) for name in names}
@@ -473,6 +478,8 @@ class CachedSource:
         features: that serve the edit (`FeatureSettings.serve`).
         steps: in the order in which the loop will take them.
         chunks: of each step, in order, consecutive frames.
+        team: with whom the keyframes are shared out: tokens are those of all of them, features
+            of this process's.
     """
 
     def __init__(
@@ -482,9 +489,10 @@ class CachedSource:
         features: CachedFeatures,
         steps: Sequence[StepNeeds],
         chunks: Sequence[Tensor],
+        team: Team = ALONE,
     ) -> None:
         self.context, self.device = context, device
-        self._items = read_ahead(_loads(features, steps, chunks, device), _READ_AHEAD)
+        self._items = read_ahead(_loads(features, steps, chunks, device, team), _READ_AHEAD)
 
     def tokens(self, t: int, frames: Tensor) -> None:
         found = self._next()
@@ -517,6 +525,7 @@ def _loads(
     steps: Sequence[StepNeeds],
     chunks: Sequence[Tensor],
     device: torch.device,
+    team: Team,
 ) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """What is to be read, in order; run by the thread."""
     pin = device.type == "cuda"  # the loop does not wait for copies of pinned memory
@@ -526,7 +535,8 @@ def _loads(
 
     def keyframes(step: StepNeeds) -> dict[str, Tensor]:
         features.check(step.t)
-        return pinned(features.of_keyframes(step.t, step.keyframes, step.attention, step.features))
+        own = team.share_jointly(len(step.keyframes)).take(step.keyframes)
+        return pinned(features.of_keyframes(step.t, own, step.attention, step.features))
 
     def chunk(step: StepNeeds, frames: Tensor) -> dict[str, Tensor]:
         return pinned(features.of_chunk(step.t, frames, step.features))

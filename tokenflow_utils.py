@@ -38,6 +38,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from nearest import nearest_tokens
+from parallel import ALONE, Share
 
 # PnP injects the output of this convolution ("layer 4" of the decoder) ...
 FEATURE_LAYER = "up_blocks.1.resnets.1.conv2"
@@ -212,6 +213,17 @@ def keyframe_windows(
     return windows
 
 
+def windows_of(windows: Sequence[Window], own: slice) -> list[Window]:
+    """The windows of a range of the keyframes, whose queries are counted from its start."""
+    parts = []
+    for window in windows:
+        first = max(window.queries.start, own.start)
+        end = min(window.queries.stop, own.stop)
+        if first < end:
+            parts.append(Window(slice(first - own.start, end - own.start), window.seen))
+    return parts
+
+
 def _split(span: slice, size: int | None) -> list[slice]:
     """A range in pieces of `size` at most."""
     starts = range(span.start, span.stop, size or max(1, span.stop - span.start))
@@ -340,8 +352,12 @@ class TokenFlowContext:
             there is no nearest-neighbour search, and `matches` are not used.
         images_at_once: bound on the images whose convolutions, feed-forwards and queries are
             computed at once, whatever the batch; None: no bound. Changes no result.
-        windows: of the joint attention over the keyframes of an EXTENDED pass.
-        tokens: source tokens phi of the last SOURCE pass, (m, L, c).
+        windows: of the joint attention over the keyframes of an EXTENDED pass; their queries are
+            this process's keyframes.
+        keyframe_share: of several processes, this one's part of the keyframes. SOURCE and EXTENDED
+            passes are given that part alone; k counts all keyframes, k' its own.
+        keep_base: whether EXTENDED passes keep their outputs.
+        tokens: source tokens phi of the last SOURCE pass, (m, L, c); of all processes' keyframes.
         features: source features of the last source pass, (m, C, h, w).
         source_base: attention outputs of the last SOURCE pass, (1, k, L, c); `propagate_source`.
         base: attention outputs T_base of the last EXTENDED pass, (B, k, L, c).
@@ -359,6 +375,8 @@ class TokenFlowContext:
     flow: dict[int, Correspondence] | None = None
     images_at_once: int | None = None
     windows: Sequence[Window] = (Window(slice(None)),)
+    keyframe_share: Share = ALONE.share(0)  # noqa: RUF009 (immutable)
+    keep_base: bool = True
     keep_matched_tokens: bool = False
 
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -405,10 +423,11 @@ class TokenFlowAttention:
                 return self._first_frame(attn, hidden_states)
 
     def _source(self, attn: Attention, tokens: Tensor) -> Tensor:
-        self.context.tokens[self.layer] = tokens
+        share = self.context.keyframe_share
+        self.context.tokens[self.layer] = share.gather(tokens)
         output = attend_alone(attn, tokens[None], tokens[None])
         if self.context.propagate_source:
-            self.context.source_base[self.layer] = output
+            self.context.source_base[self.layer] = share.gather(output, dim=1)
         return output[0]
 
     def _match(self, attn: Attention, tokens: Tensor) -> Tensor:
@@ -425,11 +444,14 @@ class TokenFlowAttention:
         return attend_alone(attn, tokens[None], tokens[None])[0]
 
     def _extended(self, attn: Attention, tokens: Tensor) -> Tensor:
-        tokens = tokens.unflatten(0, (self.context.branches, -1))  # (B, k, L, c)
-        query_key_tokens = self._query_key_tokens(tokens)
-        windows = self.context.windows
-        output = attend(attn, query_key_tokens, query_key_tokens, tokens, windows)
-        self.context.base[self.layer] = output
+        context, share = self.context, self.context.keyframe_share
+        tokens = tokens.unflatten(0, (context.branches, -1))  # (B, k', L, c)
+        tokens = share.gather(tokens, dim=1)  # (B, k, L, c)
+        key_tokens = self._query_key_tokens(tokens)
+        query_tokens = share.take(key_tokens, dim=1)
+        output = attend(attn, query_tokens, key_tokens, tokens, context.windows)  # (B, k', L, c)
+        if context.keep_base:
+            context.base[self.layer] = share.gather(output, dim=1)
         return output.flatten(0, 1)
 
     def _propagate(self, tokens: Tensor) -> Tensor:

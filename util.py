@@ -118,12 +118,12 @@ def _is_ours_or_grave(record: logging.LogRecord) -> bool:
     return ours or record.levelno >= logging.WARNING
 
 
-def setup_logging() -> None:
-    """Send our messages (from INFO) and the libraries' (from WARNING) to stderr."""
+def setup_logging(quiet: bool = False) -> None:
+    """Send our messages (from INFO) and the libraries' (from WARNING) to stderr; quiet: errors."""
     handler = logging.StreamHandler()
     handler.setFormatter(_MessageFormatter("%(message)s"))
     handler.addFilter(_is_ours_or_grave)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, handlers=[handler])
 
 
 # ---------------------------------------------------------------- files
