@@ -66,6 +66,8 @@ def invert(
     batch_size: int,
     t: int = CLEAN,
     past: list[tuple[int, Tensor]] | None = None,
+    frames: Tensor | None = None,
+    progress: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
     """DDIM inversion of every frame on its own.
 
@@ -74,7 +76,7 @@ def invert(
 
     Args:
         denoiser: the model under the inversion prompt, without guidance.
-        latents: (n, 4, h, w) float32 latents at timestep t, on the CPU.
+        latents: (n, 4, h, w) float32 latents at timestep t, on the CPU; n may be 0.
         timesteps: ascending; those up to t are behind.
         iterations: noise evaluations per frame and step, at most.
         tolerance: relative residual of a finished frame; 0: every evaluation, from plain DDIM's
@@ -83,24 +85,25 @@ def invert(
         t: CLEAN, or where an inversion that was interrupted goes on.
         past: (timestep, noise) of the last two steps, which is kept up to date here; to go on with
             a tolerance to the very same result, it is needed as it was at t.
+        frames: the latents' numbers in the clip; 0..n-1 where none are given.
+        progress: whether to show it.
 
     Yields:
         each timestep with its latents (n, 4, h, w), on the CPU, as soon as it is reached.
     """
     schedule, x = denoiser.models.schedule, latents
     past = past if past is not None else []
+    frames = torch.arange(len(x)) if frames is None else frames
     noise = torch.empty_like(x)  # as last evaluated, for each frame
 
-    def eps_model(latents: Tensor, t: int, frames: Tensor) -> Tensor:
-        for part in torch.arange(len(frames)).split(batch_size):
-            noise[frames[part]] = denoiser(latents[part], t, frames[part])[0].cpu()
-        return noise[frames]
+    def eps_model(latents: Tensor, t: int, rows: Tensor) -> Tensor:
+        noise[rows] = predicted_noise(denoiser, latents, t, frames[rows], batch_size)
+        return noise[rows]
 
     steps = list(zip([CLEAN, *timesteps[:-1]], timesteps, strict=True))
     behind = sum(t_to <= t for t_to in timesteps)
-    for t_from, t_to in tqdm(
-        steps[behind:], desc="invert", unit="step", initial=behind, total=len(steps)
-    ):
+    shown = {"unit": "step", "initial": behind, "total": len(steps), "disable": not progress}
+    for t_from, t_to in tqdm(steps[behind:], desc="invert", **shown):
         start = None
         if tolerance and past:
             levels = schedule.level(t_from), schedule.level(t_to)
@@ -108,6 +111,17 @@ def invert(
         x = ddim_inversion_step(eps_model, x, schedule, t_from, t_to, iterations, tolerance, start)
         past[:] = [*past[-1:], (t_to, noise.clone())]
         yield t_to, x
+
+
+def predicted_noise(
+    denoiser: Denoiser, x: Tensor, t: int, frames: Tensor, batch_size: int
+) -> Tensor:
+    """The noise at timestep t of a denoiser without guidance, batch by batch, on the CPU."""
+    eps = torch.empty_like(x)
+    for start in range(0, len(x), batch_size):
+        part = slice(start, start + batch_size)
+        eps[part] = denoiser(x[part], t, frames[part])[0].cpu()
+    return eps
 
 
 def expected_noise(past: Sequence[tuple[int, Tensor]], t: int) -> Tensor:
@@ -129,25 +143,27 @@ def sample(
     timesteps: Sequence[int],
     batch_size: int,
     t: int | None = None,
+    frames: Tensor | None = None,
+    progress: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
     """DDIM sampling from inverted latents under the inversion prompt, without guidance.
 
     Args:
-        noisy: (n, 4, h, w) latents at timestep t, on the CPU.
+        noisy: (n, 4, h, w) latents at timestep t, on the CPU; n may be 0.
         timesteps: descending; those above t are behind.
         t: one of them, by default the first.
+        frames, progress: as of `invert`.
 
     Yields:
         each next timestep, CLEAN at last, with its latents (n, 4, h, w), on the CPU.
     """
     schedule, x = denoiser.models.schedule, noisy
-    chunks = torch.arange(len(noisy)).split(batch_size)
+    frames = torch.arange(len(x)) if frames is None else frames
     steps = list(zip(timesteps, [*timesteps[1:], CLEAN], strict=True))
     behind = 0 if t is None else timesteps.index(t)
-    for t_from, t_to in tqdm(
-        steps[behind:], desc="reconstruct", unit="step", initial=behind, total=len(steps)
-    ):
-        eps = torch.cat([denoiser(x[frames], t_from, frames)[0].cpu() for frames in chunks])
+    shown = {"unit": "step", "initial": behind, "total": len(steps), "disable": not progress}
+    for t_from, t_to in tqdm(steps[behind:], desc="reconstruct", **shown):
+        eps = predicted_noise(denoiser, x, t_from, frames, batch_size)
         x = ddim_step(x, eps, schedule.level(t_from), schedule.level(t_to))
         yield t_to, x
 

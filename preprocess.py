@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from diffusion import (
 )
 from folders import Workplace, locked, recover, resumable_folder
 from inversion import InversionTimesteps, inversion_timesteps, invert, sample
+from parallel import ALONE, Team, start_team
 from preprocess_options import DEFAULTS, parse_args
 from run_info import Stopwatch, versions
 from source_cache import (
@@ -93,6 +95,7 @@ DEPTH_BYTES = 4  # float32 a pixel
 FEATURE_BATCH = 8  # frames at once in the source pass of edits, at most
 DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
 SAVE_EVERY = 10  # steps of the reconstruction
+COUNTED_STAGES = ("inversion", "reconstruction")  # whose evaluations of the UNet are counted
 
 T = TypeVar("T")
 
@@ -117,15 +120,16 @@ class PreprocessInputs:
     folder: Path
     features: FeatureSettings | None
     read_seconds: float
+    team: Team = ALONE  # the processes that make this cache together
 
 
-def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
+def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInputs:
     """Reads the clip, and checks all that can go wrong before a model is loaded.
 
     Raises:
         UserError: naming what is missing or does not fit, and what mends it.
     """
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, team)
     dtype = resolve_dtype(args.dtype, device)
     source = resolve_clip(args.data_path)
     watch = Stopwatch(device)
@@ -182,6 +186,7 @@ def open_inputs(args: argparse.Namespace) -> PreprocessInputs:
         folder=folder,
         features=_feature_settings(args, manifest) if args.cache_features else None,
         read_seconds=watch.seconds["read"],
+        team=team,
     )
 
 
@@ -311,7 +316,8 @@ def make_features(
     )
     # The pass holds tokens of all keyframes too, so memory alone shall not decide.
     at_once = unet_batch_size(batch_size, denoiser, frames.shape[1:3], most=FEATURE_BATCH)
-    write_features(cache, denoiser, inputs.timesteps.sampling, inputs.features, at_once, watch)
+    what = inputs.timesteps.sampling, inputs.features
+    write_features(cache, denoiser, *what, at_once, watch, inputs.team)
 
 
 def make_cache(
@@ -335,12 +341,15 @@ def make_cache(
     with watch("load"):
         models = models or load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
     work_on = {"format": FORMAT, **identity(inputs.manifest)}
-    with resumable_folder(inputs.folder, work_on) as work:
+    with resumable_folder(inputs.folder, work_on, inputs.team) as work:
         return _CacheMaker(inputs, models, work, watch, batch_size).run()
 
 
 class _CacheMaker:
-    """The making of one cache, stage after stage; what an earlier run saved is not made again."""
+    """The making of one cache, stage after stage; what an earlier run saved is not made again.
+
+    Of several processes each computes its share of the frames, and the main one writes.
+    """
 
     def __init__(
         self,
@@ -352,14 +361,15 @@ class _CacheMaker:
     ) -> None:
         self.inputs, self.manifest, self.frames = inputs, inputs.manifest, inputs.clip.frames
         self.models, self.work, self.watch, self.batch_size = models, work, watch, batch_size
-        self.image_forwards: dict[str, int] = {}  # by stage
-        if work.state is not None:
+        self.team, self.share = inputs.team, inputs.team.share(len(self.frames))
+        self.image_forwards = dict.fromkeys(COUNTED_STAGES, 0)  # of this process
+        if work.state is not None and self.team.is_main:  # of all processes of an earlier run
             self.image_forwards.update(work.state.figures["image_forwards"])
             for stage, seconds in work.state.figures["seconds"].items():
                 watch.add(stage, seconds)
 
     def run(self) -> Manifest:
-        """Runs what is left of the stages; returns the manifest as written."""
+        """Runs what is left of the stages; returns the manifest, which the main process wrote."""
         size = self.frames.shape[1:3]
         with self.watch("load"):
             self.vae_batch = vae_batch_size(self.batch_size, self.models, size)
@@ -370,16 +380,18 @@ class _CacheMaker:
         with self.watch("load"):
             self.unet_batch = unet_batch_size(self.batch_size, self.denoiser, size)
         if self.work.state.stage != "reconstruction":
-            self._invert(clean)
+            self._invert()
         latents = self._reconstruct()
         scores = self._save_reconstruction(clean, latents)
+        if not self.work.writes:
+            return self.manifest
         return finish_cache(
             self.work.folder,
             self.manifest,
             self.work.record_files(),
             **scores,
             seconds=self.watch.seconds,
-            image_forwards=self.image_forwards,
+            image_forwards=self.work.state.figures["image_forwards"],
             versions=versions(),
         )
 
@@ -390,11 +402,13 @@ class _CacheMaker:
             with self.watch("depth"):
                 batch = min(self.batch_size or DEPTH_BATCH, DEPTH_BATCH)
                 depth = estimate_depth(self.frames, manifest.depth_model, self.inputs.device, batch)
-        save_source(self.work.folder, self.frames, manifest.inversion_prompt, depth)
+        if self.work.writes:
+            save_source(self.work.folder, self.frames, manifest.inversion_prompt, depth)
         with self.watch("vae"):
-            clean = encode_frames(self.models, self.frames, self.vae_batch)
-            decode_latents(self.models, clean[:1])  # a VAE that fails shall do so now, not later
-        save_latents(self.work.folder, CLEAN_LATENTS, clean)
+            own = encode_frames(self.models, self.frames[self.share.own], self.vae_batch)
+            decode_latents(self.models, own[:1])  # a VAE that fails shall do so now, not later
+        clean = self.share.gather(own)
+        self._save_latents(CLEAN_LATENTS, clean)
         self._save("encoded", {"latents": clean}, CLEAN)
         return clean, depth
 
@@ -406,37 +420,53 @@ class _CacheMaker:
             depth = load_tensors(folder / DEPTH_FILE)["depth"]
         return load_tensors(latents_file(folder, CLEAN_LATENTS))["latents"], depth
 
-    def _invert(self, clean: Tensor) -> None:
+    def _invert(self) -> None:
         """Writes the latents of the saved timesteps."""
         manifest, timesteps, state = self.manifest, self.inputs.timesteps, self.work.state
-        tensors, t_saved = dict(state.tensors), state.figures["t"]
-        past = [(t, tensors[f"noise_{t}"]) for t in state.figures["past"]]
-        how = manifest.inversion_iters, manifest.inversion_tol, self.unet_batch, t_saved, past
-        start = tensors.get("start")  # of the reconstruction
-        steps = invert(self.denoiser, tensors["latents"], timesteps.inversion, *how)
+        own = {name: self.share.take(x) for name, x in state.tensors.items()}
+        start = own.get("start")  # of the reconstruction
+        past = [(t, own[f"noise_{t}"]) for t in state.figures["past"]]
+        how = manifest.inversion_iters, manifest.inversion_tol, self.unet_batch
+        steps = invert(
+            self.denoiser,
+            own["latents"],
+            timesteps.inversion,
+            *how,
+            t=state.figures["t"],
+            past=past,
+            **self._own_frames,
+        )
         for t, latents in self._timed("inversion", steps):
             if t == timesteps.reconstruction[0]:
                 start = latents
             if t not in timesteps.saved:
                 continue
-            save_latents(self.work.folder, t, latents)
-            tensors = {"latents": latents} | ({} if start is None else {"start": start})
+            own = {"latents": latents} | ({} if start is None else {"start": start})
             known = past if manifest.inversion_tol else []  # else no step needs it
-            tensors |= {f"noise_{t_past}": noise for t_past, noise in known}
-            self._save("inversion", tensors, t, past=[t_past for t_past, _ in known])
+            own |= {f"noise_{t_past}": noise for t_past, noise in known}
+            whole = {name: self.share.gather(x) for name, x in own.items()}
+            self._save_latents(t, whole["latents"])
+            self._save("inversion", whole, t, past=[t_past for t_past, _ in known])
+        start = self.share.gather(start)
         self._save("reconstruction", {"latents": start}, timesteps.reconstruction[0])
 
     def _reconstruct(self) -> Tensor:
-        """The clean latents that sampling from the inverted ones leads to."""
+        """The clean latents (n, 4, h, w) that sampling from the inverted ones leads to."""
         timesteps, state = self.inputs.timesteps.reconstruction, self.work.state
         latents, t = state.tensors["latents"], state.figures["t"]
         if t == CLEAN:
             return latents
-        steps = sample(self.denoiser, latents, timesteps, self.unet_batch, t)
-        for number, (t, latents) in enumerate(self._timed("reconstruction", steps), start=1):
+        own = self.share.take(latents)
+        steps = sample(self.denoiser, own, timesteps, self.unet_batch, t, **self._own_frames)
+        for number, (t, own) in enumerate(self._timed("reconstruction", steps), start=1):
             if number % SAVE_EVERY == 0 or t == CLEAN:
+                latents = self.share.gather(own)
                 self._save("reconstruction", {"latents": latents}, t)
         return latents
+
+    @property
+    def _own_frames(self) -> dict[str, object]:
+        return {"frames": self.share.numbers, "progress": self.team.is_main}
 
     def _timed(self, stage: str, steps: Iterator[T]) -> Iterator[T]:
         """The steps, whose seconds and evaluations count for a stage."""
@@ -444,22 +474,26 @@ class _CacheMaker:
             before = self.denoiser.image_forwards
             with self.watch(stage):
                 step = next(steps, None)
-            made = self.denoiser.image_forwards - before
-            self.image_forwards[stage] = self.image_forwards.get(stage, 0) + made
+            self.image_forwards[stage] += self.denoiser.image_forwards - before
             if step is None:
                 return
             yield step
 
+    def _save_latents(self, name: str | int, latents: Tensor) -> None:
+        if self.work.writes:
+            save_latents(self.work.folder, name, latents)
+
     def _save(
         self, stage: str, tensors: dict[str, Tensor], t: int, past: Sequence[int] = ()
     ) -> None:
+        made = {name: sum(self.team.of_all(n)) for name, n in self.image_forwards.items()}
         self.work.save(
             stage,
             tensors,
             t=t,
             past=list(past),
             seconds=self.watch.seconds,
-            image_forwards=self.image_forwards,
+            image_forwards=made,
         )
 
     def _save_reconstruction(self, clean: Tensor, latents: Tensor) -> dict[str, float]:
@@ -469,7 +503,8 @@ class _CacheMaker:
             clean, latents: (n, 4, h, w) of the clip and of its reconstruction.
 
         Returns:
-            the three PSNRs of the manifest; no more than a chunk of each decoding is held.
+            the three PSNRs of the manifest; no more than a chunk of each decoding is held (of
+            several processes, a chunk of each process's).
         """
         pairs = {
             "psnr": SquaredError(),  # reconstruction and frames
@@ -477,27 +512,41 @@ class _CacheMaker:
             "psnr_to_vae": SquaredError(),  # reconstruction and the VAE's decoding
         }
 
+        def decode(latents: Tensor) -> np.ndarray:
+            share = self.team.share(len(latents))
+            own = decode_latents(self.models, share.take(latents), self.vae_batch)
+            return share.gather(torch.from_numpy(own)).numpy()
+
         def decoded() -> Iterator[np.ndarray]:
-            for first in range(0, len(clean), self.vae_batch):
-                part = slice(first, first + self.vae_batch)
+            at_once = self.vae_batch * self.team.size
+            for first in range(0, len(clean), at_once):
+                part = slice(first, first + at_once)
                 with self.watch("vae"):
-                    bound = decode_latents(self.models, clean[part], self.vae_batch)
-                    found = decode_latents(self.models, latents[part], self.vae_batch)
+                    bound, found = decode(clean[part]), decode(latents[part])
                 pairs["psnr"].add(found, self.frames[part])
                 pairs["vae_psnr"].add(bound, self.frames[part])
                 pairs["psnr_to_vae"].add(found, bound)
                 yield from found
 
-        save_video(self.work.folder / "inverted.mp4", decoded(), self.inputs.clip.fps)
+        if self.work.writes:
+            save_video(self.work.folder / "inverted.mp4", decoded(), self.inputs.clip.fps)
+        else:
+            deque(decoded(), maxlen=0)  # takes part in the decoding
         return {name: round(error.psnr, 3) for name, error in pairs.items()}
 
 
-def preprocess(args: argparse.Namespace, load: Loader | None = None, wait: bool = True) -> Path:
+def preprocess(
+    args: argparse.Namespace,
+    load: Loader | None = None,
+    wait: bool = True,
+    team: Team = ALONE,
+) -> Path:
     """Makes the cache of one clip, goes on with it, or finds it made.
 
     Args:
         load: what loads the models, `load_stable_diffusion` if None.
         wait: for other processes that work on the same cache, or read it; else Busy is raised.
+        team: the processes that make it together, each of which calls this.
 
     Returns:
         the cache's folder.
@@ -505,20 +554,29 @@ def preprocess(args: argparse.Namespace, load: Loader | None = None, wait: bool 
     Raises:
         UserError: see `parse_args`, `open_inputs` and `is_made`.
     """
-    inputs = open_inputs(args)
-    with locked(inputs.folder, wait=wait):
-        recover(inputs.folder)
-        made = not args.overwrite and is_made(inputs, args.verify)
-        if made and (inputs.features is None or has_features(inputs, args.verify)):
+    with team.together():
+        inputs = open_inputs(args, team)
+    with locked(inputs.folder, wait=wait, team=team):
+        with team.together():
+            made = done = False
+            if team.is_main:
+                recover(inputs.folder)
+                made = not args.overwrite and is_made(inputs, args.verify)
+                done = made and (inputs.features is None or has_features(inputs, args.verify))
+                if not done:
+                    check_disk(inputs, made)
+        made, done = team.agree([made, done])
+        if done:
             log.info("%s is there already, made with these settings", inputs.folder)
         else:
-            check_disk(inputs, made)
             watch = Stopwatch(inputs.device)
             with watch("load"):
                 load = load or load_stable_diffusion
                 models = load(inputs.checkpoint, inputs.device, inputs.dtype)
             if not made:
-                report_reconstruction(make_cache(inputs, args.batch_size, models, watch))
+                manifest = make_cache(inputs, args.batch_size, models, watch)
+                if team.is_main:
+                    report_reconstruction(manifest)
             if inputs.features is not None:
                 make_features(inputs, args.batch_size, models, watch)
     if args.steps != DEFAULTS["steps"]:
@@ -556,9 +614,13 @@ def report_reconstruction(manifest: Manifest) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the cache's folder."""
-    setup_logging()
-    folder = preprocess(parse_args(argv))
-    print(f"cache: {folder}")
+    with start_team() as team:
+        setup_logging(quiet=not team.is_main)
+        with team.together():
+            args = parse_args(argv)
+        folder = preprocess(args, team=team)
+        if team.is_main:
+            print(f"cache: {folder}")
     return folder
 
 

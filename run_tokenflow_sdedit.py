@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         setup_logging(quiet=not team.is_main)
         with team.together():
             config, overwrite = read_config(SDEditConfig, argv, CONFIG, __doc__.splitlines()[0])
-        folder = edit(config, overwrite, team)
+        folder = edit(config, overwrite, team=team)
         if team.is_main:
             print(f"result: {folder}")
     return folder

@@ -267,14 +267,18 @@ def write_features(
     settings: FeatureSettings,
     chunk_size: int,
     watch: Stopwatch,
+    team: Team = ALONE,
 ) -> None:
     """Runs the source pass of every sampling step and writes the cache's features.
+
+    Of several processes, each takes every so-manieth step and writes its files itself.
 
     Args:
         denoiser: under the inversion's prompt and conditions.
         timesteps: of sampling, noisiest first; settings.n_timesteps of them.
         chunk_size: frames evaluated at once.
         watch: times the stage "features".
+        team: the processes that do it together, each of which calls this.
     """
     context = TokenFlowContext(images_at_once=chunk_size)
     latents = partial(cache.latents, n_frames=settings.n_frames)
@@ -282,28 +286,42 @@ def write_features(
     steps = list(zip(timesteps, settings.keyframes(), strict=True))
     unet = denoiser.models.unet
     identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": asdict(settings)}
-    with resumable_folder(cache.folder / FOLDER, identity) as work:
+    with resumable_folder(cache.folder / FOLDER, identity, team) as work:
         before = {"steps": 0, "seconds": 0.0, "image_forwards": 0}  # of an interrupted run
         if work.state is not None:
             before = work.state.figures
             watch.add("features", before["seconds"])
-        evaluated = denoiser.image_forwards
+        evaluated, done = denoiser.image_forwards, before["steps"]
         with ExitStack() as stack:
             stack.enter_context(tokenflow_patch(unet, context))
             if denoiser.control is not None:
                 stack.enter_context(in_pieces(denoiser.control.controlnet, context))
-            left = range(before["steps"], len(steps))
-            for step in tqdm(left, "features", len(steps), unit="step", initial=before["steps"]):
-                t, keyframes = steps[step]
+            left = range(done, len(steps), team.size)
+            shown = {"unit": "step", "initial": done, "total": len(steps)}
+            progress = tqdm(desc="features", **shown, disable=not team.is_main)
+            for first in left:
+                step = first + team.rank
                 with watch("features"):
-                    tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
-                    _save_step(work.folder, t, tensors)
-                forwards = before["image_forwards"] + denoiser.image_forwards - evaluated
-                seconds = watch.seconds["features"]
-                work.save("features", {}, steps=step + 1, seconds=seconds, image_forwards=forwards)
-        figures = {key: work.state.figures[key] for key in ("seconds", "image_forwards")}
-        files = work.record_files()
-        save_sealed_yaml(work.folder / MANIFEST, {**identity, **figures, "files": files})
+                    if step < len(steps):
+                        t, keyframes = steps[step]
+                        tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
+                        _save_step(work.folder, t, tensors)
+                # Every process has written its step when all have told their number.
+                made = sum(team.of_all(denoiser.image_forwards - evaluated))
+                done = min(first + team.size, len(steps))
+                work.save(
+                    "features",
+                    {},
+                    steps=done,
+                    seconds=watch.seconds["features"],
+                    image_forwards=before["image_forwards"] + made,
+                )
+                progress.update(done - progress.n)
+            progress.close()
+        if team.is_main:
+            figures = {key: work.state.figures[key] for key in ("seconds", "image_forwards")}
+            files = work.record_files()
+            save_sealed_yaml(work.folder / MANIFEST, {**identity, **figures, "files": files})
 
 
 def _save_step(folder: Path, t: int, tensors: dict[str, Tensor]) -> None:
