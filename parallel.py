@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from util import UserError
 
@@ -201,6 +202,8 @@ def start_team() -> Iterator[Team]:
     if team.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(team.local_rank)
         backend = "cpu:gloo,cuda:nccl"
+    if not team.is_main:
+        transformers_logging.disable_progress_bar()
     dist.init_process_group(backend, timeout=TIMEOUT)
     yield team
     dist.destroy_process_group()  # not after an error: it may wait for processes that wait for this
