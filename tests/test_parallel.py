@@ -251,9 +251,9 @@ def test_a_cache_of_several_processes_is_that_of_one(clip, tiny_model, tmp_path,
     args = options(clip, tmp_path / "several", tiny_model, **changes)
 
     def work(team):
-        folder = preprocess.preprocess(args, team)
+        folder = preprocess.preprocess(args, team=team)
         before = contents(folder)
-        assert preprocess.preprocess(args, team) == folder  # and finds it made
+        assert preprocess.preprocess(args, team=team) == folder  # and finds it made
         assert contents(folder) == before
         return {}
 

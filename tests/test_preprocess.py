@@ -186,8 +186,8 @@ def test_latents_are_written_as_they_are_reached(clip, tiny_model, tmp_path, mon
     """A timestep's file is there before the next one is evaluated, and its latents are let go."""
     events, given = [], []
 
-    def spied(*args):
-        for t, latents in invert_clip(*args):
+    def spied(*args, **options):
+        for t, latents in invert_clip(*args, **options):
             assert sum(reference() is not None for reference in given) <= 1  # the last step's
             given.append(weakref.ref(latents))
             events.append(("reached", t))
@@ -354,7 +354,7 @@ def test_overwrite_leaves_nothing_of_the_other_cache(cache, clip, tiny_model, tm
 def test_an_interrupted_run_is_unfinished_and_the_next_goes_on(
     cache, clip, tiny_model, tmp_path, monkeypatch
 ):
-    def interrupt(*args):
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -380,7 +380,7 @@ def test_an_interrupted_overwrite_leaves_the_old_cache_whole(
 ):
     shutil.copytree(save_dir_of(cache), tmp_path, dirs_exist_ok=True)
     folder = tmp_path / cache.relative_to(save_dir_of(cache))
-    monkeypatch.setattr(preprocess, "invert", lambda *args: 1 / 0)
+    monkeypatch.setattr(preprocess, "invert", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         invert(clip, tmp_path, tiny_model, overwrite="")
     assert open_cache(folder).manifest == read_manifest(cache)
@@ -390,7 +390,7 @@ def test_a_damaged_cache_is_not_called_made(cache, clip, tiny_model, tmp_path):
     shutil.copytree(save_dir_of(cache), tmp_path, dirs_exist_ok=True)
     folder = tmp_path / cache.relative_to(save_dir_of(cache))
     (folder / "latents" / "noisy_latents_1.safetensors").unlink()
-    with pytest.raises(MissingFileError, match=r"noisy_latents_1.* missing .*--overwrite"):
+    with pytest.raises(MissingFileError, match=r"noisy_latents_1.* missing; .*--overwrite"):
         invert(clip, tmp_path, tiny_model, inversion_prompt=PROMPT)
 
 
