@@ -65,9 +65,10 @@ class Team:
     def share_jointly(self, n: int) -> Share:
         """This process's part of n things that are worked on in step, with exchanges in between.
 
-        Where some process would have none, each does all of them and nothing is exchanged.
+        No process may have none of them then, since all must come to each exchange: where there
+        are more processes than things, some do what others do too, and that is not gathered.
         """
-        return Share(self if n >= self.size else ALONE, n)
+        return Share(self, n, joint=True)
 
     def agree(self, value: Any) -> Any:
         """The main process's value, which must be what JSON can hold."""
@@ -127,16 +128,22 @@ class Share:
     """One process's part of n things: a contiguous range, as even as can be.
 
     For one process alone `take` and `gather` return what they are given, whatever n is.
+
+    Attributes:
+        joint: of `Team.share_jointly`.
     """
 
     team: Team
     n: int
+    joint: bool = False
 
     @property
     def own(self) -> slice:
         """The range of 0..n-1 that is this process's."""
-        ends = self._ends()
-        return slice(ends[self.team.rank], ends[self.team.rank + 1])
+        ends, rank = self._ends(), self.team.rank
+        if self.joint and self.n < self.team.size:
+            rank %= self.n
+        return slice(ends[rank], ends[rank + 1])
 
     @property
     def numbers(self) -> Tensor:
@@ -162,7 +169,7 @@ class Share:
         found = part.new_empty(team.size * longest, *part.shape[1:])
         with _exchange():
             dist.all_gather(list(found.split(longest)), part.contiguous())
-        if self.n < len(found):
+        if self.n < len(found):  # without what was padded or done twice
             lengths = [stop - start for start, stop in itertools.pairwise(ends)]
             parts = zip(found.split(longest), lengths, strict=True)
             found = torch.cat([part[:length] for part, length in parts])

@@ -77,7 +77,7 @@ class Work:
             return -(-self.frames // processes) / self.frames
         if stage in STEPS:
             return -(-self.steps // processes) / self.steps
-        if stage in KEYFRAMES and self.keyframes >= processes:
+        if stage in KEYFRAMES:
             return -(-self.keyframes // processes) / self.keyframes
         return 1.0
 
@@ -89,7 +89,7 @@ class Work:
             rate: bytes a second of an exchange.
         """
         total = sum(self.part(stage, processes) * taken for stage, taken in seconds.items())
-        if "keyframes" in seconds and self.keyframes >= processes > 1:
+        if "keyframes" in seconds and processes > 1:
             total += self.steps * self.exchanged / rate
         return total
 
