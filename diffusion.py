@@ -453,12 +453,19 @@ def encode_frames(models: StableDiffusion, frames: np.ndarray, batch_size: int =
 
 
 @torch.inference_mode()
-def decode_latents(models: StableDiffusion, latents: Tensor, batch_size: int = 8) -> np.ndarray:
+def decode_latents(
+    models: StableDiffusion, latents: Tensor, batch_size: int = 8, team: Team = ALONE
+) -> np.ndarray:
     """The inverse of `encode_frames`: (n, 4, h, w) latents to (n, H, W, 3) uint8 RGB.
+
+    Args:
+        team: the processes that share the frames out, each of which calls this for all of them.
 
     Raises:
         UserError: if the decoded pixels are not finite.
     """
+    share = team.share(len(latents))
+    latents = share.take(latents)
     (n, _, h, w), factor = latents.shape, models.vae_factor
     frames = np.empty((n, h * factor, w * factor, 3), np.uint8)
     for numbers in _pieces(n, batch_size):
@@ -471,7 +478,7 @@ def decode_latents(models: StableDiffusion, latents: Tensor, batch_size: int = 8
             )
         pixels = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
         frames[numbers] = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    return frames
+    return share.gather(torch.from_numpy(frames)).numpy()
 
 
 def _pieces(n: int, size: int) -> list[slice]:

@@ -287,9 +287,7 @@ class EditSession:
         """Edits the clip."""
         latents = self.edit_latents(plan)
         with self.watch("decode"):
-            share = self.team.share(len(latents))
-            own = decode_latents(self.models, share.take(latents), self.chunk_size)
-            frames = share.gather(torch.from_numpy(own)).numpy()
+            frames = decode_latents(self.models, latents, self.chunk_size, self.team)
         return Edited(frames, latents)
 
     def save(self, edited: Edited, technique: str, work: Workplace) -> None:

@@ -512,17 +512,14 @@ class _CacheMaker:
             "psnr_to_vae": SquaredError(),  # reconstruction and the VAE's decoding
         }
 
-        def decode(latents: Tensor) -> np.ndarray:
-            share = self.team.share(len(latents))
-            own = decode_latents(self.models, share.take(latents), self.vae_batch)
-            return share.gather(torch.from_numpy(own)).numpy()
-
         def decoded() -> Iterator[np.ndarray]:
             at_once = self.vae_batch * self.team.size
             for first in range(0, len(clean), at_once):
                 part = slice(first, first + at_once)
                 with self.watch("vae"):
-                    bound, found = decode(clean[part]), decode(latents[part])
+                    how = self.vae_batch, self.team
+                    bound = decode_latents(self.models, clean[part], *how)
+                    found = decode_latents(self.models, latents[part], *how)
                 pairs["psnr"].add(found, self.frames[part])
                 pairs["vae_psnr"].add(bound, self.frames[part])
                 pairs["psnr_to_vae"].add(found, bound)
