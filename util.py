@@ -32,10 +32,20 @@ import yaml
 
 
 class UserError(ValueError):
-    """Input that the user can mend; its message is one line, whatever the input held."""
+    """Input that the user can mend; its message is one line, whatever the input held.
+
+    Control characters, which a terminal would obey, are spelled as escapes.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(_CONTROL.sub(_escaped, " ".join(message.splitlines())))
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\x{ord(match[0]):02x}"
 
 
 class MissingFileError(UserError, FileNotFoundError):
@@ -43,10 +53,19 @@ class MissingFileError(UserError, FileNotFoundError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that reports a bad command line as a UserError and takes no abbreviations."""
+    """argparse that reports a bad command line as a UserError and takes no abbreviations.
+
+    Words that are no valid text are refused, whatever the option: see `check_text`.
+    """
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = list(sys.argv[1:] if args is None else args)
+        for word in args:
+            check_text(word, "command line")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -169,6 +188,7 @@ def check_writable(folder: str | Path, name: str) -> None:
     Raises:
         UserError: naming the option and what is in the way.
     """
+    check_path(folder, name)
     path = Path(os.path.abspath(folder))
     nearest = next(place for place in (path, *path.parents) if os.path.exists(place))
     if not nearest.is_dir():
@@ -206,6 +226,55 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
+MAX_NAME_BYTES = 255  # of one file or folder, on every usual file system
+MAX_PATH_BYTES = 3072  # of a folder of ours: systems end at 4096, and what lies in it needs room
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse text that cannot be a file's name or be written to one: NUL, undecodable bytes.
+
+    Args:
+        where: what the text is of, for the error.
+
+    Raises:
+        UserError: says what is wrong; the text is cut short.
+    """
+    if "\0" in text:
+        raise UserError(f"{where}: {_SHORT.repr(text)} holds a NUL character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {_SHORT.repr(text)} is not valid Unicode text: "
+            "it holds an undecodable byte or half a surrogate pair"
+        ) from error
+
+
+def check_path(path: str | Path, name: str) -> None:
+    """Refuse a path that no file system takes, before anything is made on the way to it.
+
+    Args:
+        path: of a folder that shall be written to.
+        name: the option that it comes from.
+
+    Raises:
+        UserError: it is no valid text, it or one of its parts is too long.
+    """
+    check_text(str(path), name)
+    absolute = os.path.abspath(path)
+    for part in absolute.split(os.sep):
+        if len(os.fsencode(part)) > MAX_NAME_BYTES:
+            raise UserError(
+                f"{name}: {_SHORT.repr(part)} is too long for a folder's name "
+                f"({len(os.fsencode(part))} bytes, at most {MAX_NAME_BYTES})"
+            )
+    if len(os.fsencode(absolute)) > MAX_PATH_BYTES:
+        raise UserError(
+            f"{name}: {_SHORT.repr(absolute)} is too long a path "
+            f"({len(os.fsencode(absolute))} bytes, at most {MAX_PATH_BYTES})"
+        )
+
+
 def slug(text: str, limit: int = 48) -> str:
     """Make a short folder name of any text: [a-z0-9-] only, "prompt" where nothing is left."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii")
@@ -221,8 +290,24 @@ def _existing_file(path: str | Path) -> Path:
     return path
 
 
+MAX_YAML_BYTES = 4 << 20  # of any YAML file: a manifest of 20,000 files
+MAX_CONFIG_BYTES = 256 << 10  # of what a user writes: the parser takes seconds for so much
+_MAX_YAML_NODES = 1_000_000  # of a file with every alias written out
+_MAX_NUMBER_LENGTH = 1000  # of a number or date as YAML spells it
+_TEXT_TAG = "tag:yaml.org,2002:str"
+
+
 class _YamlLoader(yaml.SafeLoader):
-    """The safe loader, refusing a key given twice (YAML would silently take the last)."""
+    """The safe loader, without the ways in which a short text takes endless time or memory.
+
+    It refuses a key given twice too (YAML would silently take the last).
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MAX_YAML_NODES:
+            raise yaml.YAMLError("its aliases stand for too much")
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -230,10 +315,37 @@ class _YamlLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    problem = f"the key {key.value!r} is given twice"
+                    problem = f"the key {_SHORT.repr(key.value)} is given twice"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 seen.add(key.value)
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        is_text = not isinstance(node, yaml.ScalarNode) or node.tag == _TEXT_TAG
+        if not is_text and len(node.value) > _MAX_NUMBER_LENGTH:
+            problem = f"{_SHORT.repr(node.value)} is too long for a number; text needs quotes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        except (LookupError, AttributeError) as error:  # of "!!bool x", "!!timestamp x", "!!int ''"
+            problem = f"a value is not what its tag {node.tag} says"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many nodes a tree has with every alias written out; infinite if one holds itself.
+
+    Args:
+        known: the result for nodes seen before, by identity; a node being counted is infinite.
+    """
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        else:
+            children = node.value if isinstance(node, yaml.SequenceNode) else []
+        known[id(node)] = 1 + sum(_written_out(child, known) for child in children)
+    return known[id(node)]
 
 
 def _parse_yaml(text: str | bytes, where: str) -> Any:
@@ -242,7 +354,9 @@ def _parse_yaml(text: str | bytes, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{where}: not valid YAML{line}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise UserError(f"{where}: not valid YAML: nested too deep") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: not valid YAML: {error}") from error
 
 
@@ -277,14 +391,27 @@ def load_sealed_yaml(path: str | Path) -> dict[str, Any]:
 _SEAL = "sha256: "
 
 
-def load_yaml(path: str | Path) -> dict[Any, Any]:
+def load_yaml(path: str | Path, limit: int = MAX_YAML_BYTES) -> dict[Any, Any]:
     """Read a YAML mapping; no YAML tag can make anything but plain values.
+
+    Args:
+        limit: how many bytes the file may have.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it is not valid YAML (names the line), or not a mapping.
+        UserError: it cannot be read, is too large, not valid YAML (names the line), or not a
+            mapping.
     """
-    value = _parse_yaml(_existing_file(path).read_bytes(), str(path))
+    try:
+        with open(_existing_file(path), "rb") as file:
+            data = file.read(limit + 1)
+    except MissingFileError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise UserError(f"{path}: larger than the {limit >> 10} KB that such a file may have")
+    value = _parse_yaml(data, str(path))
     if not isinstance(value, dict):
         found = "nothing" if value is None else type(value).__name__
         raise UserError(f"{path}: expected a mapping (key: value), found {found}")
@@ -341,13 +468,16 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
             range or not among the choices. Begins with "<path>: <key>: " or "--set <key>: ".
     """
     hints = typing.get_type_hints(cls)
-    given = {key: (value, f"{path}: {key}") for key, value in load_yaml(path).items()}
+    values = load_yaml(path, MAX_CONFIG_BYTES)
+    given = {key: (value, f"{path}: {_shown_key(key)}") for key, value in values.items()}
     for text in overrides:
         key, equals, value_text = text.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise UserError(f"--set {text}: expected key=value")
-        where = f"--set {key}"
+            raise UserError(f"--set {_shown_key(text)}: expected key=value")
+        where = f"--set {_shown_key(key)}"
+        if len(value_text) > MAX_CONFIG_BYTES:
+            raise UserError(f"{where}: longer than {MAX_CONFIG_BYTES >> 10} KB")
         given[key] = (_override(value_text, hints.get(key, str), where), where)
     return _make_config(cls, given, str(path))
 
@@ -358,7 +488,7 @@ def make_config(cls: type[C], given: Mapping[str, Any], where: str) -> C:
     Args:
         where: what the mapping is of, for errors.
     """
-    placed = {key: (value, f"{where}: {key}") for key, value in given.items()}
+    placed = {key: (value, f"{where}: {_shown_key(key)}") for key, value in given.items()}
     return _make_config(cls, placed, where)
 
 
@@ -369,7 +499,7 @@ def _make_config(cls: type[C], given: Mapping[str, tuple[Any, str]], origin: str
     values = {}
     for key, (value, where) in given.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            near = difflib.get_close_matches(_shown_key(key), fields, n=1)
             known = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
             raise UserError(f"{where}: unknown key; {known}")
         values[key] = _checked(value, hints[key], fields[key].metadata, where)
@@ -421,6 +551,8 @@ def _checked(value: Any, hint: Any, rule: Mapping[str, Any], where: str) -> Any:
     if type(value) is not kind:
         hint_text = _quote_hint(value, where) if kind is str else ""
         raise UserError(f"{where}: expected {_expected(hint)}, got {shown}{hint_text}")
+    if kind is str:
+        check_text(value, where)
     if kind is float and not math.isfinite(value):
         raise UserError(f"{where}: expected a finite number, got {shown}")
 
@@ -440,9 +572,24 @@ def _checked(value: Any, hint: Any, rule: Mapping[str, Any], where: str) -> Any:
     return value
 
 
-_SHORT = reprlib.Repr()
+class _ShortRepr(reprlib.Repr):
+    """A value as an error shows it."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to spell a number of thousands of digits, or takes long.
+        return super().repr_int(x, level) if x.bit_length() < 4096 else "a number beyond measure"
+
+
+_SHORT = _ShortRepr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 2
+
+
+def _shown_key(key: Any) -> str:
+    """A key as an error shows it; keys are text unless a file is wrong."""
+    if not isinstance(key, str):
+        return _SHORT.repr(key)
+    return key if len(key) <= 80 else f"{key[:77]}..."
 
 
 def _quote_hint(value: Any, where: str) -> str:

@@ -473,9 +473,94 @@ def test_text_in_an_override_is_taken_as_it_stands(tmp_path, override, value):
 def test_an_exploding_alias_gives_a_short_message(tmp_path):
     lines = ["prompt:", "  - &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    with pytest.raises(UserError, match="prompt: expected text") as caught:
+    with pytest.raises(UserError, match=r"c\.yaml: .* aliases stand for too much") as caught:
         load(tmp_path, "\n".join(lines))
     assert len(str(caught.value)) < 1000
+
+
+def test_a_few_aliases_are_welcome(tmp_path):
+    text = "defaults: &d {steps: 5, seed: 1}\nwolf: {<<: *d, seed: 2}\nfox: *d\n"
+    (tmp_path / "a.yaml").write_text(text)
+    loaded = util.load_yaml(tmp_path / "a.yaml")
+    assert loaded["wolf"] == {"steps": 5, "seed": 2} and loaded["fox"] == loaded["defaults"]
+
+
+MERGES = [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 30)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n".join(["a0: &a0 {x: 1}", *MERGES]), "aliases stand for too much"),
+        ("prompt: &p [*p]", "aliases stand for too much"),
+        ("prompt: &p {<<: *p}", "aliases stand for too much"),
+        ("a: " + "[" * 100_000, "nested too deep"),
+        ("\n".join(" " * depth + "a:" for depth in range(600)), "nested too deep"),
+        ("- " * 100_000, "nested too deep"),
+        ("seed: 1" + ":1" * 100_000, "line 1: '1:1:1:.* is too long for a number"),
+        ("seed: 0x" + "f" * 100_000, "line 1: '0xff.* is too long for a number"),
+        ("prompt: " + "x" * 300_000, "c.yaml: larger than the 256 KB"),
+        ("steps: 0x" + "f" * 990, "steps: expected .* at most 1000, got "),
+        ("steps: [0x" + "f" * 990 + "]", "steps: expected a whole number, got "),
+        ("fixed: !!bool x", "line 1: a value is not what its tag .*bool says"),
+        ("prompt: !!timestamp x", "line 1: a value is not what its tag .*timestamp says"),
+        ("seed: !!int ''", "line 1: a value is not what its tag .*int says"),
+        ("? 0x" + "f" * 990 + "\n: 1", "unknown key"),
+        ("? " + "k" * 100_000 + "\n: 1", r"kkk\.\.\.: unknown key"),
+        ("? [a, b]\n: 1", "unhashable key"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_no_text_keeps_the_parser_busy(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('prompt: "a\\0b"', r"c\.yaml: prompt: 'a\\x00b' holds a NUL character"),
+        ('prompt: "a\\ud800b"', "prompt: .* is not valid Unicode text"),
+        ('"a\\x1b[31m": 1', r"c\.yaml: a\\x1b\[31m: unknown key"),
+    ],
+)
+def test_text_that_no_file_can_hold_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, f"seed: 1\n{text}")
+
+
+def test_a_long_override_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--set prompt: longer than 256 KB"):
+        load(tmp_path, yaml.safe_dump(GOOD), "prompt=" + "x" * 300_000)
+    assert len(load(tmp_path, yaml.safe_dump(GOOD), "prompt=" + "x" * 10_000).prompt) == 10_000
+
+
+@pytest.mark.parametrize("word", ["a\0b", os.fsdecode(b"caf\xe9.mp4")])
+def test_a_command_line_that_is_no_text_is_refused(word):
+    parser = util.ArgumentParser()
+    parser.add_argument("--data_path")
+    with pytest.raises(UserError, match="command line: '.*' (holds a NUL|is not valid Unicode)"):
+        parser.parse_args(["--data_path", word])
+    assert parser.parse_args(["--data_path", "a\nb 狼"]).data_path == "a\nb 狼"
+
+
+def test_a_path_that_no_file_system_takes_is_refused(tmp_path):
+    for folder, message in (
+        (tmp_path / ("x" * 256), "--out: 'xxx.*' is too long for a folder's name .256 bytes"),
+        (tmp_path / ("狼" * 86), "too long for a folder's name .258 bytes"),
+        (tmp_path / "/".join(["x" * 100] * 40), "is too long a path"),
+        (f"{tmp_path}/a\0b", "holds a NUL"),
+    ):
+        with pytest.raises(UserError, match=message):
+            util.check_writable(folder, "--out")
+    util.check_writable(tmp_path / ("狼" * 85) / "../x", "--out")
+
+
+def test_an_error_is_one_line_without_control_characters():
+    assert str(UserError("a\nb\x1b]0;title\x07\r\nc \x7f 狼")) == (
+        "a b\\x1b]0;title\\x07 c \\x7f 狼"
+    )
 
 
 def test_a_field_of_another_type_is_a_bug(tmp_path):
