@@ -12,7 +12,7 @@ from diffusers import ControlNetModel
 from torch import Tensor
 from transformers import DPTForDepthEstimation, DPTImageProcessor
 
-from checkpoints import frozen, single_model_folder
+from checkpoints import frozen, load_model, single_model_folder
 from prompt_attention import share_prompts
 
 
@@ -67,18 +67,21 @@ def load_control(
     depth: Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
+    allow_pickle: bool = False,
 ) -> Control:
     """Loads a ControlNet and draws the pictures that it follows from a clip.
 
     Args:
         frames: (n, H, W, 3) uint8 RGB.
         depth: (n, 1, H, W) of `estimate_depth`; needed if the settings' kind is depth.
+        allow_pickle: as of `checkpoint_folder`.
 
     Raises:
         MissingFileError: if the ControlNet cannot be found.
+        UserError: see `load_model`.
     """
-    folder = single_model_folder(settings.key, "controlnet_key")
-    model = ControlNetModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    folder = single_model_folder(settings.key, "controlnet_key", allow_pickle)
+    model = load_model(ControlNetModel, folder, allow_pickle, torch_dtype=dtype)
     if settings.kind == "canny":
         edges = (canny_edges(frame[None], settings.low, settings.high) for frame in frames)
         images = torch.cat([edge[:, :1].byte() for edge in edges])  # 0 or 1
@@ -103,7 +106,11 @@ def canny_edges(frames: np.ndarray, low: int, high: int) -> Tensor:
 
 @torch.inference_mode()
 def estimate_depth(
-    frames: np.ndarray, key: str, device: torch.device, batch_size: int = 8
+    frames: np.ndarray,
+    key: str,
+    device: torch.device,
+    batch_size: int = 8,
+    allow_pickle: bool = False,
 ) -> Tensor:
     """Inverse depth of a clip by a DPT model, normalised over the clip.
 
@@ -113,6 +120,7 @@ def estimate_depth(
     Args:
         frames: (n, H, W, 3) uint8 RGB.
         key: hub id or local folder of a transformers DPT model.
+        allow_pickle: as of `checkpoint_folder`.
 
     Returns:
         (n, 1, H, W) float32 in [0, 1]; 1 is nearest.
@@ -120,9 +128,9 @@ def estimate_depth(
     Raises:
         MissingFileError: if the model cannot be found.
     """
-    folder = single_model_folder(key, "depth_model")
+    folder = single_model_folder(key, "depth_model", allow_pickle)
     processor = DPTImageProcessor.from_pretrained(folder)
-    model = frozen(DPTForDepthEstimation.from_pretrained(folder, use_safetensors=True), device)
+    model = frozen(load_model(DPTForDepthEstimation, folder, allow_pickle), device)
     depth = []
     for start in range(0, len(frames), batch_size):
         inputs = processor(images=list(frames[start : start + batch_size]), return_tensors="pt")

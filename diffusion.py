@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from checkpoints import frozen
+from checkpoints import frozen, load_model
 from conditions import Control, ControlSettings, depth_latents, load_control
 from parallel import ALONE, Team
 from prompt_attention import share_prompts
@@ -42,6 +42,7 @@ class StableDiffusion:
     schedule: NoiseSchedule
     device: torch.device
     dtype: torch.dtype
+    allow_pickle: bool = False  # of the models that are loaded beside these
 
     @property
     def dtype_name(self) -> str:
@@ -108,13 +109,21 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_stable_diffusion(
-    folder: Path, device: torch.device, dtype: torch.dtype
+    folder: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
 ) -> StableDiffusion:
-    """Loads a checkpoint's models from a local folder, frozen and in evaluation mode."""
-    options = {"torch_dtype": dtype, "use_safetensors": True}
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **options)
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options)
+    """Loads a checkpoint's models from a local folder, frozen and in evaluation mode.
+
+    Args:
+        folder: of `checkpoint_folder`.
+        allow_pickle: as of `checkpoint_folder`.
+
+    Raises:
+        UserError: see `load_model`.
+    """
+    options = {"torch_dtype": dtype, "allow_pickle": allow_pickle}
+    text_encoder = load_model(CLIPTextModel, folder / "text_encoder", **options)
+    vae = load_model(AutoencoderKL, folder / "vae", **options)
+    unet = load_model(UNet2DConditionModel, folder / "unet", **options)
     # The layout that convolutions are fastest in: a VAE's everywhere; a UNet's gain nothing on the
     # CPU, and half-precision ones on GPUs are said to.
     vae = vae.to(memory_format=torch.channels_last)
@@ -128,11 +137,12 @@ def load_stable_diffusion(
         schedule=NoiseSchedule.of_checkpoint(folder),
         device=device,
         dtype=dtype,
+        allow_pickle=allow_pickle,
     )
 
 
 # What loads a checkpoint: `load_stable_diffusion`, or what remembers the last one.
-Loader = Callable[[Path, torch.device, torch.dtype], StableDiffusion]
+Loader = Callable[[Path, torch.device, torch.dtype, bool], StableDiffusion]
 
 
 def compile_unet(unet: UNet2DConditionModel, backend: str = "inductor") -> None:
@@ -391,7 +401,8 @@ def make_denoiser(
         models,
         encode_prompts(models, [prompt]),
         depth_channel(models, frames, depth),
-        control and load_control(control, frames, depth, models.device, models.dtype),
+        control
+        and load_control(control, frames, depth, models.device, models.dtype, models.allow_pickle),
     )
 
 

@@ -25,6 +25,8 @@ from preprocess_options import FEATURE_DEFAULTS
 from source_cache import Manifest, SourceCache, find_cache, preprocess_command
 from source_features import find_features
 from util import (
+    MAX_COUNT,
+    MAX_SEED,
     ArgumentParser,
     MissingFileError,
     UserError,
@@ -32,7 +34,7 @@ from util import (
     load_config,
     option,
 )
-from video import MAX_FPS, clip_name, resolve_clip, source_sha256
+from video import MAX_FPS, MAX_SIDE, clip_name, resolve_clip, source_sha256
 
 log = logging.getLogger("tokenflow")
 
@@ -64,14 +66,15 @@ class EditConfig:
     negative_prompt: str = option("")
     latents_path: str = option("latents")
     output_path: str = option("tokenflow-results")
-    n_inversion_steps: int = option(500, low=1)
-    n_frames: int = option(40, low=1)
-    H: int | None = option(None, low=8)
-    W: int | None = option(None, low=8)
+    n_inversion_steps: int = option(500, low=1, high=MAX_COUNT)
+    n_frames: int = option(40, low=1, high=MAX_COUNT)
+    H: int | None = option(None, low=8, high=MAX_SIDE)
+    W: int | None = option(None, low=8, high=MAX_SIDE)
     fps: float | None = option(None, low=0.1, high=MAX_FPS)
     # model
     sd_version: str = option("2.1", choices=tuple(MODELS))
     model_key: str | None = option(None)
+    allow_pickle: bool = option(False)
     device: str = option("auto")
     dtype: str = option("auto", choices=("auto", "float32", "float16", "bfloat16"))
     attention_backend: str = option("native", choices=CPU_BACKENDS + CUDA_BACKENDS)
@@ -80,15 +83,15 @@ class EditConfig:
     checkpoint_every: int = option(5, low=1)
     verify: bool = option(False)
     # sampling
-    seed: int = option(1, low=0)
+    seed: int = option(1, low=0, high=MAX_SEED)
     n_timesteps: int = option(50, low=1, high=1000)
     guidance_scale: float = option(7.5, low=0)
     # TokenFlow
-    batch_size: int = option(8, low=1)
-    chunk_size: int | None = option(None, low=1)
+    batch_size: int = option(8, low=1, high=MAX_COUNT)
+    chunk_size: int | None = option(None, low=1, high=MAX_COUNT)
     source_features: str = option("auto", choices=("auto", "live"))
-    max_keyframes: int | None = option(None, low=2)
-    keyframe_seed: int = option(1, low=0)
+    max_keyframes: int | None = option(None, low=2, high=MAX_COUNT)
+    keyframe_seed: int = option(1, low=0, high=MAX_SEED)
     consistency: str = option("tokenflow", choices=CONSISTENCIES)
     keyframes: str = option("random", choices=("random", "fixed"))
     propagation: str = option("paper", choices=("paper", "released"))
@@ -142,6 +145,11 @@ def read_config(
         help="override one key of the file; any number of times",
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as --set device=...")
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="also load models whose weights are pickled only; the same as --set allow_pickle=true",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a finished result")
     parser.add_argument(
         "--verify",
@@ -152,6 +160,7 @@ def read_config(
     args = parser.parse_args(argv)
     overrides = args.set + ([f"device={args.device}"] if args.device else [])
     overrides += ["verify=true"] if args.verify else []
+    overrides += ["allow_pickle=true"] if args.allow_pickle else []
     return load_config(cls, args.config, overrides), args.overwrite
 
 
@@ -203,14 +212,15 @@ def open_inputs(config: EditConfig, team: Team = ALONE) -> EditInputs:
             features.verify()
     remake = f"{remedy(config, manifest)} --overwrite"
     _check_source(config, cache, remake)
-    checkpoint = checkpoint_folder(model_key_for(config.sd_version, config.model_key))
+    model_key = model_key_for(config.sd_version, config.model_key)
+    checkpoint = checkpoint_folder(model_key, config.allow_pickle)
     if checkpoint_revision(checkpoint) != manifest.model_revision:
         raise UserError(
             f"{cache.folder}: made with another model ({manifest.model_key}) than {checkpoint}; "
             + remake
         )
     if manifest.control is not None:  # the source pass runs under the inversion's ControlNet
-        check_controlnet_fits(checkpoint, manifest.control.key)
+        check_controlnet_fits(checkpoint, manifest.control.key, config.allow_pickle)
     timesteps = NoiseSchedule.of_checkpoint(checkpoint).timesteps(config.n_timesteps)
     if not set(timesteps) <= set(manifest.timesteps):
         raise UserError(

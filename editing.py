@@ -85,7 +85,9 @@ RESULT_FILES = (
     RUN_FILE,
 )
 PLACES = ("output_path", "latents_path", "data_path")
-CHANGES_NO_RESULT = ("chunk_size", "source_features", "compile", "checkpoint_every", "verify")
+CHANGES_NO_RESULT = (
+    "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
+)  # fmt: skip
 
 # The choices of a config that the cached features are made for.
 SERVED_BY_CACHED_FEATURES = {
@@ -156,7 +158,7 @@ class EditSession:
         reset_peak_memory(inputs.device)
         with self.watch("load"):
             self.models = models or (load or load_stable_diffusion)(
-                inputs.checkpoint, inputs.device, inputs.dtype
+                inputs.checkpoint, inputs.device, inputs.dtype, inputs.config.allow_pickle
             )
             if inputs.config.compile:
                 compile_unet(self.models.unet)

@@ -20,7 +20,7 @@ import video
 from motion import Motion, load_motion, resize_motion, truth_file, truth_shape
 from source_cache import MANIFEST, SourceCache, open_cache
 from util import MissingFileError, UserError, load_yaml, sha256_file
-from video import clip_name, load_frames, read_clip
+from video import clip_name, load_frames, opened_image, read_clip
 
 RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")
 TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
@@ -367,13 +367,10 @@ def read_masks(source: Source, files: list[Path]) -> np.ndarray:
     height, width = source.shape[1:]
     masks = []
     for path in files:
-        try:
-            with Image.open(path) as image:
-                # A palette's indices, not its colours; of other pictures, any channel but alpha.
-                one_channel = image.mode in ("P", "L", "1", "I", "I;16")
-                values = np.asarray(image if one_channel else image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: a mask that cannot be read ({error})") from error
+        with opened_image(path, "a mask") as image:
+            # A palette's indices, not its colours; of other pictures, any channel but alpha.
+            one_channel = image.mode in ("P", "L", "1", "I", "I;16")
+            values = np.asarray(image if one_channel else image.convert("RGB"))
         mask = Image.fromarray((values.reshape(*values.shape[:2], -1) != 0).any(-1).astype("u1"))
         if source.fit == "crop":
             mask = ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST)

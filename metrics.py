@@ -23,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-from checkpoints import frozen, single_model_folder
+from checkpoints import frozen, load_model, single_model_folder
 from motion import Motion, warp
 from util import UserError
 
@@ -158,7 +158,8 @@ class ClipEmbedder:
         model = _load(CLIPModel, folder)
         self.model, self.device = frozen(model, device), device
         self.processor = CLIPImageProcessor.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        # The others need no such word: their class is named here, not by the folder's files.
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.most_tokens = model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
@@ -236,7 +237,7 @@ class DinoKeys:
     def __init__(self, folder: Path, device: torch.device) -> None:
         model = _load(ViTModel, folder, add_pooling_layer=False)
         self.model, self.device = frozen(model, device), device
-        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         # transformers 4 calls this projection key, transformers 5 k_proj.
         names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in ("key", "k_proj")]
         self.last_key = model.get_submodule(names[-1])
@@ -296,7 +297,7 @@ def _load(cls: type, folder: Path, **options: object) -> torch.nn.Module:
     if found != kind:
         raise UserError(f"{folder}: its model_type is {found}, expected {kind}")
     # In float32 whatever its weights are saved in: half precision would show in the cosines.
-    return cls.from_pretrained(folder, use_safetensors=True, **options).float()
+    return load_model(cls, folder, **options).float()
 
 
 def _pixels(frames: np.ndarray, processor: Callable, device: torch.device) -> Iterator[Tensor]:

@@ -108,6 +108,7 @@ class PreprocessInputs:
         manifest: the cache's, but for the figures of its making.
         folder: the cache's.
         features: what the cached features shall be made for, if there shall be any.
+        allow_pickle: whether models may be loaded from pickled weights.
         read_seconds: what reading the clip took.
     """
 
@@ -121,6 +122,7 @@ class PreprocessInputs:
     features: FeatureSettings | None
     read_seconds: float
     team: Team = ALONE  # the processes that make this cache together
+    allow_pickle: bool = False
 
 
 def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInputs:
@@ -143,7 +145,8 @@ def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInput
             fit=args.fit,
             fps=args.fps,
         )
-    checkpoint = checkpoint_folder(model_key_for(args.sd_version, args.model_key))
+    model_key = model_key_for(args.sd_version, args.model_key)
+    checkpoint = checkpoint_folder(model_key, args.allow_pickle)
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
     timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
     control, depth_model = _conditions(args, checkpoint)
@@ -161,7 +164,7 @@ def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInput
         fit=args.fit,
         fps=str(clip.fps),
         sd_version=args.sd_version,
-        model_key=model_key_for(args.sd_version, args.model_key),
+        model_key=model_key,
         model_revision=checkpoint_revision(checkpoint),
         inversion_prompt=args.inversion_prompt,
         steps=args.steps,
@@ -187,6 +190,7 @@ def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInput
         features=_feature_settings(args, manifest) if args.cache_features else None,
         read_seconds=watch.seconds["read"],
         team=team,
+        allow_pickle=args.allow_pickle,
     )
 
 
@@ -216,12 +220,12 @@ def _conditions(
     control = None
     if args.sd_version == "ControlNet":
         key = controlnet_key_for(args.sd_version, args.control, args.controlnet_key)
-        check_controlnet_fits(checkpoint, key)
+        check_controlnet_fits(checkpoint, key, args.allow_pickle)
         control = ControlSettings(
             args.control, key, args.controlnet_scale, args.canny_low, args.canny_high
         )
     if in_channels == 5 or (control is not None and control.kind == "depth"):
-        single_model_folder(args.depth_model, "depth_model")
+        single_model_folder(args.depth_model, "depth_model", args.allow_pickle)
         return control, args.depth_model
     return control, None
 
@@ -308,7 +312,9 @@ def make_features(
     """
     watch = watch or Stopwatch(inputs.device)
     with watch("load"):
-        models = models or load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
+        models = models or load_stable_diffusion(
+            inputs.checkpoint, inputs.device, inputs.dtype, inputs.allow_pickle
+        )
     cache = open_cache(inputs.folder)
     manifest, frames = cache.manifest, inputs.clip.frames
     denoiser = make_denoiser(
@@ -339,7 +345,9 @@ def make_cache(
     watch = watch or Stopwatch(inputs.device)
     watch.add("read", inputs.read_seconds)
     with watch("load"):
-        models = models or load_stable_diffusion(inputs.checkpoint, inputs.device, inputs.dtype)
+        models = models or load_stable_diffusion(
+            inputs.checkpoint, inputs.device, inputs.dtype, inputs.allow_pickle
+        )
     work_on = {"format": FORMAT, **identity(inputs.manifest)}
     with resumable_folder(inputs.folder, work_on, inputs.team) as work:
         return _CacheMaker(inputs, models, work, watch, batch_size).run()
@@ -401,7 +409,8 @@ class _CacheMaker:
         if manifest.depth_model is not None:
             with self.watch("depth"):
                 batch = min(self.batch_size or DEPTH_BATCH, DEPTH_BATCH)
-                depth = estimate_depth(self.frames, manifest.depth_model, self.inputs.device, batch)
+                where = self.inputs.device, batch, self.inputs.allow_pickle
+                depth = estimate_depth(self.frames, manifest.depth_model, *where)
         if self.work.writes:
             save_source(self.work.folder, self.frames, manifest.inversion_prompt, depth)
         with self.watch("vae"):
@@ -569,7 +578,7 @@ def preprocess(
             watch = Stopwatch(inputs.device)
             with watch("load"):
                 load = load or load_stable_diffusion
-                models = load(inputs.checkpoint, inputs.device, inputs.dtype)
+                models = load(inputs.checkpoint, inputs.device, inputs.dtype, inputs.allow_pickle)
             if not made:
                 manifest = make_cache(inputs, args.batch_size, models, watch)
                 if team.is_main:

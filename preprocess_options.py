@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from checkpoints import DEPTH_ESTIMATOR, MODELS
-from util import ArgumentParser, UserError
-from video import MAX_FPS, MAX_FPS_DENOMINATOR
+from util import MAX_COUNT, MAX_SEED, ArgumentParser, UserError
+from video import check_size, frame_rate
 
 DEFAULTS = {"steps": 500, "save_steps": 50, "inversion_iters": 1, "inversion_tol": 0.0}
 # The cheapest that reconstructs 5 dB better than 500 plain steps sampled with 500: see
@@ -51,6 +51,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--sd_version", choices=tuple(MODELS), default="2.1", help="model (default: 2.1)")
     add("--model_key", help="hub id or local folder of a checkpoint; wins over --sd_version")
+    add("--allow_pickle", action="store_true",
+        help="also load models whose weights are pickled only")  # fmt: skip
     add("--inversion_prompt", default="", help="what the clip shows (default: empty)")
     add("--steps", type=int, help="inversion steps (default: 500)")
     add("--save_steps", type=int, help="sampling steps to save for (default: 50)")
@@ -110,21 +112,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _frame_rate(text: str) -> Fraction:
     try:
-        rate = Fraction(text).limit_denominator(MAX_FPS_DENOMINATOR)
-    except (ValueError, ZeroDivisionError):
-        rate = Fraction(0)
-    if not 0 < rate <= MAX_FPS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, expected a number or a fraction above 0 and at most {MAX_FPS}"
-        )
-    return rate
+        return frame_rate(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _batch_size(text: str) -> int | None:
     """None for auto."""
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > len(str(MAX_COUNT)) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}, expected auto or a number of at least 1")
     return int(text)
 
@@ -152,10 +149,15 @@ def _check_args(args: argparse.Namespace) -> None:
     for name in at_least_one:
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: {getattr(args, name)}, expected a number of at least 1")
+    for name in (*at_least_one, "frame_start"):
+        if getattr(args, name) > MAX_COUNT:
+            raise UserError(f"--{name}: {getattr(args, name)}, expected at most {MAX_COUNT}")
     if not 0 <= args.inversion_tol < 1:
         raise UserError(f"--inversion_tol: {args.inversion_tol}, expected 0 or more and below 1")
     if args.keyframe_seed < 0:
         raise UserError(f"--keyframe_seed: {args.keyframe_seed}, expected 0 or more")
+    if args.keyframe_seed > MAX_SEED:
+        raise UserError(f"--keyframe_seed: {args.keyframe_seed}, expected at most {MAX_SEED}")
     for name in ("pnp_attn_t", "pnp_f_t"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name}: {getattr(args, name)}, expected a number from 0 to 1")
@@ -168,6 +170,8 @@ def _check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}: {size} is not a multiple of 8; the nearest is {nearest}")
     if (args.H is None) != (args.W is None):
         raise UserError("--H and --W: give both or neither")
+    if args.H is not None:
+        check_size(args.H, args.W)
     for name in ("save_steps", "recon_steps"):
         if args.steps % getattr(args, name):
             raise UserError(

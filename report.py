@@ -41,7 +41,7 @@ from util import (
     sha256_file,
     slug,
 )
-from video import read_clip, save_video
+from video import READING, read_clip, save_video
 
 log = logging.getLogger("tokenflow")
 
@@ -296,7 +296,7 @@ def probe_video(path: Path) -> tuple[int, Fraction, int, int]:
         UserError: it is not a video, or its header does not tell.
     """
     try:
-        with av.open(os.path.abspath(path)) as container:
+        with av.open(os.path.abspath(path), **READING) as container:
             stream = container.streams.video[0]
             facts = stream.frames, stream.average_rate, stream.width, stream.height
     except (av.FFmpegError, IndexError) as error:

@@ -69,8 +69,12 @@ def make_control(session: EditSession, settings: ControlSettings) -> Control:
     """The edit's ControlNet with its pictures of the clip."""
     device, depth = session.models.device, session.depth
     if settings.kind == "depth" and depth is None:
-        depth = estimate_depth(session.frames, session.config.depth_model, device)
-    return load_control(settings, session.frames, depth, device, session.models.dtype)
+        config = session.config
+        depth = estimate_depth(
+            session.frames, config.depth_model, device, allow_pickle=config.allow_pickle
+        )
+    dtype, allow_pickle = session.models.dtype, session.models.allow_pickle
+    return load_control(settings, session.frames, depth, device, dtype, allow_pickle)
 
 
 def plan(session: EditSession, settings: ControlSettings) -> EditPlan:
@@ -106,9 +110,9 @@ def edit(
     with team.together():
         settings = control_settings(config)
         inputs = open_inputs(config, team)
-        check_controlnet_fits(inputs.checkpoint, settings.key)
+        check_controlnet_fits(inputs.checkpoint, settings.key, config.allow_pickle)
         if config.control == "depth" and not inputs.cache.has_depth:
-            single_model_folder(config.depth_model, "depth_model")
+            single_model_folder(config.depth_model, "depth_model", config.allow_pickle)
     return run_edit(TECHNIQUE, inputs, partial(plan, settings=settings), overwrite, load, wait)
 
 

@@ -16,6 +16,7 @@ safetensors only: no pickle is read or written.
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import re
@@ -40,7 +41,7 @@ from util import (
     save_tensors,
     sha256_file,
 )
-from video import frame_name, load_frames, save_frames
+from video import frame_name, frame_rate, load_frames, save_frames
 
 FORMAT = 3
 MANIFEST = "manifest.yaml"
@@ -203,7 +204,7 @@ class SourceCache:
 
     @property
     def fps(self) -> Fraction:
-        return Fraction(self.manifest.fps)
+        return frame_rate(self.manifest.fps)
 
     def latents(self, name: str | int, n_frames: int) -> Tensor:
         """The first n_frames latents at a saved timestep (or CLEAN_LATENTS), (n, 4, h, w)."""
@@ -328,7 +329,9 @@ def find_cache(
     ]
     finished = {int(path.parent.name[8:]): path.parent for path in manifests}
     if not finished:
-        others = [path for path in Path(save_dir).glob(f"*/{clip}/steps_*") if path != folder]
+        others = [
+            path for path in Path(save_dir).glob(f"*/{glob.escape(clip)}/steps_*") if path != folder
+        ]
         others = sorted(str(path.relative_to(save_dir)) for path in others)
         hint = ""
         if others:

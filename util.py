@@ -422,6 +422,8 @@ def load_yaml(path: str | Path, limit: int = MAX_YAML_BYTES) -> dict[Any, Any]:
 
 C = TypeVar("C")
 
+MAX_COUNT = 1_000_000  # of frames, steps or a batch: far beyond use, far below overflow
+MAX_SEED = 2**63 - 1  # torch's generators take no more
 _KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -572,15 +574,7 @@ def _checked(value: Any, hint: Any, rule: Mapping[str, Any], where: str) -> Any:
     return value
 
 
-class _ShortRepr(reprlib.Repr):
-    """A value as an error shows it."""
-
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to spell a number of thousands of digits, or takes long.
-        return super().repr_int(x, level) if x.bit_length() < 4096 else "a number beyond measure"
-
-
-_SHORT = _ShortRepr()
+_SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 2
 

@@ -9,15 +9,18 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from util import MissingFileError, UserError, atomic_file, sha256_file
+from util import MissingFileError, UserError, atomic_file, check_text, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,21 @@ MAX_FPS_DENOMINATOR = 1_000_000  # a decimal's own fraction may not fit a video'
 
 # FFmpeg also "decodes" text files, single images and playlists (which open other files): not here.
 _VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,asf,flv,ogg"
-_MAX_SIDE, _MAX_PIXELS = 16384, 64_000_000
+# Pillow goes by a file's content and would hand some kinds to other programs (EPS to Ghostscript).
+_IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+MAX_SIDE, _MAX_PIXELS = 16384, 64_000_000
+_MAX_IMAGE_BYTES = 1 << 30  # of a file: no image of _MAX_PIXELS has more
+_MAX_CLIP_NAME_BYTES = 200  # leaves room beside it in the name of a file or folder
+# For av.open; an absolute path goes with it, since FFmpeg reads a relative one with a colon as a
+# protocol. Tags are not ours to judge: cameras also write them in other encodings than UTF-8.
+READING = {
+    "options": {
+        "format_whitelist": _VIDEO_FORMATS,
+        "protocol_whitelist": "file",  # what a container names is not fetched from anywhere
+        "max_pixels": str(_MAX_PIXELS),  # FFmpeg decodes frames before it tells their size
+    },
+    "metadata_errors": "replace",
+}
 _CRF = "15"  # visually lossless: results are compared and measured from these files
 _BT709 = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709"}
 
@@ -73,16 +90,25 @@ def clip_name(path: str | Path) -> str:
     Links are not followed: a linked clip is called what its user called it.
 
     Raises:
-        UserError: the path has no name, as "/".
+        UserError: the path has no name, as "/", or none that can be a folder's of results.
     """
     absolute = Path(os.path.abspath(path))
-    is_file = absolute.is_file() or (
+    is_file = os.path.isfile(absolute) or (
         not os.path.exists(absolute) and absolute.suffix.lower() in VIDEO_SUFFIXES
     )
     # The stem of "..mp4" is ".", which is no name for a folder.
     name = absolute.stem if is_file and absolute.stem.strip(".") else absolute.name
     if not name:
         raise UserError(f"{path}: has no name to call the clip by")
+    check_text(name, "the clip's name")
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise UserError(f"{path}: the clip's name {name!r} holds control characters; rename it")
+    n_bytes = len(os.fsencode(name))
+    if n_bytes > _MAX_CLIP_NAME_BYTES:
+        raise UserError(
+            f"{name[:60]}...: the clip's name is {n_bytes} bytes long, at most "
+            f"{_MAX_CLIP_NAME_BYTES} fit beside what is added to it; rename it"
+        )
     return name
 
 
@@ -91,18 +117,32 @@ def resolve_clip(path: str | Path) -> Path:
 
     Raises:
         MissingFileError: neither the path nor a video of that stem exists.
-        UserError: several videos have that stem.
+        UserError: several videos have that stem, or the path is neither a file nor a folder.
     """
     path = Path(path)
     if os.path.exists(path):
+        _check_kind(path)
         return path
-    siblings = sorted(path.parent.iterdir()) if os.path.isdir(path.parent) else []
+    siblings = _entries(path.parent) if os.path.isdir(path.parent) else []
     found = [p for p in siblings if p.stem == path.name and p.suffix.lower() in VIDEO_SUFFIXES]
     if not found:
         raise MissingFileError(f"{path}: no such video or folder")
     if len(found) > 1:
         raise UserError(f"{path}: could be any of {', '.join(p.name for p in found)}; name one")
     return found[0]
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse pipes, sockets and devices: opening one may wait, or read, for ever."""
+    if not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"{path}: neither a file nor a folder, but a pipe, a socket or a device")
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
 def read_clip(
@@ -137,7 +177,8 @@ def read_clip(
 
     Raises:
         MissingFileError: there is no such path.
-        UserError: an argument is out of range, or the source cannot be read; says why.
+        UserError: an argument is out of range, the source cannot be read, or its frames would
+            not fit into memory; says why.
     """
     path = Path(path)
     limits = (("n_frames", n_frames, 1), ("start", start, 0), ("stride", stride, 1))
@@ -146,15 +187,21 @@ def read_clip(
             raise UserError(f"{name}: expected at least {low}, got {value}")
     if fps is not None and fps <= 0:
         raise UserError(f"fps: expected more than 0, got {fps}")
+    if size is not None:
+        check_size(*size)
     if not os.path.exists(path):
         raise MissingFileError(f"{path}: no such video or folder")
+    _check_kind(path)
 
     frames: list[np.ndarray] = []
     native: list[tuple[int, int]] = []
 
-    def keep(image: Image.Image) -> None:
+    def keep(image: Image.Image, there: int) -> None:
         native.append((image.height, image.width))
-        frames.append(np.asarray(fit_frame(image, size or default_size(*native[0]), fit)))
+        fitted = size or default_size(*native[0])
+        # Now, not when memory is full; a header may say anything, so what is there counts too.
+        check_memory(max(len(frames) + 1, min(n_frames, there)), *fitted)
+        frames.append(np.asarray(fit_frame(image, fitted, fit)))
 
     wanted = range(start, start + n_frames * stride, stride)
     read = _read_folder if path.is_dir() else _read_video
@@ -168,15 +215,44 @@ def read_clip(
     return Clip(np.stack(frames), fps or rate / stride, native[0])
 
 
+def check_size(height: int, width: int) -> None:
+    """Refuse a size to work at that is beyond any frame's.
+
+    Raises:
+        UserError: names the bound.
+    """
+    if max(height, width) > MAX_SIDE or height * width > _MAX_PIXELS:
+        raise UserError(
+            f"H: {height}, W: {width}; expected at most {MAX_SIDE} a side and "
+            f"{_MAX_PIXELS // 10**6} megapixels"
+        )
+
+
+def check_memory(n_frames: int, height: int, width: int) -> None:
+    """Refuse frames that this machine's memory cannot hold while a clip of them is made.
+
+    Raises:
+        UserError: says what is needed and what there is.
+    """
+    # The frames one by one, and the clip that they are copied to.
+    needed = 2 * n_frames * height * width * 3
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"{n_frames} frames of {width}x{height} need {needed / 1e9:.1f} GB of memory, and this "
+            f"machine has {there / 1e9:.1f} GB; take fewer (--n_frames) or smaller ones (--H, --W)"
+        )
+
+
 def _read_video(
-    path: Path, wanted: range, keep: Callable[[Image.Image], None]
+    path: Path, wanted: range, keep: Callable[[Image.Image, int], None]
 ) -> tuple[int, Fraction]:
-    """Hand the wanted frames to `keep`; returns (frames decoded, average frame rate)."""
-    options = {"format_whitelist": _VIDEO_FORMATS}
+    """Hand the wanted frames to `keep`; returns (frames decoded, average frame rate).
+
+    `keep` is told how many of the wanted frames there are, or 0 where that is not known.
+    """
     try:
-        # An absolute path, since FFmpeg reads a relative one with a colon as a protocol.
-        # Tags are not ours to judge: cameras also write them in other encodings than UTF-8.
-        container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")
+        container = av.open(os.path.abspath(path), **READING)
     except av.FFmpegError as error:
         raise UserError(f"{path}: not a video that can be read ({error.strerror})") from error
     with container:
@@ -186,6 +262,8 @@ def _read_video(
         if stream.codec_context is None:
             raise UserError(f"{path}: there is no decoder for its video codec")
         _check_native_size(path, stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
+        there = len(range(wanted.start, max(wanted.start, stream.frames), wanted.step))
         n_seen = 0
         frames = container.decode(stream)
         while n_seen <= wanted[-1]:
@@ -199,7 +277,7 @@ def _read_video(
                 if frame.is_corrupt:
                     raise _corrupt_frame(path, n_seen, "damaged data")
                 _check_native_size(path, frame.width, frame.height)
-                keep(_displayed(path, frame))
+                keep(_displayed(path, frame), there)
             n_seen += 1
         rate = stream.average_rate or stream.guessed_rate
     if not n_seen:
@@ -232,30 +310,37 @@ def _displayed(path: Path, frame: av.VideoFrame) -> Image.Image:
 
 
 def _read_folder(
-    path: Path, wanted: range, keep: Callable[[Image.Image], None]
+    path: Path, wanted: range, keep: Callable[[Image.Image, int], None]
 ) -> tuple[int, Fraction]:
-    """Hand the wanted images to `keep`; returns (images there are, DEFAULT_FOLDER_FPS)."""
+    """Hand the wanted images to `keep`; returns (images there are, DEFAULT_FOLDER_FPS).
+
+    `keep` is told how many of the wanted images there are.
+    """
     images = _folder_images(path)
+    chosen = images[wanted.start : wanted.stop : wanted.step]
     first: tuple[str, tuple[int, int]] | None = None
-    for image_path in images[wanted.start : wanted.stop : wanted.step]:
+    for image_path in chosen:
         image = _open_image(image_path)
         first = first or (image_path.name, image.size)
         if image.size != first[1]:
             named = ((first[0], first[1]), (image_path.name, image.size))
             sizes = " and ".join(f"{name} ({w}x{h})" for name, (w, h) in named)
             raise UserError(f"{path}: images of different sizes: {sizes}, as width x height")
-        keep(image)
+        keep(image, len(chosen))
     return len(images), Fraction(DEFAULT_FOLDER_FPS)
 
 
 def _folder_images(folder: Path) -> list[Path]:
-    """List a folder's visible images in natural order; refuse none at all and links leading out."""
+    """List a folder's visible images in natural order.
+
+    None at all, links that lead out of the folder or to no file, pipes and devices are refused.
+    """
     images = [
         entry
-        for entry in folder.iterdir()
+        for entry in _entries(folder)
         if entry.suffix.lower() in IMAGE_SUFFIXES
         and not entry.name.startswith(".")
-        and (entry.is_symlink() or entry.is_file())
+        and (entry.is_symlink() or not entry.is_dir())
     ]
     if not images:
         raise UserError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -263,6 +348,9 @@ def _folder_images(folder: Path) -> list[Path]:
     for image in images:
         if not Path(os.path.realpath(image)).is_relative_to(inside):
             raise UserError(f"{image}: is a link that points outside of its folder; copy the file")
+        if not os.path.isfile(image):
+            kind = "a link to no file" if image.is_symlink() else "a pipe, a socket or a device"
+            raise UserError(f"{image}: is no image, but {kind}; remove it")
     return sorted(images, key=_natural_key)
 
 
@@ -273,14 +361,37 @@ def _natural_key(path: Path) -> tuple[list[str | int], str]:
 
 def _open_image(path: Path) -> Image.Image:
     """Read one image file as RGB, turned as its EXIF orientation says."""
+    with opened_image(path) as image:
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def opened_image(path: Path, kind: str = "an image") -> Iterator[Image.Image]:
+    """Yield an image file whose header was checked; its pixels are not read yet.
+
+    Args:
+        kind: what the file is, for errors.
+
+    Raises:
+        UserError: it is none that can be read, or too large; of what is done with the image, the
+            errors that a broken file makes.
+    """
     try:
-        with Image.open(path) as image:
-            _check_native_size(path, *image.size)
-            return _rgb(ImageOps.exif_transpose(image))
+        if not path.is_file() or path.stat().st_size > _MAX_IMAGE_BYTES:
+            raise ValueError(f"expected a file of at most {_MAX_IMAGE_BYTES >> 30} GB")
+        with warnings.catch_warnings():
+            # What Pillow finds odd in a file is no matter, and sizes are judged below.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_IMAGE_FORMATS) as image:
+                _check_native_size(path, *image.size)
+                yield image
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        known = ", ".join(_IMAGE_FORMATS)
+        raise UserError(f"{path}: {kind} that cannot be read (it is none of {known})") from error
     except _IMAGE_ERRORS as error:
-        raise UserError(f"{path}: an image that cannot be read ({error})") from error
+        raise UserError(f"{path}: {kind} that cannot be read ({error})") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -299,11 +410,30 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_native_size(path: Path, width: int, height: int) -> None:
-    if max(width, height) > _MAX_SIDE or width * height > _MAX_PIXELS:
+    if max(width, height) > MAX_SIDE or width * height > _MAX_PIXELS:
         raise UserError(
-            f"{path}: {width}x{height} pixels are too many; at most {_MAX_SIDE} a side and"
+            f"{path}: {width}x{height} pixels are too many; at most {MAX_SIDE} a side and"
             f" {_MAX_PIXELS // 10**6} megapixels"
         )
+
+
+def frame_rate(text: str) -> Fraction:
+    """Read a frame rate that is spelled as a number or a fraction: "20", "29.97", "30000/1001".
+
+    Raises:
+        UserError: it is neither, or not above 0 and at most MAX_FPS.
+    """
+    # No exponents: a fraction of 1e999999999 would be computed, digit by digit.
+    spelled = re.fullmatch(r"[0-9]{1,12}/[0-9]{1,12}|[0-9]{0,12}\.?[0-9]{0,12}", text.strip())
+    try:
+        rate = Fraction(text).limit_denominator(MAX_FPS_DENOMINATOR) if spelled else Fraction(0)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= MAX_FPS:
+        raise UserError(
+            f"{text[:40]!r}, expected a number or a fraction above 0 and at most {MAX_FPS}"
+        )
+    return rate
 
 
 def default_size(height: int, width: int) -> tuple[int, int]:
@@ -335,13 +465,24 @@ def fit_frame(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Imag
 def source_sha256(path: str | Path) -> str:
     """Hash a clip's source: a video's bytes; a folder's image names and bytes in natural order."""
     path = Path(path)
+    if os.path.exists(path):
+        _check_kind(path)
     if not path.is_dir():
-        return sha256_file(path)
+        return _file_hash(path)
     digest = hashlib.sha256()
     for image in _folder_images(path):
         # Both parts have no room for ambiguity: a name holds no NUL, a digest's length is fixed.
-        digest.update(os.fsencode(image.name) + b"\0" + bytes.fromhex(sha256_file(image)))
+        digest.update(os.fsencode(image.name) + b"\0" + bytes.fromhex(_file_hash(image)))
     return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except MissingFileError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def save_video(path: str | Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:

@@ -540,7 +540,7 @@ def test_a_long_override_is_refused(tmp_path):
 def test_a_command_line_that_is_no_text_is_refused(word):
     parser = util.ArgumentParser()
     parser.add_argument("--data_path")
-    with pytest.raises(UserError, match="command line: '.*' (holds a NUL|is not valid Unicode)"):
+    with pytest.raises(UserError, match=r"command line: '.*' (holds a NUL|is not valid Unicode)"):
         parser.parse_args(["--data_path", word])
     assert parser.parse_args(["--data_path", "a\nb 狼"]).data_path == "a\nb 狼"
 
