@@ -320,6 +320,50 @@ def test_no_text_ends_the_element_that_holds_it(text):
     assert json.loads(blob) == {"title": text, "clips": [{text: text}]}
 
 
+def test_no_text_of_users_is_markup(tmp_path):
+    """Prompts, names, settings and paths are in the page once: as JSON that cannot end its element.
+
+    The script puts them on the page as text alone.
+    """
+    markup = "<img src=x onerror=alert(1)> </script><script>alert(2)</script> <!-- \" '"
+    name = markup.replace("/", "")
+    cache = make_cache(tmp_path / "cache", inversion_prompt=markup, clip=name, model_key=markup)
+    folder = make_result(
+        tmp_path / "results" / "pnp" / name / name,
+        cache,
+        prompt=markup,
+        negative_prompt=markup,
+        data_path=f"{markup}.mp4",
+        latents_path=markup,
+        **{markup: markup},
+    )
+    row = {"folder": str(folder), "method": markup, "protocol": {markup: markup}}
+    rows = write_rows(tmp_path / "rows.json", row)
+    data = make_report(tmp_path / "report", tmp_path / "results", metrics=[rows], title=markup)
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert json.dumps(data).count("<img src=x") > 8
+    assert "<img" not in page and "alert(2)</script>" not in page
+    own = report.render_page({"title": "", "clips": []})
+    for mark in ("<script", "</script", "<!--", "</title"):
+        assert page.count(mark) == own.count(mark)
+    files = [path.name for path in (tmp_path / "report" / "media").iterdir()]
+    assert files and all(
+        set(file) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.") for file in files
+    )
+    script = (report.PAGE_PARTS / "page.js").read_text(encoding="utf-8")
+    for sink in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "Function(",
+    ):
+        assert sink not in script
+    for scheme in ("javascript:", "data:text"):
+        assert scheme not in page
+
+
 def test_values_are_text():
     values = [None, True, 1, 0.5, float("nan"), "x", [1] * 100, {"a": [[[]]]}]
     assert [report.plain(value) for value in values] == [

@@ -31,7 +31,7 @@ import run_tokenflow_sdedit
 from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig
-from util import load_config, load_tensors, load_yaml, sha256_file
+from util import UserError, load_config, load_tensors, load_yaml, sha256_file
 from video import load_frames
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,7 +233,7 @@ def test_another_frame_rate_on_demand(settings, tmp_path, fps):
         "../../x",
         "/etc/passwd",
         "two\nlines\r\n--overwrite",
-        "a NUL \0 in it",
+        "a tab \t, a bell \a and a next line \x85",
         "\N{WOLF FACE} \N{ZERO WIDTH JOINER} \u202e \x1b[31m",
         "wolf " * 2000,
         "",
@@ -252,6 +252,41 @@ def test_a_hostile_prompt_stays_in_the_output_folder(settings, place, tmp_path, 
     assert set(folder.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
     assert len(folder.name) < 64
     assert load_config(SDEditConfig, folder / "config.yaml").prompt == prompt
+
+
+@pytest.mark.parametrize("key", ["prompt", "negative_prompt", "data_path", "output_path"])
+def test_a_nul_is_refused(settings, tmp_path, key):
+    with pytest.raises(UserError, match=f"{key}: 'a.x00b' holds a NUL character"):
+        edit("sdedit", {**settings, key: "a\0b"}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a [b]*? {c} #1 % & ; $(x) `y` ' \" \\ <img src=x>",
+        "\N{WOLF FACE} \u72fc \u0630\u0626\u0628 \N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}",
+        "-rf ~ ..",
+    ],
+    ids=("signs", "alphabets", "dashes"),
+)
+def test_a_hostile_clip_name_is_a_folder_in_the_cache_and_in_the_results(
+    settings, tiny_model, tmp_path, name
+):
+    (tmp_path / "work").mkdir()
+    clip = make_clip(tmp_path / "clips" / f"{name}.mp4", n_frames=1)
+    cache = invert(clip, tmp_path / "work" / "latents", tiny_model, n_frames=1)
+    assert cache == tmp_path / "work" / "latents" / "sd_2.1" / name / "steps_10" / "nframes_1"
+    keys = {
+        "data_path": str(clip),
+        "latents_path": str(tmp_path / "work" / "latents"),
+        "output_path": str(tmp_path / "work" / "out"),
+    }
+    edit("sdedit", {**settings, **keys, "n_frames": 1, "start": 0.2}, tmp_path / "work")
+    folder = only_result(tmp_path / "work" / "out")
+    assert folder.parent == tmp_path / "work" / "out" / "sdedit" / name
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")}
+    assert there == {f"clips/{name}.mp4", "work/config.yaml", "work/latents", "work/out"}
 
 
 # ---------------------------------------------------------------- the released files

@@ -1,9 +1,17 @@
 """Reading and writing clips."""
 
+import gzip
+import io
 import itertools
 import logging
 import os
+import pickle
+import socket
 import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -13,12 +21,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import preprocess_options
 import util
 import video
 from util import MissingFileError, UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-WOLF = Path(__file__).parents[1] / "../shared/data/wolf.mp4"
+ROOT = Path(__file__).resolve().parents[1]
+WOLF = ROOT / "../shared/data/wolf.mp4"
 
 
 def quadrants(height: int = 64, width: int = 96) -> np.ndarray:
@@ -585,6 +595,268 @@ def test_refuses_links_that_lead_out_of_the_folder(tmp_path):
             read()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_pipes_and_devices_are_never_opened(tmp_path):
+    """Opening a pipe waits for a writer; /dev/zero never ends."""
+    folder = write_images(tmp_path / "a", ["0.png"])
+    os.mkfifo(tmp_path / "pipe.mp4")
+    os.mkfifo(folder / "hidden pipe")
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(os.path.relpath(tmp_path / "socket.mp4"))
+    for path in (tmp_path / "pipe.mp4", tmp_path / "zero.mp4", tmp_path / "socket.mp4"):
+        for read in (lambda p: video.read_clip(p, 1), video.source_sha256, video.resolve_clip):
+            with pytest.raises(UserError, match="neither a file nor a folder, but a pipe"):
+                read(path)
+    entry = folder / "1.png"
+    os.mkfifo(entry)
+    for kind in ("a pipe, a socket or a device", "a link to no file"):
+        for read in (lambda: video.read_clip(folder, 1), lambda: video.source_sha256(folder)):
+            with pytest.raises(UserError, match=rf"1\.png: is no image, but {kind}; remove it"):
+                read()
+        entry.unlink()
+        entry.symlink_to("hidden pipe")
+    for target in ("1.png", "gone.png", "../a"):  # a loop, nothing, a folder
+        entry.unlink()
+        entry.symlink_to(target)
+        with pytest.raises(UserError, match=r"1\.png: is no image, but a link to no file"):
+            video.read_clip(folder, 1)
+    entry.unlink()
+    entry.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"1\.png: is a link that points outside"):
+        video.read_clip(folder, 1)
+    entry.unlink()
+    assert len(video.read_clip(folder, 1).frames) == 1
+
+
+def hostile_files() -> dict[str, bytes]:
+    """Make files that are neither videos nor images, and that some program would open others of."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("0.png", b"x")
+    tape = io.BytesIO()
+    with tarfile.open(fileobj=tape, mode="w") as file:
+        file.addfile(tarfile.TarInfo("../../0.png"))
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(gone) deletefile\n%%EOF\n"
+    return {
+        "zip": archive.getvalue(),
+        "tar": tape.getvalue(),
+        "tar.gz": gzip.compress(tape.getvalue()),
+        "eps": page,
+        "pdf": b"%PDF-1.4\n1 0 obj <<>> endobj\ntrailer <<>>\n%%EOF\n",
+        "svg": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='/etc/passwd'/></svg>",
+        "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n",
+        "concat": b"ffconcat version 1.0\nfile /etc/passwd\n",
+        "sdp": b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "imf": b'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"></MPD>',
+        "text": b"a\n" * 1000,
+        "pickle": pickle.dumps([1, 2, 3]),
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("kind", hostile_files())
+def test_refuses_other_files_under_a_clip_s_name(tmp_path, kind):
+    for name in ("a.mp4", "a.gif", "a.avi", "frames/0.png", "frames/0.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(hostile_files()[kind])
+        message = "not a video that can be read|an image that cannot be read .it is none of PNG"
+        with pytest.raises(UserError, match=message):
+            video.read_clip(path.parent if path.parent != tmp_path else path, 1)
+        path.unlink()
+
+
+def test_no_image_is_handed_to_another_program(tmp_path, monkeypatch):
+    """Pillow runs Ghostscript for EPS, whatever the file is called."""
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("ran a program"))
+    (tmp_path / "0.png").write_bytes(hostile_files()["eps"])
+    Image.open(tmp_path / "0.png").close()  # Pillow alone would take it
+    with pytest.raises(UserError, match=r"0\.png: an image that cannot be read .it is none of PNG"):
+        video.read_clip(tmp_path, 1)
+
+
+def with_external_data(path: Path, target: bytes) -> None:
+    """Have a QuickTime file of one track say that its frames lie in another file."""
+    path_tag = struct.pack(">hh", 2, len(target)) + target + b"\0" * (len(target) % 2)
+    alias = bytes(2 + 4) + struct.pack(">hh", 150, 2) + b"\4disk".ljust(28, b"\0")
+    alias += bytes(12) + b"\5b.mp4".ljust(64, b"\0") + bytes(16) + struct.pack(">hh", 1, 1)
+    alias += bytes(16) + path_tag + struct.pack(">hh", -1, 0)
+    entry = struct.pack(">I4sI", 12 + len(alias), b"alis", 0) + alias
+    data = bytearray(path.read_bytes())
+    at = data.index(b"url \0\0\0\1") - 4
+    data[at : at + 12] = entry
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):
+        place = data.rindex(name, 0, at) - 4
+        size = struct.unpack_from(">I", data, place)[0]
+        struct.pack_into(">I", data, place, size + len(entry) - 12)
+    path.write_bytes(data)
+
+
+def test_frames_in_another_file_are_not_fetched(tmp_path):
+    other = encode(tmp_path / "b.mp4", greys(2))
+    path = tmp_path / "a.mov"
+    with av.open(str(path), "w") as container:  # the index last: it can grow
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for array in greys(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    assert len(video.read_clip(path, 2).frames) == 2
+    with_external_data(path, os.fsencode(other))
+    with av.open(str(path), options={"enable_drefs": "1"}) as container:
+        assert next(container.demux(video=0)).size  # so it would be, were it asked for
+    with pytest.raises(UserError, match=r"a\.mov: has no frame that can be decoded"):
+        video.read_clip(path, 2)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def huge(kind: str, folder: Path) -> Path:
+    """Write a small file whose header declares a frame of thousands of megapixels."""
+    folder.mkdir(parents=True)
+    array = np.random.default_rng(0).integers(0, 255, (64, 256, 3), np.uint8)
+    path = folder / f"huge.{kind}"
+    if kind in ("mp4", "mov", "mkv", "avi"):
+        codec, pix_fmt = ("mjpeg", "yuvj420p") if kind in ("mp4", "mov") else ("ffv1", "yuv420p")
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=10)
+            stream.height, stream.width, stream.pix_fmt = 64, 256, pix_fmt
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(format=pix_fmt)
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    else:
+        options = {"compression": "raw"} if kind == "tif" else {}
+        Image.fromarray(array).save(path, **options)
+    data = bytearray(path.read_bytes())
+    if kind == "gif":
+        struct.pack_into("<HH", data, 6, 65535, 65535)
+    elif kind == "bmp":
+        struct.pack_into("<ii", data, 18, 65535, 65535)
+    elif kind == "png":
+        struct.pack_into(">II", data, 16, 65535, 65535)
+        struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
+    elif kind == "webp":  # a lossy frame's header: 14 bits a side
+        struct.pack_into("<HH", data, data.index(b"\x9d\x01\x2a") + 3, 16383, 16383)
+    elif kind == "tif":
+        tags = struct.unpack_from("<I", data, 4)[0]
+        for at in range(tags + 2, tags + 2 + 12 * struct.unpack_from("<H", data, tags)[0], 12):
+            if struct.unpack_from("<H", data, at)[0] in (256, 257):  # width, height
+                struct.pack_into("<HII", data, at + 2, 4, 1, 65535)
+    elif kind == "mkv":
+        for tag in (b"\xb0\x82\x01\x00", b"\xba\x81\x40"):
+            at = data.index(tag)
+            data[at + 2 : at + len(tag)] = b"\xff" * (len(tag) - 2)
+    elif kind == "avi":
+        struct.pack_into("<ii", data, data.index(b"strf") + 12, 65535, 65535)
+    else:  # a JPEG frame's own header
+        struct.pack_into(">HH", data, data.index(b"\xff\xc0\x00\x11\x08") + 5, 65535, 65535)
+    path.write_bytes(data)
+    return path
+
+
+HUGE = """
+import resource, sys, video
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+for path in sys.argv[1:]:
+    before = peak()
+    try:
+        video.read_clip(path, 1)
+        print("read", path)
+    except video.UserError as error:
+        print("refused", peak() - before, error)
+"""
+
+
+def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path):
+    kinds = ["gif", "bmp", "png", "webp", "tif", "jpg", "mp4", "mov", "mkv", "avi"]
+    paths = [huge(kind, tmp_path / kind) for kind in kinds]
+    wanted = [p if p.suffix in video.VIDEO_SUFFIXES else p.parent for p in paths]
+    words = [sys.executable, "-c", HUGE, *map(str, wanted)]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    lines = [line for line in run.stdout.splitlines() if line]
+    assert len(lines) == len(kinds), run.stdout
+    for kind, line in zip(kinds, lines, strict=True):
+        assert line.startswith("refused"), f"{kind}: {line}"
+        assert int(line.split()[1]) < 60, f"{kind}: {line}"  # megabytes
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".gif", ".webm", ".png", ".webp"])
+def test_no_frame_above_the_bound_is_decoded(tmp_path, monkeypatch, suffix):
+    """The bound of the decoder is the same: a frame may be larger than its container says."""
+    if suffix in (".png", ".webp", ".gif"):
+        path = tmp_path / f"a{suffix}"
+        Image.fromarray(quadrants()).save(path)
+        path = path if suffix == ".gif" else tmp_path
+    else:
+        codec = "libvpx-vp9" if suffix == ".webm" else "libx264"
+        path = encode(tmp_path / f"a{suffix}", [quadrants()] * 2, codec=codec)
+    assert video.read_clip(path, 1).native_size == (64, 96)
+    monkeypatch.setattr(video, "_MAX_PIXELS", 64 * 96 - 1)
+    monkeypatch.setattr(video, "_displayed", lambda *args: pytest.fail("was converted"))
+    monkeypatch.setattr(video, "_rgb", lambda *args: pytest.fail("was converted"))
+    with pytest.raises(UserError, match="96x64 pixels are too many"):
+        video.read_clip(path, 1, size=(8, 8))
+
+
+@pytest.mark.parametrize("size", [(8, 16392), (16392, 8), (16384, 16384), (10**12, 8)])
+def test_absurd_working_sizes_are_refused(tmp_path, size):
+    path = encode(tmp_path / "a.mp4", greys(1))
+    with pytest.raises(UserError, match=f"H: {size[0]}, W: {size[1]}; expected at most 16384 a si"):
+        video.read_clip(path, 1, size=size)
+    with pytest.raises(UserError, match="expected at most 16384 a side and 64 megapixels"):
+        preprocess_options.parse_args(
+            ["--data_path", str(path), "--H", str(size[0]), "--W", str(size[1])]
+        )
+
+
+@pytest.mark.parametrize("kind", ["video", "folder"])
+def test_more_frames_than_memory_holds_are_refused_before_the_first(tmp_path, monkeypatch, kind):
+    if kind == "video":
+        path = encode(tmp_path / "a.mp4", greys(6))
+    else:
+        path = write_images(tmp_path / "a", [f"{i}.png" for i in range(6)])
+    sizes = {"SC_PHYS_PAGES": 6 * 2 * 64 * 64 * 3 - 1, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    message = r"6 frames of 64x64 need 0\.0 GB of memory, and this machine has .*--n_frames"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
+        patch.setattr(video, "fit_frame", lambda *args: pytest.fail("kept a frame"))
+        video.read_clip(path, 10**12, size=(64, 64))
+    assert len(video.read_clip(path, 5, size=(64, 64)).frames) == 5
+    assert len(video.read_clip(path, 10**12, stride=2, size=(64, 64)).frames) == 3
+
+
+def test_a_header_that_is_silent_on_its_frames_does_not_fill_memory(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mkv", greys(6))  # Matroska tells no number of frames
+    sizes = {"SC_PHYS_PAGES": 4 * 2 * 64 * 64 * 3, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    with pytest.raises(UserError, match="5 frames of 64x64 need"):
+        video.read_clip(path, 6, size=(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("20", 20),
+        ("29.97", Fraction(2997, 100)),
+        ("30000/1001", Fraction(30000, 1001)),
+        (".5", 0.5),
+    ],
+)
+def test_frame_rates(text, rate):
+    assert video.frame_rate(text) == rate
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e999999999", "9" * 10_000, "1/0", "0", "-5", "", ".", "nan", "inf", "1001", "1/", "x"],
+)
+def test_refuses_other_frame_rates_at_once(text):
+    with pytest.raises(UserError, match="expected a number or a fraction above 0 and at most 1000"):
+        video.frame_rate(text)
+
+
 # ---------------------------------------------------------------- names and hashes
 
 
@@ -609,6 +881,41 @@ def test_clip_name(tmp_path, monkeypatch):
     assert {path: video.clip_name(path) for path in expected} == expected
     with pytest.raises(UserError, match="has no name"):
         video.clip_name("/")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a\nb", r"the clip's name 'a\\nb' holds control characters; rename it"),
+        ("a\x1b[31m.mp4", "holds control characters"),
+        ("a\x85b", "holds control characters"),
+        ("a\0b", "holds a NUL character"),
+        (os.fsdecode(b"caf\xe9"), "is not valid Unicode text"),
+        ("x" * 201, "the clip's name is 201 bytes long, at most 200 fit"),
+        ("\N{WOLF FACE}" * 51 + ".mp4", "the clip's name is 204 bytes long"),
+        ("x" * 10_000, "the clip's name is 10000 bytes long"),
+    ],
+    ids=range(8),
+)
+def test_refuses_names_that_can_be_no_folder_s(name, message):
+    with pytest.raises(UserError, match=message):
+        video.clip_name(f"data/{name}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "\u72fc \u0630\u0626\u0628",
+        "\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}",
+        " ",
+        "x" * 200,
+        "-rf",
+        "~",
+    ],
+    ids=range(6),
+)
+def test_other_alphabets_emoji_and_spaces_name_a_clip(name):
+    assert video.clip_name(f"data/{name}.mp4") == video.clip_name(f"data/{name}") == name
 
 
 def test_resolve_clip(tmp_path):
