@@ -61,33 +61,42 @@ class Control:
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
 
-def load_control(
-    settings: ControlSettings,
-    frames: np.ndarray,
-    depth: Tensor | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    allow_pickle: bool = False,
-) -> Control:
-    """Loads a ControlNet and draws the pictures that it follows from a clip.
+def load_controlnet(
+    key: str, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
+) -> ControlNetModel:
+    """Loads a ControlNet, frozen and in evaluation mode.
 
     Args:
-        frames: (n, H, W, 3) uint8 RGB.
-        depth: (n, 1, H, W) of `estimate_depth`; needed if the settings' kind is depth.
         allow_pickle: as of `checkpoint_folder`.
 
     Raises:
-        MissingFileError: if the ControlNet cannot be found.
+        MissingFileError: if it cannot be found.
         UserError: see `load_model`.
     """
-    folder = single_model_folder(settings.key, "controlnet_key", allow_pickle)
+    folder = single_model_folder(key, "controlnet_key", allow_pickle)
     model = load_model(ControlNetModel, folder, allow_pickle, torch_dtype=dtype)
+    return frozen(share_prompts(model), device)
+
+
+def draw_control(
+    controlnet: ControlNetModel,
+    settings: ControlSettings,
+    frames: np.ndarray,
+    depth: Tensor | None,
+) -> Control:
+    """A ControlNet with the pictures that it follows, drawn from a clip.
+
+    Args:
+        controlnet: of the settings' key.
+        frames: (n, H, W, 3) uint8 RGB.
+        depth: (n, 1, H, W) of `estimate_depth`; needed if the settings' kind is depth.
+    """
     if settings.kind == "canny":
         edges = (canny_edges(frame[None], settings.low, settings.high) for frame in frames)
         images = torch.cat([edge[:, :1].byte() for edge in edges])  # 0 or 1
     else:
         images = depth
-    return Control(frozen(share_prompts(model), device), images, settings.scale)
+    return Control(controlnet, images, settings.scale)
 
 
 def canny_edges(frames: np.ndarray, low: int, high: int) -> Tensor:

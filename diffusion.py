@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from checkpoints import frozen, load_model
-from conditions import Control, ControlSettings, depth_latents, load_control
+from conditions import Control, ControlSettings, depth_latents, draw_control, load_controlnet
 from parallel import ALONE, Team
 from prompt_attention import share_prompts
 from util import UserError
@@ -43,6 +43,15 @@ class StableDiffusion:
     device: torch.device
     dtype: torch.dtype
     allow_pickle: bool = False  # of the models that are loaded beside these
+    _controlnets: dict[str, ControlNetModel] = field(default_factory=dict, compare=False)
+
+    def controlnet(self, key: str) -> ControlNetModel:
+        """The ControlNet of a hub id or folder, loaded once; raises as `load_controlnet`."""
+        if key not in self._controlnets:
+            self._controlnets[key] = load_controlnet(
+                key, self.device, self.dtype, self.allow_pickle
+            )
+        return self._controlnets[key]
 
     @property
     def dtype_name(self) -> str:
@@ -401,8 +410,7 @@ def make_denoiser(
         models,
         encode_prompts(models, [prompt]),
         depth_channel(models, frames, depth),
-        control
-        and load_control(control, frames, depth, models.device, models.dtype, models.allow_pickle),
+        control and draw_control(models.controlnet(control.key), control, frames, depth),
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ControlNetModel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -212,8 +213,8 @@ class EditSession:
                 tokenflow_patch(models.unet, loop.context, config.attention_backend)
             )
             source = stack.enter_context(closing(self._source(loop, steps, done)))
-            for control in loop.controls:
-                stack.enter_context(in_pieces(control.controlnet, loop.context))
+            for controlnet in loop.controlnets:
+                stack.enter_context(in_pieces(controlnet, loop.context))
             following = [*plan.timesteps[1:], CLEAN]
             left = range(done, len(steps))
             for i in tqdm(
@@ -480,10 +481,10 @@ class _Loop:
         return self.live
 
     @property
-    def controls(self) -> list[Control]:
+    def controlnets(self) -> set[ControlNetModel]:
         """The ControlNets at work."""
         denoisers = [self.edit, self.live] if self.live else [self.edit]
-        return [denoiser.control for denoiser in denoisers if denoiser.control is not None]
+        return {denoiser.control.controlnet for denoiser in denoisers if denoiser.control}
 
     @property
     def image_forwards(self) -> int:

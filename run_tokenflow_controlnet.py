@@ -16,7 +16,7 @@ from checkpoints import (
     controlnet_key_for,
     single_model_folder,
 )
-from conditions import Control, ControlSettings, estimate_depth, load_control
+from conditions import Control, ControlSettings, draw_control, estimate_depth
 from diffusion import Loader
 from edit_inputs import EditConfig, open_inputs, read_config
 from editing import EditPlan, EditSession, run_edit
@@ -73,8 +73,8 @@ def make_control(session: EditSession, settings: ControlSettings) -> Control:
         depth = estimate_depth(
             session.frames, config.depth_model, device, allow_pickle=config.allow_pickle
         )
-    dtype, allow_pickle = session.models.dtype, session.models.allow_pickle
-    return load_control(settings, session.frames, depth, device, dtype, allow_pickle)
+    controlnet = session.models.controlnet(settings.key)
+    return draw_control(controlnet, settings, session.frames, depth)
 
 
 def plan(session: EditSession, settings: ControlSettings) -> EditPlan:

@@ -15,7 +15,6 @@ from transformers import CLIPConfig, CLIPModel
 
 import checkpoints
 import preprocess
-import run_tokenflow_controlnet
 import run_tokenflow_sdedit
 from checkpoints import (
     CONTROLNETS,
@@ -25,7 +24,7 @@ from checkpoints import (
     single_model_folder,
     uses_safetensors,
 )
-from conditions import estimate_depth
+from conditions import estimate_depth, load_controlnet
 from diffusion import load_stable_diffusion
 from metrics import ClipEmbedder, model_folder
 from util import MissingFileError, UserError, load_yaml, save_yaml
@@ -144,10 +143,7 @@ def test_a_pickle_that_runs_code_is_refused_even_where_pickles_are_allowed(
             folder = checkpoint_folder(str(model), allow_pickle=True)
             load_stable_diffusion(folder, CPU, torch.float32, allow_pickle=True)
         elif part == "controlnet":
-            key = str(model / part)
-            settings = run_tokenflow_controlnet.ControlSettings("canny", key, 1.0, 100, 200)
-            frames = torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy()
-            run_tokenflow_controlnet.load_control(settings, frames, None, CPU, torch.float32, True)
+            load_controlnet(str(model / part), CPU, torch.float32, allow_pickle=True)
         else:
             frames = torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy()
             estimate_depth(frames, str(model / part), CPU, allow_pickle=True)

@@ -14,7 +14,8 @@ from conditions import (
     ControlSettings,
     canny_edges,
     depth_latents,
-    load_control,
+    draw_control,
+    load_controlnet,
     optical_flow,
 )
 from diffusion import (
@@ -445,6 +446,7 @@ def test_the_vae_s_memory_layout_changes_rounding_only(tiny_model):
 def test_a_controlnet_s_pictures_are_its_canny_edges(tiny_model):
     frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
     settings = ControlSettings("canny", str(tiny_model / "controlnet"), 1.0, 100, 200)
-    control = load_control(settings, frames, None, torch.device("cpu"), torch.float32)
+    controlnet = load_controlnet(settings.key, torch.device("cpu"), torch.float32)
+    control = draw_control(controlnet, settings, frames, None)
     assert control.images.dtype == torch.uint8
     assert torch.equal(control.images.expand(-1, 3, -1, -1).float(), canny_edges(frames, 100, 200))
