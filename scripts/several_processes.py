@@ -42,6 +42,7 @@ from util import (
     ArgumentParser,
     UserError,
     command_line,
+    load_config,
     load_tensors,
     load_yaml,
     save_yaml,
@@ -150,10 +151,13 @@ def exchange_rate(team: Team) -> float:
     return EXCHANGES * share.n / (time.perf_counter() - start)
 
 
-def pass_seconds(config: PnPConfig) -> dict[str, float]:
-    """Of an edit's loop in this process: the seconds of its keyframe pass, chunks, and the rest."""
-    session = EditSession(open_inputs(config))
-    unet, found, began = session.models.unet, defaultdict(float), []
+def time_loop(config: PnPConfig, team: Team) -> dict[str, object]:
+    """Of an edit's loop: the seconds of its keyframe pass, chunks and the rest, and the busiest
+    process's processor time, which waiting and other work on the machine do not count in.
+    """
+    session = EditSession(open_inputs(config, team))
+    plan = run_tokenflow_pnp.plan(session)
+    unet, passes, began = session.models.unet, defaultdict(float), []
 
     def begin(module: nn.Module, args: tuple) -> None:
         began.append(time.perf_counter())
@@ -162,15 +166,15 @@ def pass_seconds(config: PnPConfig) -> dict[str, float]:
         processor = unet.attn_processors[self_attention_layers(unet)[0]]
         assert isinstance(processor, TokenFlowAttention)
         stage = "keyframes" if processor.context.mode.name == "EXTENDED" else "chunks"
-        found[stage] += time.perf_counter() - began.pop()
+        passes[stage] += time.perf_counter() - began.pop()
 
-    hooks = [unet.register_forward_pre_hook(begin), unet.register_forward_hook(end)]
-    start = time.perf_counter()
-    session.edit_latents(run_tokenflow_pnp.plan(session))
-    found["rest of the loop"] = time.perf_counter() - start - sum(found.values())
-    for hook in hooks:
-        hook.remove()
-    return dict(found)
+    unet.register_forward_pre_hook(begin)
+    unet.register_forward_hook(end)
+    start, processor_start = time.perf_counter(), time.process_time()
+    session.edit_latents(plan)
+    processor = round(1000 * (time.process_time() - processor_start))
+    passes["rest of the loop"] = time.perf_counter() - start - sum(passes.values())
+    return {"passes": dict(passes), "processor": max(team.of_all(processor)) / 1000}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--expect", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("tokenflow-results/several_processes"))
-    parser.add_argument("--exchange", action="store_true", help="only measure the exchange's rate")
+    parser.add_argument("--worker", action="store_true", help="be one of the processes")
     args = parser.parse_args(argv)
     if min(args.frames, args.interval, args.steps, args.repeats) < 1 or min(args.processes) < 2:
         raise UserError("numbers are at least 1, --processes at least 2")
@@ -201,11 +205,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script."""
     args = parse_args(argv)
     torch.set_num_threads(1)
-    if args.exchange:
+    if args.worker:
         with start_team() as team:
-            rate = exchange_rate(team)
+            config = load_config(PnPConfig, args.work / "config.yaml")
+            found = time_loop(config, team) | {"rate": exchange_rate(team)}
             if team.is_main:
-                print(json.dumps({"rate": rate}))
+                print(json.dumps(found))
         return
     setup_logging()
     checkpoint = model_folder(args.model, args.work)
@@ -248,20 +253,18 @@ class Measured:
 
     Attributes:
         seconds: by ("preprocess" or "edit", processes), of each stage and of the whole "command".
-        passes: of one process's denoising loop.
-        rates: bytes a second, by processes.
+        loops: of `time_loop`, and the rate of exchanges in bytes a second, by processes.
         errors: relative errors of edited latents against one process's, by processes.
     """
 
     seconds: dict[tuple[str, int], list[dict[str, float]]]
-    passes: list[dict[str, float]]
-    rates: dict[int, list[float]]
+    loops: dict[int, list[dict]]
     errors: dict[int, list[float]]
 
 
 def measure(args: argparse.Namespace, options: dict[str, object], config: PnPConfig) -> Measured:
     """Runs it all in turn."""
-    found = Measured(defaultdict(list), [], defaultdict(list), defaultdict(list))
+    found = Measured(defaultdict(list), defaultdict(list), defaultdict(list))
     edit_words = ["--config", str(args.work / "config.yaml"), "--overwrite"]
     for _ in range(args.repeats):
         for processes in (1, *args.processes):
@@ -281,10 +284,10 @@ def measure(args: argparse.Namespace, options: dict[str, object], config: PnPCon
             reference = latents if reference is None else reference
             error = float((latents - reference).norm() / reference.norm())
             found.errors[processes].append(error)
-        found.passes.append(pass_seconds(config))
-        for processes in args.processes:
-            printed, _ = run(processes, Path(__file__), ["--exchange"])
-            found.rates[processes].append(json.loads(printed)["rate"])
+        for processes in (1, *args.processes):
+            words = ["--worker", "--work", str(args.work)]
+            printed, _ = run(processes, Path(__file__), words)
+            found.loops[processes].append(json.loads(printed.splitlines()[-1]))
     return found
 
 
@@ -295,7 +298,7 @@ def show(args: argparse.Namespace, found: Measured, work: Work) -> None:
         f"keyframes, {work.steps} steps; one thread a process, {os.cpu_count()} processors; "
         f"medians of {args.repeats} (lowest-highest)"
     )
-    parts = medians(found.passes)
+    parts = medians([measured["passes"] for measured in found.loops[1]])
     loop = sum(parts.values())
     for what in ("preprocess", "edit"):
         alone = medians(found.seconds[what, 1])
@@ -310,11 +313,20 @@ def show(args: argparse.Namespace, found: Measured, work: Work) -> None:
             edit = alone.pop("edit")
             alone |= {stage: edit * seconds / loop for stage, seconds in parts.items()}
             print("  of the loop:", ", ".join(f"{s} {x / loop:.0%}" for s, x in parts.items()))
+            for processes in args.processes:
+                pairs = zip(found.loops[1], found.loops[processes], strict=True)
+                ratios = [one["processor"] / several["processor"] for one, several in pairs]
+                gain = loop / work.expected(parts, processes, float("inf"))
+                print(
+                    f"  processor time of the loop, one over the busiest of {processes}: "
+                    f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}), "
+                    f"expected {gain:.2f}"
+                )
         alone["outside of the stages"] = command - sum(alone.values())
         # What starts and reads is not shared out, and weighs less the longer the clip.
         fixed = ("load", "read", "outside of the stages")
         stages = {stage: seconds for stage, seconds in alone.items() if stage not in fixed}
-        rate = median(found.rates[args.processes[0]])
+        rate = median(measured["rate"] for measured in found.loops[args.processes[0]])
         for name, chosen in (("stages alone", stages), ("whole command", alone)):
             gains = (
                 f"{n}: {sum(chosen.values()) / work.expected(chosen, n, rate):.2f}"
@@ -323,8 +335,9 @@ def show(args: argparse.Namespace, found: Measured, work: Work) -> None:
             print(f"  expected, {name}: {', '.join(gains)}")
     print(f"\nexchanged in a step: {work.exchanged / 1e6:.1f} MB")
     for processes in args.processes:
+        rate = median(measured["rate"] for measured in found.loops[processes])
         print(
-            f"{processes} processes: exchange at {median(found.rates[processes]) / 1e9:.2f} GB/s; "
+            f"{processes} processes: exchange at {rate / 1e9:.2f} GB/s; "
             f"edited latents differ by {max(found.errors[processes]):.1e} of their norm"
         )
 

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -39,6 +40,7 @@ from video import load_frames
 ROOT = Path(__file__).resolve().parents[1]
 SAME = 1e-5  # relative error, float32
 FORK = multiprocessing.get_context("fork")
+TOO_LONG = 300  # seconds
 N_FRAMES, STEPS = 5, 2  # two processes have 3 and 2 frames, three have 2, 2 and 1
 slow = pytest.mark.slow
 
@@ -50,6 +52,8 @@ def in_processes(size, work, folder):
     for process in processes:
         process.start()
     for process in processes:
+        process.join(TOO_LONG)
+        process.kill()  # one that hangs
         process.join()
     files = [folder / f"{rank}.safetensors" for rank in range(size)]
     return [p.exitcode for p in processes], [load_tensors(f) for f in files if f.exists()]
@@ -84,6 +88,15 @@ def options(clip, folder, model, **changes):
         "batch_size": 2,
     }
     return preprocess.parse_args(arguments(settings | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads of OpenCV's would not be there after a fork, and be waited for."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    yield
+    cv2.setNumThreads(threads)
 
 
 @pytest.fixture(scope="module")
