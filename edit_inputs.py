@@ -30,6 +30,7 @@ from util import (
     ArgumentParser,
     MissingFileError,
     UserError,
+    check_path,
     check_writable,
     load_config,
     option,
@@ -196,6 +197,7 @@ def open_inputs(config: EditConfig, team: Team = ALONE) -> EditInputs:
         )
     _check_backend(config.attention_backend, device)
     check_writable(config.output_path, "output_path")
+    check_path(config.latents_path, "latents_path")
     cache = find_cache(
         config.latents_path,
         config.sd_version,

@@ -166,7 +166,7 @@ def _check_args(args: argparse.Namespace) -> None:
     for name in ("H", "W"):
         size = getattr(args, name)
         if size is not None and (size < 8 or size % 8):
-            nearest = max(8, round(size / 8) * 8)
+            nearest = max(8, (size + 4) // 8 * 8)
             raise UserError(f"--{name}: {size} is not a multiple of 8; the nearest is {nearest}")
     if (args.H is None) != (args.W is None):
         raise UserError("--H and --W: give both or neither")

@@ -254,7 +254,7 @@ def check_path(path: str | Path, name: str) -> None:
     """Refuse a path that no file system takes, before anything is made on the way to it.
 
     Args:
-        path: of a folder that shall be written to.
+        path: of a folder that is written to or looked into.
         name: the option that it comes from.
 
     Raises:

@@ -138,21 +138,20 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )
-HOSTILE = st.sampled_from(
-    (
-        "", " ", ".", "..", "../x", "../../../../x", "a/../../b", "clip", "clip.mp4/", "./clip.mp4",
-        "//clip.mp4", "~", "~nobody-at-all/x", "a\0b", "a\nb", "\x1b[31m", "\x85", "x" * 300,
-        "x" * 10_000, "x/" * 2_500, "\N{WOLF FACE} \u72fc", "\U0001f468\u200d\U0001f469", "\u202e",
-        "\ud800", os.fsdecode(b"\xff.mp4"), "CON", "a*b**[c]?", "**", "%s%n", "{0}", "$(touch x)",
-        "file:///etc/passwd", "http://127.0.0.1/x", "concat:clip.mp4|clip.mp4", "null", "-", "--",
-        "-1", "0", "1", "2", "5", "8", "16392", "1e999", "nan", ".inf", "1:30:00", "true", "no",
-        "0x" + "f" * 900, "9" * 900, "9" * 5_000, "1e999999999", "!!python/name:os.system",
-        "!!timestamp x", "!!bool x", "!!int ''", "&a [*a]", "[" * 3_000, "{a: " * 500, "pipe",
-        "loop.mp4", "gone.mp4", "zero", "empty", "text.mp4", "latents", "out", "cuda", "cuda:-1",
-        "cuda:99999999999", "cpu:7", "mps", "meta", "tiny", "depth", "owner/name", "a/b/c", "model",
-        "model/unet", "model/controlnet", "float16", "flow", "released", "none", "canny",
-    )
+HOSTILE_TEXTS = (
+    "", " ", ".", "..", "../x", "../../../../x", "a/../../b", "clip", "clip.mp4/", "./clip.mp4",
+    "//clip.mp4", "~", "~nobody-at-all/x", "a\0b", "a\nb", "\x1b[31m", "\x85", "x" * 300,
+    "x" * 10_000, "x/" * 2_500, "\N{WOLF FACE} \u72fc", "\U0001f468\u200d\U0001f469", "\u202e",
+    "\ud800", os.fsdecode(b"\xff.mp4"), "CON", "a*b**[c]?", "**", "%s%n", "{0}", "$(touch x)",
+    "file:///etc/passwd", "http://127.0.0.1/x", "concat:clip.mp4|clip.mp4", "null", "-", "--",
+    "-1", "0", "1", "2", "5", "8", "16392", "1e999", "nan", ".inf", "1:30:00", "true", "no",
+    "0x" + "f" * 900, "9" * 900, "9" * 5_000, "1e999999999", "!!python/name:os.system",
+    "!!timestamp x", "!!bool x", "!!int ''", "&a [*a]", "[" * 3_000, "{a: " * 500, "pipe",
+    "loop.mp4", "gone.mp4", "zero", "empty", "text.mp4", "latents", "out", "cuda", "cuda:-1",
+    "cuda:99999999999", "cpu:7", "mps", "meta", "tiny", "depth", "owner/name", "a/b/c", "model",
+    "model/unet", "model/controlnet", "float16", "flow", "released", "none", "canny",
 )  # fmt: skip
+HOSTILE = st.sampled_from(HOSTILE_TEXTS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -300,6 +299,23 @@ def try_configs(place, n):
         TECHNIQUES.flatmap(plausible),
     )
     return total
+
+
+def try_every_key(place):
+    """Every hostile text for every key of one technique, and for every option of preprocess.py."""
+    outcomes, began = Counter(), time.monotonic()
+    for key in SCRIPTS["controlnet"][1].__dataclass_fields__:
+        for text in HOSTILE_TEXTS:
+            with no_hang():
+                override = f"{key}={text}"
+                outcomes[check_config(place, "controlnet", structured(GOOD), [override])] += 1
+    for option in (*OPTIONS, "--save_dir"):
+        for text in HOSTILE_TEXTS:
+            with no_hang():
+                outcomes[check_preprocess(place, [[option, text]])] += 1
+    taken = time.monotonic() - began
+    print(f"\nfuzz: each hostile text for each key: {outcomes.total()} inputs in {taken:.0f} s")
+    return outcomes
 
 
 # ---------------------------------------------------------------- the command line of preprocess
@@ -596,11 +612,18 @@ def test_hostile_folders_end_well(tmp_path, samples):
     assert outcomes["accepted"] and outcomes["refused"]
 
 
+@pytest.mark.parametrize("key", ["data_path", "latents_path", "output_path", "model_key"])
+def test_paths_that_are_too_long_are_refused(place, key):
+    for text in ("x" * 300, "x" * 10_000, "x/" * 2_500):
+        assert check_config(place, "pnp", structured(GOOD | {key: text})) == "refused"
+
+
 @pytest.mark.slow
 def test_thousands_of_hostile_inputs_end_well(place, samples):
     """The long form of all the above."""
     began = time.monotonic()
     total = try_configs(place, 700) + try_command_lines(place, 700)
     total += try_files(place, samples, 700) + try_folders(place, samples, 700)
+    total += try_every_key(place)
     print(f"\nfuzz: {total.total()} inputs in {time.monotonic() - began:.0f} s: {dict(total)}")
     assert total.total() >= 5000
