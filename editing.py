@@ -40,7 +40,7 @@ from edit_inputs import EditConfig, EditInputs, features_remedy
 from folders import Workplace, locked, recover, resumable_folder
 from parallel import Team
 from run_info import Stopwatch, device_name, peak_memory_bytes, reset_peak_memory, versions
-from source_cache import CLEAN_LATENTS, check_file
+from source_cache import CLEAN_LATENTS, check_file, refuse_foreign_files
 from source_features import (
     CachedFeatures,
     CachedSource,
@@ -208,6 +208,7 @@ class EditSession:
             x, done = saved.tensors["latents"], saved.figures["steps"]
             before = saved.figures["image_forwards"]
             self.watch.add("edit", saved.figures["seconds"])
+        self.image_forwards = before
         with ExitStack() as stack:
             stack.enter_context(
                 tokenflow_patch(models.unet, loop.context, config.attention_backend)
@@ -624,6 +625,8 @@ def _is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
     except UserError as error:
         log.warning("%s", error)
         return False
+    if verify:
+        refuse_foreign_files(folder, {RUN_FILE: {}, **run["files"]})
     if run["cache_sha256"] != cache_sha256:
         log.info("%s was made from another cache; the edit is made again", folder)
         return False

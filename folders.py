@@ -31,10 +31,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from parallel import ALONE, Team
-from util import UserError, atomic_file, sha256_file, sync_folder
+from util import (
+    MissingFileError,
+    UserError,
+    atomic_file,
+    sha256_file,
+    sync_folder,
+    write_safetensors,
+)
 
 log = logging.getLogger("tokenflow")
 
@@ -120,15 +126,18 @@ def _release(folder: Path, lock: int) -> None:
 
 def _is_at(path: Path, descriptor: int) -> bool:
     """Whether an open file is (still) the one of this name."""
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process works on the folder now."""
-    path = _lock_path(folder)
-    if not path.is_file():
+    try:
+        lock = os.open(_lock_path(folder), os.O_RDONLY)
+    except FileNotFoundError:
         return False
-    lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -176,13 +185,17 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 def recover(folder: Path) -> None:
     """Ends what a process that was killed between two renames had begun. Call it locked."""
-    old = _work_place(folder) / "old"
-    if not old.exists():
-        return
-    if folder.exists():
-        _remove(old)
-    else:
-        old.rename(folder)
+    place = _work_place(folder)
+    if (place / "old").exists() and not folder.exists():
+        (place / "old").rename(folder)
+    # Without a folder to fill, the one that was filled is in its place, or there never was any.
+    _remove(place / "old" if (place / "folder").exists() else place)
+
+
+def unfinished_bytes(folder: Path) -> int:
+    """The size of the unfinished work on a folder."""
+    files = [path for path in _work_place(folder).rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files)
 
 
 def _put_in_place(folder: Path) -> None:
@@ -247,11 +260,21 @@ class Workplace:
         text = json.dumps({"stage": stage, "figures": figures, "files": self.files})
         metadata = {"state": text, "sha256": _digest(text, plain)}
         with atomic_file(_state_file(self.folder.parent)) as temporary:
-            save_file(plain, temporary, metadata)
+            write_safetensors(temporary, plain, metadata)
         self.state = State(stage, plain, figures)
 
     def record_files(self) -> dict[str, dict[str, Any]]:
-        """Records the files that are there by now; returns all of them."""
+        """Records the files that are there by now; returns all of them.
+
+        Raises:
+            MissingFileError: one that was recorded is there no more.
+        """
+        for name in self.files:
+            if not (self.folder / name).is_file():
+                raise MissingFileError(
+                    f"{self.folder / name}: vanished while the work went on; run the same command "
+                    "again"
+                )
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if name not in self.files and path.is_file():

@@ -10,6 +10,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -42,7 +43,7 @@ from diffusion import (
     resolve_device,
     resolve_dtype,
 )
-from folders import Workplace, locked, recover, resumable_folder
+from folders import Workplace, locked, recover, resumable_folder, unfinished_bytes
 from inversion import InversionTimesteps, inversion_timesteps, invert, sample
 from parallel import ALONE, Team, start_team
 from preprocess_options import DEFAULTS, parse_args
@@ -50,6 +51,7 @@ from run_info import Stopwatch, versions
 from source_cache import (
     CLEAN_LATENTS,
     DEPTH_FILE,
+    FEATURES,
     FORMAT,
     Manifest,
     cache_folder,
@@ -96,6 +98,7 @@ FEATURE_BATCH = 8  # frames at once in the source pass of edits, at most
 DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
 SAVE_EVERY = 10  # steps of the reconstruction
 COUNTED_STAGES = ("inversion", "reconstruction")  # whose evaluations of the UNet are counted
+OVERWRITING = ".overwriting"  # in a cache that --overwrite made anew, until its features are there
 
 T = TypeVar("T")
 
@@ -134,6 +137,7 @@ def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInput
     device = resolve_device(args.device, team)
     dtype = resolve_dtype(args.dtype, device)
     source = resolve_clip(args.data_path)
+    sha256 = source_sha256(source)
     watch = Stopwatch(device)
     with watch("read"):
         clip = read_clip(
@@ -145,6 +149,8 @@ def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInput
             fit=args.fit,
             fps=args.fps,
         )
+    if source_sha256(source) != sha256:  # its frames would go by the name of others
+        raise UserError(f"{source}: changed while it was read; run the same command again")
     model_key = model_key_for(args.sd_version, args.model_key)
     checkpoint = checkpoint_folder(model_key, args.allow_pickle)
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
@@ -154,7 +160,7 @@ def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInput
     manifest = Manifest(
         clip=clip_name(source),
         source_name=source.name,
-        source_sha256=source_sha256(source),
+        source_sha256=sha256,
         frame_start=args.frame_start,
         frame_stride=args.frame_stride,
         n_frames=n_frames,
@@ -250,6 +256,20 @@ def is_made(inputs: PreprocessInputs, verify: bool = False) -> bool:
     return True
 
 
+def overwriting(inputs: PreprocessInputs) -> bool:
+    """Whether an interrupted run with --overwrite made the cache anew, but for its features.
+
+    The same command goes on with these, unless the cache is damaged since or of other settings.
+    """
+    if inputs.features is None or not (inputs.folder / OVERWRITING).is_file():
+        return False
+    try:
+        return is_made(inputs, verify=True)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+
+
 def has_features(inputs: PreprocessInputs, verify: bool = False) -> bool:
     """Whether the finished cache has features that serve all that are asked for.
 
@@ -297,6 +317,8 @@ def check_disk(inputs: PreprocessInputs, made: bool) -> None:
         )
         needed += features
         option += ", or --no_cache_features"
+    # What an interrupted run left is gone on with, or makes room.
+    needed -= unfinished_bytes(inputs.folder) + unfinished_bytes(inputs.folder / FEATURES)
     check_room(inputs.folder, needed, option)
 
 
@@ -331,6 +353,7 @@ def make_cache(
     batch_size: int | None,
     models: StableDiffusion | None = None,
     watch: Stopwatch | None = None,
+    overwrite: bool = False,
 ) -> Manifest:
     """Inverts the clip and writes its cache, the manifest last.
 
@@ -338,6 +361,7 @@ def make_cache(
         batch_size: frames evaluated at once; None: as many as memory holds.
         models: of `inputs.checkpoint`, on its device in its dtype; loaded where there are none.
         watch: what times the stages, by default one of its own.
+        overwrite: mark the cache as one whose overwriting ends with its features.
 
     Returns:
         the manifest with the figures of the reconstruction.
@@ -350,7 +374,10 @@ def make_cache(
         )
     work_on = {"format": FORMAT, **identity(inputs.manifest)}
     with resumable_folder(inputs.folder, work_on, inputs.team) as work:
-        return _CacheMaker(inputs, models, work, watch, batch_size).run()
+        manifest = _CacheMaker(inputs, models, work, watch, batch_size).run()
+        if overwrite and inputs.features is not None and work.writes:
+            (work.folder / OVERWRITING).touch()
+        return manifest
 
 
 class _CacheMaker:
@@ -445,17 +472,18 @@ class _CacheMaker:
             past=past,
             **self._own_frames,
         )
-        for t, latents in self._timed("inversion", steps):
-            if t == timesteps.reconstruction[0]:
-                start = latents
-            if t not in timesteps.saved:
-                continue
-            own = {"latents": latents} | ({} if start is None else {"start": start})
-            known = past if manifest.inversion_tol else []  # else no step needs it
-            own |= {f"noise_{t_past}": noise for t_past, noise in known}
-            whole = {name: self.share.gather(x) for name, x in own.items()}
-            self._save_latents(t, whole["latents"])
-            self._save("inversion", whole, t, past=[t_past for t_past, _ in known])
+        with closing(steps):  # so that its bar ends before an error is told
+            for t, latents in self._timed("inversion", steps):
+                if t == timesteps.reconstruction[0]:
+                    start = latents
+                if t not in timesteps.saved:
+                    continue
+                own = {"latents": latents} | ({} if start is None else {"start": start})
+                known = past if manifest.inversion_tol else []  # else no step needs it
+                own |= {f"noise_{t_past}": noise for t_past, noise in known}
+                whole = {name: self.share.gather(x) for name, x in own.items()}
+                self._save_latents(t, whole["latents"])
+                self._save("inversion", whole, t, past=[t_past for t_past, _ in known])
         start = self.share.gather(start)
         self._save("reconstruction", {"latents": start}, timesteps.reconstruction[0])
 
@@ -467,10 +495,11 @@ class _CacheMaker:
             return latents
         own = self.share.take(latents)
         steps = sample(self.denoiser, own, timesteps, self.unet_batch, t, **self._own_frames)
-        for number, (t, own) in enumerate(self._timed("reconstruction", steps), start=1):
-            if number % SAVE_EVERY == 0 or t == CLEAN:
-                latents = self.share.gather(own)
-                self._save("reconstruction", {"latents": latents}, t)
+        with closing(steps):
+            for number, (t, own) in enumerate(self._timed("reconstruction", steps), start=1):
+                if number % SAVE_EVERY == 0 or t == CLEAN:
+                    latents = self.share.gather(own)
+                    self._save("reconstruction", {"latents": latents}, t)
         return latents
 
     @property
@@ -567,7 +596,9 @@ def preprocess(
             made = done = False
             if team.is_main:
                 recover(inputs.folder)
-                made = not args.overwrite and is_made(inputs, args.verify)
+                recover(inputs.folder / FEATURES)
+                again = args.overwrite and not overwriting(inputs)
+                made = not again and is_made(inputs, args.verify)
                 done = made and (inputs.features is None or has_features(inputs, args.verify))
                 if not done:
                     check_disk(inputs, made)
@@ -580,11 +611,13 @@ def preprocess(
                 load = load or load_stable_diffusion
                 models = load(inputs.checkpoint, inputs.device, inputs.dtype, inputs.allow_pickle)
             if not made:
-                manifest = make_cache(inputs, args.batch_size, models, watch)
+                manifest = make_cache(inputs, args.batch_size, models, watch, args.overwrite)
                 if team.is_main:
                     report_reconstruction(manifest)
             if inputs.features is not None:
                 make_features(inputs, args.batch_size, models, watch)
+        if team.is_main:
+            (inputs.folder / OVERWRITING).unlink(missing_ok=True)
     if args.steps != DEFAULTS["steps"]:
         log.info("edits find this cache with --set n_inversion_steps=%d", args.steps)
     return inputs.folder

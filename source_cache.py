@@ -21,7 +21,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -47,6 +48,7 @@ FORMAT = 3
 MANIFEST = "manifest.yaml"
 CLEAN_LATENTS = "clean"
 DEPTH_FILE = "depth.safetensors"
+FEATURES = "features"  # their folder in a cache
 
 
 @dataclass(frozen=True)
@@ -209,14 +211,14 @@ class SourceCache:
     def latents(self, name: str | int, n_frames: int) -> Tensor:
         """The first n_frames latents at a saved timestep (or CLEAN_LATENTS), (n, 4, h, w)."""
         path = latents_file(self.folder, name)
-        self.check(path.relative_to(self.folder).as_posix())
-        return load_tensors(path)["latents"][:n_frames]
+        return self._tensor(path.relative_to(self.folder).as_posix(), "latents")[:n_frames]
 
     def frames(self, n_frames: int) -> np.ndarray:
         """The first n_frames source frames, (n, H, W, 3) uint8."""
         for index in range(n_frames):
             self.check(f"frames/{frame_name(index)}")
-        return load_frames(self.folder / "frames", n_frames)
+        with self._advising():
+            return load_frames(self.folder / "frames", n_frames)
 
     @property
     def has_depth(self) -> bool:
@@ -227,8 +229,20 @@ class SourceCache:
         """Depth of the first n_frames, (n, 1, H, W) in [0, 1], where there is any."""
         if not self.has_depth:
             return None
-        self.check(DEPTH_FILE)
-        return load_tensors(self.folder / DEPTH_FILE)["depth"][:n_frames]
+        return self._tensor(DEPTH_FILE, "depth")[:n_frames]
+
+    def _tensor(self, name: str, key: str) -> Tensor:
+        self.check(name)
+        with self._advising():
+            return load_tensors(self.folder / name)[key]
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Says what to do about a file that vanished, or was damaged, after it was checked."""
+        try:
+            yield
+        except UserError as error:
+            raise type(error)(f"{error}; {self.advice}") from error
 
     def check(self, name: str) -> None:
         """Compares a file with its checksum, once: `name` is its path within the cache."""
@@ -253,7 +267,7 @@ class SourceCache:
         """Compares every file with its checksum, and refuses files that the manifest lacks."""
         for name in self.manifest.files:
             self.check(name)
-        refuse_foreign_files(self.folder, self.manifest.files)
+        refuse_foreign_files(self.folder, self.manifest.files, FEATURES)
 
 
 def check_file(
@@ -281,20 +295,23 @@ def check_file(
         raise UserError(f"{path}: damaged (its checksum is not the manifest's); {advice}")
 
 
-def refuse_foreign_files(folder: Path, files: Mapping[str, Mapping]) -> None:
-    """Refuses visible files in a folder that its manifest lacks; folders with their own are theirs.
+def refuse_foreign_files(folder: Path, files: Mapping[str, Mapping], apart: str = "") -> None:
+    """Refuses visible files in a folder that its manifest lacks.
+
+    Args:
+        apart: a folder in it that has a manifest of its own.
 
     Raises:
         UserError: naming the first.
     """
     for place, below, names in os.walk(folder):
         inside = [name for name in sorted(below) if not name.startswith(".")]
-        below[:] = [name for name in inside if not (Path(place, name) / MANIFEST).is_file()]
+        below[:] = [name for name in inside if Path(place, name) != folder / apart]
         for name in sorted(names):
             path = Path(place, name)
             known = path.relative_to(folder).as_posix() in files or path == folder / MANIFEST
             if not known and not name.startswith("."):
-                raise UserError(f"{path}: is not of this cache; run: rm {shlex.quote(str(path))}")
+                raise UserError(f"{path}: does not belong there; run: rm {shlex.quote(str(path))}")
 
 
 def remake(manifest: Manifest | None) -> str:
@@ -336,13 +353,15 @@ def find_cache(
         hint = ""
         if others:
             hint = f" (there is {', '.join(others)}; sd_version and n_inversion_steps choose)"
-        begun = list(folder.glob(".nframes_*.work"))
+        locks = folder.glob(".nframes_*.lock")
         state, advice = "no cache", remedy(None)
         if any(folder.glob("nframes_*")):
-            state, advice = "only a cache that lacks its manifest", f"{advice} --overwrite"
-        elif any(is_locked(work.with_name(work.name[1:-5])) for work in begun):
+            name = next(folder.glob("nframes_*")).name
+            state = f"only a cache that lacks its manifest ({name})"
+            advice = f"{advice} --overwrite"
+        elif any(is_locked(lock.with_name(lock.name[1:-5])) for lock in locks):
             state = "another process is just making the cache"
-        elif begun:
+        elif any(folder.glob(".nframes_*.work")):
             state = "only an unfinished cache"
         raise MissingFileError(f"{folder}: {state} for this clip{hint}; {advice}")
     return open_cache(finished.get(n_frames, finished[max(finished)]), remedy, verify)

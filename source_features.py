@@ -42,7 +42,7 @@ from diffusion import Denoiser
 from folders import resumable_folder
 from parallel import ALONE, Team
 from run_info import Stopwatch
-from source_cache import MANIFEST, SourceCache, check_file, refuse_foreign_files
+from source_cache import FEATURES, MANIFEST, SourceCache, check_file, refuse_foreign_files
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
@@ -57,7 +57,6 @@ from tokenflow_utils import (
 )
 from util import UserError, load_sealed_yaml, save_sealed_yaml, save_tensors
 
-FOLDER = "features"
 FORMAT = 2
 READER = "read-ahead"  # the thread's name
 _READ_AHEAD = 2  # chunks that wait, read, for the edit to come to them
@@ -286,7 +285,7 @@ def write_features(
     steps = list(zip(timesteps, settings.keyframes(), strict=True))
     unet = denoiser.models.unet
     identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": asdict(settings)}
-    with resumable_folder(cache.folder / FOLDER, identity, team) as work:
+    with resumable_folder(cache.folder / FEATURES, identity, team) as work:
         before = {"steps": 0, "seconds": 0.0, "image_forwards": 0}  # of an interrupted run
         if work.state is not None:
             before = work.state.figures
@@ -440,7 +439,7 @@ class CachedFeatures:
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
+            raise UserError(f"{path}: cannot be read ({error}); {self.advice}") from error
 
 
 def find_features(
@@ -454,7 +453,7 @@ def find_features(
     Raises:
         UserError: if a file is missing or damaged, or they belong to another cache.
     """
-    folder = cache.folder / FOLDER
+    folder = cache.folder / FEATURES
     if not folder.exists():
         return None
     advice = (

@@ -165,6 +165,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, os.fspath(temporary)):
+            error.filename = os.fspath(path)  # libraries name the temporary file, or none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -210,7 +214,24 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        safetensors.torch.save_file(plain, temporary)
+        write_safetensors(temporary, plain)
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write contiguous tensors on the CPU and a header's texts; call it within `atomic_file`.
+
+    Raises:
+        OSError: the file cannot be written, with its number: the library only has it in its text.
+    """
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata and dict(metadata))
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error ([0-9]+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:

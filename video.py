@@ -51,6 +51,9 @@ READING = {
 }
 _CRF = "15"  # visually lossless: results are compared and measured from these files
 _BT709 = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709"}
+# Without it x264 makes other bytes of the same frames now and then: the assembly of its macroblock
+# tree reads beyond the tree of a small picture.
+_REPRODUCIBLE = {"x264-params": "cpu-independent=1"}
 
 # What Pillow's decoders raise for broken files; TypeError and struct.error come of broken EXIF.
 _IMAGE_ERRORS = (
@@ -507,7 +510,7 @@ def save_video(path: str | Path, frames: Iterable[np.ndarray], fps: Fraction) ->
         atomic_file(path) as temporary,
         av.open(os.path.abspath(temporary), "w", options={"movflags": "+faststart"}) as container,
     ):
-        options = {"crf": _CRF, "color_range": "tv", **_BT709}
+        options = {"crf": _CRF, "color_range": "tv", **_BT709, **_REPRODUCIBLE}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index, array in enumerate(itertools.chain([first], iterator)):
