@@ -113,7 +113,7 @@ def checkpoint_folder(key: str, allow_pickle: bool = False) -> Path:
         for pattern in (WEIGHTS[name], _shards(WEIGHTS[name]))
         if not _is_there(folder / part / name)
     ]
-    if lacking and allow_pickle and not os.path.isdir(key):
+    if lacking and allow_pickle and not os.path.isdir(os.path.expanduser(key)):
         folder = _local_or_hub(key, [*patterns, *lacking], "model_key")
     required = dict(PIPELINE_FILES)
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
@@ -125,7 +125,7 @@ def checkpoint_folder(key: str, allow_pickle: bool = False) -> Path:
             if not _is_there(folder / part / name):
                 raise MissingFileError(
                     f"{key}: not a whole Stable Diffusion checkpoint in diffusers' format: "
-                    f"{part}/{name} is missing"
+                    f"{part}/{name} is missing{_hub_hint(key, name)}"
                 )
         _check_files(folder / part)
     return folder
@@ -139,13 +139,18 @@ def single_model_folder(key: str, option: str, allow_pickle: bool = False) -> Pa
     """
     patterns = ["*.json", *WEIGHTS, *map(_shards, WEIGHTS)]
     folder = _local_or_hub(key, patterns, option)
-    if allow_pickle and not os.path.isdir(key) and not any(folder.glob("*.safetensors")):
+    if (
+        allow_pickle
+        and not os.path.isdir(os.path.expanduser(key))
+        and not any(folder.glob("*.safetensors"))
+    ):
         pickled = [pattern for name in WEIGHTS.values() for pattern in (name, _shards(name))]
         folder = _local_or_hub(key, [*patterns, *pickled], option)
     if not (folder / "config.json").is_file():
         raise MissingFileError(f"{key}: config.json is missing from this model's folder")
     if uses_safetensors(folder, allow_pickle) and not any(folder.glob("*.safetensors")):
-        raise MissingFileError(f"{key}: this model's folder has no safetensors weights")
+        hint = _hub_hint(key, next(iter(WEIGHTS)))
+        raise MissingFileError(f"{key}: this model's folder has no safetensors weights{hint}")
     _check_files(folder)
     return folder
 
@@ -293,6 +298,12 @@ def _local_or_hub(key: str, patterns: Sequence[str], option: str) -> Path:
             f"{key}: no such folder, and the Hugging Face hub does not give it ({reason}); "
             f"name a local folder of it with --{option} ({option} in a config)"
         ) from error
+
+
+def _hub_hint(key: str, name: str) -> str:
+    if os.path.isdir(os.path.expanduser(key)) or name not in WEIGHTS:
+        return ""
+    return "; pickled weights, if the hub has only such, are fetched with --allow_pickle"
 
 
 def _weights_of_parts() -> Iterator[tuple[str, str]]:

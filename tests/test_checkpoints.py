@@ -193,10 +193,12 @@ def test_a_hub_checkpoint_s_pickles_are_fetched_only_if_allowed_and_needed(
 
     checkpoint_folder("owner/name", allow_pickle=True)
     assert not pickles()  # safetensors are there
-    pickle_weights(folder, "vae")
-    with pytest.raises(UserError, match="pickled weights"):
+    path = pickle_weights(folder, "vae")
+    hidden = path.rename(folder / "elsewhere")
+    with pytest.raises(MissingFileError, match=r"safetensors is missing; .* with --allow_pickle"):
         checkpoint_folder("owner/name")
     assert not pickles()
+    hidden.rename(path)
     checkpoint_folder("owner/name", allow_pickle=True)
     assert pickles() == {"vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model-*.bin"}
     monkeypatch.setattr(
