@@ -1,5 +1,6 @@
 # make demo     set up, then edit a clip with the small model and say where the result is
 # make test     set up, then run the tests
+# make faults   set up, then the long forms: kills, damage, full disks, signals; an hour or more
 # make lint     set up, then check the style
 # make setup    only the environment, .venv
 # make clean    remove what the demo made and nothing else; .venv stays
@@ -9,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test faults lint clean
 
 setup: $(READY)
 
@@ -24,6 +25,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest
+
+faults: $(READY)
+	$(PY) -m pytest -m slow -s tests
 
 lint: $(READY)
 	$(PY) -m ruff check .

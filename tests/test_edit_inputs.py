@@ -244,7 +244,7 @@ def test_without_a_cache_the_command_that_makes_it_is_named(place, keys, techniq
 
 def test_a_cache_without_its_manifest_is_none(place, keys, cache):
     (cache / "manifest.yaml").unlink()
-    said = "only a cache that lacks its manifest for this clip.*--overwrite"
+    said = r"only a cache that lacks its manifest \(nframes_[0-9]+\) for this clip.*--overwrite"
     message = refused(place, said, keys, error=MissingFileError)
     run_the_command_in(message)
     open_inputs(PnPConfig(**keys))

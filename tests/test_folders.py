@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import folders
 from folders import Busy, is_locked, locked, recover, replacing_folder, resumable_folder
-from util import sha256_file
+from util import MissingFileError, atomic_file, sha256_file
 
 WORK = {"prompt": "a wolf", "steps": 5, "scale": 0.1}
 
@@ -243,3 +244,72 @@ def test_damaged_work_is_said_and_begins_anew(tmp_path, caplog, name):
             assert work.state is None and files(work.folder) == []
         assert f"{path}: damaged; the work begins anew" in caplog.text
         interrupted(tmp_path / "cache", x=torch.ones(4))
+
+
+# ---------------------------------------------------------------- loss of power
+
+
+def test_every_file_is_synced_before_it_takes_its_name(tmp_path, monkeypatch):
+    """And its folder after; a finished folder is synced throughout before it is moved."""
+    done, fsync, replace, rename = [], os.fsync, os.replace, os.rename
+
+    def of(descriptor):
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("sync", of(fd))), fsync(fd)))
+    for name, call in (("replace", replace), ("rename", rename)):
+        monkeypatch.setattr(
+            os, name, lambda a, b, call=call: (done.append(("move", str(a), str(b))), call(a, b))
+        )
+    folder = tmp_path / "cache"
+    with resumable_folder(folder, WORK) as work:
+        with atomic_file(work.folder / "inner" / "a") as temporary:
+            temporary.write_text("a")
+        work.save("half", {"x": torch.ones(2)})
+    place = tmp_path / ".cache.work"
+    moves = [i for i, (what, *_) in enumerate(done) if what == "move"]
+    for i in moves[:-1]:
+        source, target = done[i][1:]
+        assert done[i - 1] == ("sync", source)
+        assert done[i + 1] == ("sync", os.path.dirname(target))
+    assert done[moves[-1]][1:] == (str(place / "folder"), str(folder))
+    synced = {path for what, path, *_ in done[moves[-2] + 2 : moves[-1]] if what == "sync"}
+    assert synced == {str(place / "folder"), str(place / "folder" / "inner")}
+    assert done[-1] == ("sync", str(tmp_path))
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+def test_finished_work_leaves_nothing(tmp_path, monkeypatch):
+    """Not even if it is killed before what it leaves is removed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_remove", lambda folder: None)
+        with resumable_folder(tmp_path / "cache", WORK) as work:
+            (work.folder / "a").write_text("a")
+            work.save("done", {})
+    assert (tmp_path / ".cache.work" / "state.safetensors").is_file()
+    recover(tmp_path / "cache")
+    assert files(tmp_path) == ["cache/a"]
+
+
+def test_files_that_vanish_from_unfinished_work_are_missed(tmp_path):
+    vanished = pytest.raises(MissingFileError, match="a: vanished")
+    with vanished, resumable_folder(tmp_path / "cache", WORK) as work:
+        (work.folder / "a").write_text("a")
+        work.save("half", {})
+        (work.folder / "a").unlink()
+        work.save("whole", {})
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError) as caught, resumable_folder(tmp_path / "cache", WORK) as work:
+            work.save("half", {"x": torch.ones(2)})
+    path = tmp_path / ".cache.work" / "state.safetensors"
+    assert (caught.value.errno, caught.value.filename) == (28, str(path))

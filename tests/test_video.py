@@ -1,5 +1,6 @@
 """Reading and writing clips."""
 
+import ctypes
 import gzip
 import io
 import itertools
@@ -1039,3 +1040,21 @@ def test_load_frames_names_what_is_missing(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "00001.png")
     with pytest.raises(UserError, match=r"00001\.png: differs in size"):
         video.load_frames(tmp_path)
+
+
+def test_a_video_s_bytes_depend_on_its_frames_alone(tmp_path):
+    """Not on what lay in memory before, which mallopt(3) fills here."""
+    perturb = -6
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        pytest.skip("this system's malloc cannot be told to fill what it gives")
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3), np.uint8)
+    made = set()
+    try:
+        for value in (40, 80, 120, 200):
+            mallopt(perturb, value)
+            video.save_video(tmp_path / "a.mp4", noise.repeat(8, 1).repeat(8, 2), Fraction(10))
+            made.add((tmp_path / "a.mp4").read_bytes())
+    finally:
+        mallopt(perturb, 0)
+    assert len(made) == 1
