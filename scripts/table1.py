@@ -16,11 +16,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +30,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import baselines
+from clip_list import (
+    TECHNIQUES,
+    Technique,
+    check_keys,
+    inversion_options,
+    mapping,
+    merged_config,
+    text,
+)
 from demo import arguments
 
 import evaluate
 import preprocess
-import run_tokenflow_controlnet as controlnet
-import run_tokenflow_pnp as pnp
-import run_tokenflow_sdedit as sdedit
 from edit_inputs import EditConfig
 from evaluate import Evaluator, Protocol
 from motion import truth_file, truth_shape
+from run_tokenflow_pnp import PnPConfig
 from score_table import Row, Summary, protocols, summarize, write_json
 from util import (
     ArgumentParser,
@@ -50,7 +56,6 @@ from util import (
     check_writable,
     command_line,
     load_yaml,
-    make_config,
     setup_logging,
 )
 from video import clip_name, resolve_clip
@@ -58,22 +63,9 @@ from video import clip_name, resolve_clip
 log = logging.getLogger("tokenflow")
 
 
-@dataclass(frozen=True)
-class Technique:
-    """A family of rows: the class of its configuration, and what makes a result of one."""
-
-    config: type[EditConfig]
-    make: Callable[[Any], Path]
-
-
-TECHNIQUES = {
-    "pnp": Technique(pnp.PnPConfig, pnp.edit),
-    "sdedit": Technique(sdedit.SDEditConfig, sdedit.edit),
-    "controlnet": Technique(controlnet.ControlNetConfig, controlnet.edit),
-}
 BASELINES = {
-    "reconstruction": Technique(pnp.PnPConfig, baselines.reconstruction),
-    "rgb_propagation": Technique(pnp.PnPConfig, baselines.rgb_propagation),
+    "reconstruction": Technique(PnPConfig, baselines.reconstruction),
+    "rgb_propagation": Technique(PnPConfig, baselines.rgb_propagation),
 }
 
 
@@ -157,38 +149,25 @@ class ClipList:
         """The configuration of one row's edit of a clip."""
         family = method.technique if method.technique in TECHNIQUES else "pnp"
         entry = self.clips[clip]
-        keys = {
-            "latents_path": self.latents_path,
-            "output_path": self.output_path,
-            **self.settings,
-            **self.own.get(family, {}),
-            **{k: v for k, v in entry.items() if k not in (*TECHNIQUES, "inversion_prompt")},
-            **entry.get(family, {}),
-            **method.settings,
-        }
-        return make_config(method.made_by.config, keys, f"{self.path}: {clip}: {method.name}")
+        places = {"latents_path": self.latents_path, "output_path": self.output_path}
+        own = {k: v for k, v in entry.items() if k not in (*TECHNIQUES, "inversion_prompt")}
+        sections = (
+            places,
+            self.settings,
+            self.own.get(family, {}),
+            own,
+            entry.get(family, {}),
+            method.settings,
+        )
+        where = f"{self.path}: {clip}: {method.name}"
+        return merged_config(method.made_by.config, sections, where)
 
     def inversion(self, clip: str) -> dict[str, object]:
         """The options of preprocess.py for a clip."""
         # The inversion's keys are the same in all rows; the source's features serve PnP's.
         config = self.config(clip, next(m for m in METHODS if m.technique == "pnp"))
-        options = {
-            "data_path": config.data_path,
-            "save_dir": config.latents_path,
-            "sd_version": config.sd_version,
-            "steps": config.n_inversion_steps,
-            "save_steps": config.n_timesteps,
-            "n_frames": config.n_frames,
-            "inversion_prompt": self.clips[clip]["inversion_prompt"],
-            "interval": config.batch_size,
-            "keyframe_seed": config.keyframe_seed,
-            "pnp_attn_t": config.pnp_attn_t,
-            "pnp_f_t": config.pnp_f_t,
-            "device": config.device,
-            "dtype": config.dtype,
-        }
-        others = {"model_key": config.model_key, "H": config.H, "W": config.W}
-        return options | {k: v for k, v in others.items() if v is not None} | self.preprocess
+        prompt = {"inversion_prompt": self.clips[clip]["inversion_prompt"]}
+        return inversion_options(config) | prompt | self.preprocess
 
 
 def read_list(path: Path) -> ClipList:
@@ -201,26 +180,22 @@ def read_list(path: Path) -> ClipList:
     known = {
         "latents_path", "output_path", "settings", *TECHNIQUES, "preprocess", "evaluate", "clips",
     }  # fmt: skip
-    unknown = sorted(map(str, set(given) - known))
-    if unknown:
-        listed = ", ".join(sorted(known))
-        raise UserError(f"{path}: {unknown[0]}: unknown key; known keys: {listed}")
+    check_keys(given, known, str(path))
     entries = given.get("clips")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: clips: expected a list of clips")
     clips = {}
     for number, entry in enumerate(entries, start=1):
         where = f"{path}: clips: number {number}"
-        entry = _mapping(entry, where)
+        entry = mapping(entry, where)
         for key in ("data_path", "inversion_prompt", "prompt"):
-            if not isinstance(entry.get(key), str):
-                raise UserError(f"{where}: {key}: expected text, got {entry.get(key)!r}")
+            text(entry.get(key), f"{where}: {key}")
         name = clip_name(entry["data_path"])
         if name in clips:
             raise UserError(f"{where}: a clip named {name} is in the list already")
         clips[name] = entry
     sections = {
-        name: _mapping(given.get(name, {}), f"{path}: {name}")
+        name: mapping(given.get(name, {}), f"{path}: {name}")
         for name in ("settings", "preprocess", "evaluate", *TECHNIQUES)
     }
     for place, section, shared in _sections_of_settings(path, sections, clips):
@@ -257,22 +232,13 @@ def _sections_of_settings(
         yield f"{path}: {clip}", entry, True
         for name in TECHNIQUES:
             where = f"{path}: {clip}: {name}"
-            yield where, _mapping(entry.get(name, {}), where), False
+            yield where, mapping(entry.get(name, {}), where), False
 
 
 def _protocol(options: Mapping[str, object], where: str) -> Protocol:
     """The protocol that options of evaluate.py ask for."""
-    known = [option.name for option in fields(Protocol)]
-    for name in options:
-        if name not in known:
-            raise UserError(f"{where}: {name}: unknown key; known keys: {', '.join(known)}")
+    check_keys(options, [option.name for option in fields(Protocol)], where)
     return evaluate.read_protocol(evaluate.parse_args([".", *arguments(options)]))
-
-
-def _mapping(value: object, where: str) -> dict[str, object]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{where}: expected keys and values, got {value!r:.60}")
-    return value
 
 
 # ------------------------------------------------------------------------------------- one clip
