@@ -119,16 +119,19 @@ def text_table(rows: Sequence[Row]) -> str:
 
     A measure that no row has gets no column; "-" is what one row lacks.
     """
-    lines = _cells(rows)
+    return "\n".join([aligned(_cells(rows)), "", *protocols(rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, headings first, as text in columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     justify = [str.ljust if heading in TEXTS else str.rjust for heading in lines[0]]
-    lines = [
+    return "\n".join(
         "  ".join(
             put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True)
         ).rstrip()
         for line in lines
-    ]
-    return "\n".join([*lines, "", *protocols(rows)])
+    )
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

@@ -47,7 +47,7 @@ from edit_inputs import EditConfig
 from evaluate import Evaluator, Protocol
 from motion import truth_file, truth_shape
 from run_tokenflow_pnp import PnPConfig
-from score_table import Row, Summary, protocols, summarize, write_json
+from score_table import Row, Summary, aligned, protocols, summarize, write_json
 from util import (
     ArgumentParser,
     MissingFileError,
@@ -373,15 +373,6 @@ def table(summaries: Sequence[Summary]) -> list[list[str]]:
     return lines
 
 
-def plain(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as aligned text."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    )
-
-
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells as a Markdown table."""
     head, *body = lines
@@ -487,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         summaries = summarize(rows)
         lines = table(summaries)
         notes = [verdict(rows)[1], PAPER_NOTE, settings_line(plan), *protocols(rows)]
-        print("\n".join([plain(lines), "", *notes]))
+        print("\n".join([aligned(lines), "", *notes]))
         if args.markdown:
             with atomic_file(args.markdown) as temporary:
                 text = "\n\n".join([markdown(lines), *notes])

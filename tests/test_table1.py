@@ -102,7 +102,7 @@ def test_the_table_has_means_beside_the_paper_s_figures():
     assert lines[-1] == ["Gen-1", "1", "8.00", "-", "-"]
     assert ["Tune-A-Video", "1", "9.00", "30", "0.31"] in lines
     assert "| RGB propagation | 1 | 0.50 | - | - |" in table1.markdown([head, *lines])
-    assert len({len(line) for line in table1.plain([head, *lines]).splitlines()}) == 1
+    assert len({len(line) for line in table1.aligned([head, *lines]).splitlines()}) == 1
 
 
 def rows_of(clip, errors):
