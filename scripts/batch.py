@@ -20,6 +20,7 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import socket
 import statistics
 import sys
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batch_list import INVERSION, Batch, Job, Overrides, read_batch, shown
 from batch_worker import BUSY, FAILED, FOUND, MADE, Outcome, Worker
 from clip_list import TECHNIQUES, check_keys
+from demo import arguments
 
 from score_table import aligned
 from util import (
@@ -244,14 +246,10 @@ def in_turn(jobs: Sequence[Job], crew: Crew) -> list[Job]:
 
 def order_for(job: Job, crew: Crew, log_folder: Path, wait: bool) -> dict[str, object]:
     """What a worker is told of a job."""
+    part = "options" if job.kind == INVERSION else "config"
     work = job.work
-    if job.kind == INVERSION:
-        words = list(work["options"])
-        at = words.index("--device") + 1
-        words[at] = crew.device if words[at] == "auto" else words[at]
-        work = {"options": words}
-    elif work["config"]["device"] == "auto":
-        work = {"config": work["config"] | {"device": crew.device}}
+    if work[part]["device"] == "auto":
+        work = {part: work[part] | {"device": crew.device}}
     return {
         "kind": job.kind,
         "title": job.title,
@@ -352,7 +350,7 @@ class Summary:
 
     def _alone(self, job: Job) -> str:
         if job.kind == INVERSION:
-            return shlex.join(["python", "preprocess.py", *job.work["options"]])
+            return shlex.join(["python", "preprocess.py", *arguments(job.work["options"])])
         return shlex.join([*self.command, "--only", job.key])
 
 
@@ -440,6 +438,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the script and leaves."""
     setup_logging()
     sys.stdout.reconfigure(errors="backslashreplace")  # paths may hold anything
+    if "RANK" in os.environ:  # the launcher passes Ctrl-C on, which a shell may have had ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         summary = run(argv)
     except UserError as error:

@@ -60,7 +60,7 @@ class Job:
     Attributes:
         clip: its name.
         kind: INVERSION or the technique of an edit.
-        work: what the worker needs to know: the inversion's command line, or the edit's config.
+        work: what the worker needs to know: the options of preprocess.py, or the edit's config.
         needs: the key of the inversion that an edit reads.
         key: tells it from all others, and is the same in every run of the list.
     """
@@ -188,7 +188,7 @@ def read_batch(path: Path, overrides: Overrides | None = None) -> Batch:
     _check_models([(technique, config, clip.where) for clip, technique, config in edits])
     return Batch(
         places["output_path"],
-        list(_jobs(edits, sections["preprocess"], f"{path}: preprocess", overrides.verify)),
+        list(_jobs(edits, sections["preprocess"], f"{path}: preprocess")),
     )
 
 
@@ -396,18 +396,17 @@ def _jobs_of_cache(
                     f"{clip.where}: {technique}: {INVERSION_OPTIONS[option]}: is {value} here and "
                     f"{options[option]} for other edits from the same inversion; put it in settings"
                 )
-    options["inversion_prompt"] = clip.inversion_prompt
+    options["inversion_prompt"] = clip.inversion_prompt or None
     options |= _control_options([config for _, _, config in edits], clip.where)
-    if edits[0][2].verify:
+    if any(config.verify for _, _, config in edits):
         options["verify"] = ""
     options |= _further(preprocess, where)
     options |= _further(clip.preprocess, f"{clip.where}: preprocess")
-    words = arguments(options)
     try:
-        parse_args(words)
+        parse_args(arguments(options))
     except UserError as error:
         raise UserError(f"{clip.where}: preprocess: {error}") from error
-    inversion = Job(clip.name, INVERSION, {"options": words})
+    inversion = Job(clip.name, INVERSION, {"options": options})
     yield inversion
     for _, technique, config in edits:
         yield Job(clip.name, technique, {"config": asdict(config)}, inversion.key)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from batch_list import INVERSION
 from clip_list import TECHNIQUES
+from demo import arguments
 
 from diffusion import StableDiffusion, load_stable_diffusion
 from folders import Busy
@@ -132,7 +133,9 @@ def do(job: Mapping[str, Any], load: KeptModels) -> Outcome:
 def make(job: Mapping[str, Any], load: KeptModels) -> Path:
     """Makes what a job is about, or finds it made; returns its folder."""
     if job["kind"] == INVERSION:
-        return preprocess(parse_args(job["work"]["options"]), load=load, wait=job["wait"])
+        return preprocess(
+            parse_args(arguments(job["work"]["options"])), load=load, wait=job["wait"]
+        )
     technique = TECHNIQUES[job["kind"]]
     config = technique.config(**job["work"]["config"])
     return technique.make(config, load=load, wait=job["wait"])

@@ -107,7 +107,11 @@ def arguments(options: dict[str, object]) -> list[str]:
     """Spell options as a command line; None leaves one out, "" makes it a flag without a value."""
     words = []
     for name, value in options.items():
-        if value is not None:
+        if value is None:
+            continue
+        if str(value).startswith("-"):  # as a word of its own it would be taken for an option
+            words.append(f"--{name}={value}")
+        else:
             words += [f"--{name}", str(value)] if value != "" else [f"--{name}"]
     return words
 

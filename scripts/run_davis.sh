@@ -1,0 +1,28 @@
+#!/bin/sh
+# Inverts and edits the clips of a list or of a DAVIS tree (python scripts/batch.py --help):
+#
+#     sh scripts/run_davis.sh configs/davis.yaml
+#     PROCESSES=4 sh scripts/run_davis.sh configs/davis.yaml       # four processes, a GPU for each
+#
+# Stopped at any time, the same command goes on. PYTHON names another interpreter.
+set -eu
+python=${PYTHON:-python}
+batch=$(dirname "$0")/batch.py
+if [ "${PROCESSES:-1}" -le 1 ]; then
+    exec "$python" "$batch" "$@"
+fi
+
+# The launcher's own exit status does not tell how many clips failed: the summary's does.
+run=$(uname -n)-$$-$(date +%s)
+"$python" -m accelerate.commands.launch --multi_gpu --num_processes "$PROCESSES" --num_machines 1 \
+    --mixed_precision no --dynamo_backend no "$batch" --run "$run" --quiet "$@" &
+launcher=$!
+trap : INT # the terminal's reaches the launcher too
+trap 'kill -TERM "$launcher"' TERM HUP
+status=0
+wait "$launcher" || status=$?
+if [ "$status" -gt 128 ]; then # this script was asked to end, and asked the launcher
+    wait "$launcher" || true
+    exit "$status"
+fi
+exec "$python" "$batch" --run "$run" --summary "$@"
