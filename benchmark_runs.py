@@ -350,7 +350,7 @@ def make_plan(bench: Bench, session: EditSession) -> EditPlan:
     """What the technique does in a session."""
     script = TECHNIQUES[bench.technique][0]
     if bench.technique == "pnp":
-        script.check_injection_layers(session.inputs)
+        script.check_injection_layers(session.inputs.checkpoint)
     return script.plan(session)
 
 

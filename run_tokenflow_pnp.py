@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoints import load_unet_skeleton
 from diffusion import Loader
-from edit_inputs import EditConfig, EditInputs, open_inputs, read_config
+from edit_inputs import EditConfig, open_inputs, read_config
 from editing import EditPlan, EditSession, run_edit
 from parallel import ALONE, Team, start_team
 from tokenflow_utils import missing_injection_layers
@@ -29,16 +29,16 @@ class PnPConfig(EditConfig):
     pnp_f_t: float = option(0.8, low=0, high=1)
 
 
-def check_injection_layers(inputs: EditInputs) -> None:
+def check_injection_layers(checkpoint: Path) -> None:
     """Refuses a checkpoint whose UNet lacks the layers that PnP injects into.
 
     Raises:
         UserError: naming the first missing layer.
     """
-    missing = missing_injection_layers(load_unet_skeleton(inputs.checkpoint))
+    missing = missing_injection_layers(load_unet_skeleton(checkpoint))
     if missing:
         raise UserError(
-            f"{inputs.checkpoint}: its UNet has no {missing[0]} ({len(missing)} of the layers that "
+            f"{checkpoint}: its UNet has no {missing[0]} ({len(missing)} of the layers that "
             "PnP injects into are missing); use a checkpoint with Stable Diffusion's blocks"
         )
 
@@ -72,7 +72,7 @@ def edit(
     """
     with team.together():
         inputs = open_inputs(config, team)
-        check_injection_layers(inputs)
+        check_injection_layers(inputs.checkpoint)
     return run_edit(TECHNIQUE, inputs, plan, overwrite, load, wait)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -99,10 +100,10 @@ def find_crew(environment: Mapping[str, str], run: str | None) -> Crew:
         device = f"cuda:{local % torch.cuda.device_count()}"
     if run is None and int(environment.get("LOCAL_WORLD_SIZE", world)) < world:
         raise UserError("--run: is needed with several machines: a name of your own for this run")
-    if run is None:
-        # Processes of one launcher are its children; a process's number is used again some day.
-        number = os.getppid() if world > 1 else os.getpid()
-        run = f"{socket.gethostname()}-{number}-{_start_of(number)}"
+    if run is None and world > 1:  # they are children of one launcher
+        run = f"{socket.gethostname()}-{os.getppid()}-{_start_of(os.getppid())}"
+    elif run is None:
+        run = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
     return Crew(
         place=task // step * world + rank,
         size=tasks * world,
@@ -113,7 +114,7 @@ def find_crew(environment: Mapping[str, str], run: str | None) -> Crew:
 
 
 def _start_of(process: int) -> str:
-    """When a process started, in the kernel's own count; empty where that cannot be known."""
+    """When a process started, which tells it from others of its number; empty if not known."""
     file = Path(f"/proc/{process}/stat")
     if not file.is_file():
         return ""
@@ -122,6 +123,8 @@ def _start_of(process: int) -> str:
 
 class Ledger:
     """What came of the jobs of one run: the first that any process says of a job counts.
+
+    But for one thing: who made it may say so after another found it made.
 
     Args:
         folder: where the processes that share the run write it down, a small file for each job.
@@ -135,7 +138,8 @@ class Ledger:
     def record(self, job: Job, outcome: Outcome) -> None:
         """Writes an outcome down."""
         self.look(job)
-        if job.key in self.outcomes:
+        known = self.outcomes.get(job.key)
+        if known is not None and (known.state, outcome.state) != (FOUND, MADE):
             return
         self.outcomes[job.key] = outcome
         try:
@@ -145,7 +149,8 @@ class Ledger:
 
     def look(self, job: Job) -> None:
         """Reads whether another process has settled a job, or what it needs."""
-        for key in {job.key, job.needs} - {None, *self.outcomes}:
+        settled = {key for key, outcome in self.outcomes.items() if outcome.state != FOUND}
+        for key in {job.key, job.needs} - {None} - settled:
             file = self._file(key)
             if not file.is_file():
                 continue
@@ -413,13 +418,13 @@ def run(argv: Sequence[str] | None) -> Summary | None:
     if args.only:
         batch = batch.only(args.only)
     ledger = Ledger(folder / "runs" / crew.run, batch.jobs)
-    ledger.look_at_all()
     if not args.summary:
         worker = Worker()
         try:
             run_jobs(batch, worker, ledger, crew, folder)
         finally:
             worker.end()
+    ledger.look_at_all()
     if args.quiet or crew.rank > 0:
         return None
     return Summary(batch, ledger, crew.run, ["python", "scripts/batch.py", *_words(args)])

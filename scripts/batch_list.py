@@ -22,6 +22,7 @@ from clip_list import (
 from demo import arguments
 
 import run_tokenflow_controlnet as controlnet
+import run_tokenflow_pnp as pnp
 from checkpoints import check_controlnet_fits, checkpoint_folder, model_key_for
 from diffusion import resolve_device
 from edit_inputs import EditConfig
@@ -262,7 +263,7 @@ def _clip(path: Path, where: str, given: Mapping[str, Any], entry: dict[str, Any
     return _Clip(
         name=name,
         data_path=entry["data_path"],
-        where=where if "number" in where else f"{path}: {name}",
+        where=f"{path}: {shown(name)}",
         inversion_prompt=inversion_prompt,
         prompts=prompts,
         techniques=techniques,
@@ -454,6 +455,8 @@ def _check_models(edits: Sequence[tuple[str, EditConfig, str]]) -> None:
             checkpoint = checkpoint_folder(model)
             if settings is not None:
                 check_controlnet_fits(checkpoint, settings.key)
+            if isinstance(config, pnp.PnPConfig):
+                pnp.check_injection_layers(checkpoint)
         except UserError as error:
             raise UserError(f"{where}: {technique}: {error}") from error
         seen.add((technique, device, model, settings))

@@ -220,6 +220,7 @@ class Worker:
                 self._process = start_process(messages)
                 if self._ask("") == READY:
                     return
+                self._process.wait()
                 messages.seek(0)
                 found = self._ended(last_line(messages.read()))
         raise WorkerError(f"no worker can be started: {found}")
@@ -235,6 +236,7 @@ class Worker:
         return json.loads(answer) if answer.endswith("\n") else None
 
     def _last_words(self, log_file: Path) -> str:
+        self._process.wait()  # its last words come last
         try:
             said = log_file.read_bytes()[-(1 << 16) :]
         except OSError:  # it may not have come so far as to open it
