@@ -142,28 +142,27 @@ class Ledger:
         if known is not None and (known.state, outcome.state) != (FOUND, MADE):
             return
         self.outcomes[job.key] = outcome
+        file = self._file(job.key, outcome.state)
         try:
-            save_yaml(self._file(job.key), asdict(outcome))
+            save_yaml(file, asdict(outcome))
         except OSError as error:  # the others may come to the job too, and find it made
-            log.warning("%s: cannot be written (%s)", self._file(job.key), error.strerror)
+            log.warning("%s: cannot be written (%s)", file, error.strerror)
 
     def look(self, job: Job) -> None:
         """Reads whether another process has settled a job, or what it needs."""
-        settled = {key for key, outcome in self.outcomes.items() if outcome.state != FOUND}
-        for key in {job.key, job.needs} - {None} - settled:
-            file = self._file(key)
-            if not file.is_file():
-                continue
-            try:
-                self.outcomes[key] = Outcome(**load_yaml(file))
-            except (UserError, TypeError) as error:
-                log.warning("%s: no outcome of a job (%s)", file, error)
+        for key in (job.key, job.needs):
+            if key is not None and key not in self.outcomes:
+                self._read(key)
 
-    def look_at_all(self) -> None:
-        """Reads all that other processes have settled by now."""
-        for file in self.folder.glob("*.yaml"):
-            if file.stem in self.jobs:
-                self.look(self.jobs[file.stem])
+    def look_at_all(self, again: bool = False) -> None:
+        """Reads all that other processes have settled by now.
+
+        Args:
+            again: also of jobs that this process knows to be settled.
+        """
+        for key in {file.stem.partition("-")[0] for file in self.folder.glob("*.yaml")}:
+            if key in self.jobs and (again or key not in self.outcomes):
+                self._read(key)
 
     def state(self, job: Job) -> str | None:
         """MADE, FOUND or FAILED: an edit also if its inversion failed; None: not settled yet."""
@@ -173,8 +172,20 @@ class Ledger:
             return FAILED
         return None
 
-    def _file(self, key: str) -> Path:
-        return self.folder / f"{key}.yaml"
+    def _read(self, key: str) -> None:
+        # Each state has a file of its own: processes that write at once overwrite nothing.
+        for state in (FAILED, MADE, FOUND):
+            file = self._file(key, state)
+            if not file.is_file():
+                continue
+            try:
+                self.outcomes[key] = Outcome(**load_yaml(file))
+                return
+            except (UserError, TypeError) as error:
+                log.warning("%s: no outcome of a job (%s)", file, error)
+
+    def _file(self, key: str, state: str) -> Path:
+        return self.folder / f"{key}-{state}.yaml"
 
 
 # --------------------------------------------------------------------------------------- the work
@@ -424,7 +435,7 @@ def run(argv: Sequence[str] | None) -> Summary | None:
             run_jobs(batch, worker, ledger, crew, folder)
         finally:
             worker.end()
-    ledger.look_at_all()
+    ledger.look_at_all(again=True)
     if args.quiet or crew.rank > 0:
         return None
     return Summary(batch, ledger, crew.run, ["python", "scripts/batch.py", *_words(args)])

@@ -588,11 +588,18 @@ def test_what_another_process_settled_is_not_asked_for(tiny_model):
     assert [ledger.state(job) for job in jobs] == [FAILED, FAILED, MADE, MADE]
     ledger.record(jobs[3], Outcome(FOUND))  # the first word counts,
     assert ledger.outcomes[jobs[3].key].state == MADE
-    ledger.record(jobs[2], Outcome(FAILED))
-    theirs.record(jobs[2], Outcome(FAILED))
-    assert ledger.outcomes[jobs[2].key].state == MADE
-    file = next(Path("ledger").iterdir())
-    file.write_text("nonsense")
+    for state in (FOUND, FAILED):  # also when another process says it later
+        theirs.record(jobs[2], Outcome(state))
+        assert theirs.outcomes[jobs[2].key].state == MADE
+    # Who made it may say so after another process found it made, or at the same time.
+    found = Ledger(Path("other"), jobs)
+    found.record(jobs[0], Outcome(FOUND))
+    Ledger(Path("other"), jobs).record(jobs[0], Outcome(MADE, 7.0))
+    found.look_at_all()
+    assert found.outcomes[jobs[0].key].state == FOUND
+    found.look_at_all(again=True)
+    assert found.outcomes[jobs[0].key] == Outcome(MADE, 7.0)
+    next(Path("ledger").iterdir()).write_text("nonsense")
     fresh = Ledger(Path("ledger"), jobs)
     fresh.look_at_all()
     assert len(fresh.outcomes) == 2
@@ -707,7 +714,7 @@ def test_kill_and_sigterm_of_the_real_processes(tiny_model):
     for i, name in enumerate("ab"):
         make_clip(Path(f"{name}.mp4"), 5, seed=i)
     settings = load_yaml(write(tiny_model))["settings"]
-    settings |= {"n_frames": 5, "n_inversion_steps": 200, "n_timesteps": 200}
+    settings |= {"n_frames": 5, "n_inversion_steps": 50, "n_timesteps": 50}
     write(tiny_model, clips=[{"data_path": f"{n}.mp4"} for n in "ab"], settings=settings)
     process = start_batch()
     os.kill(child_of(process), signal.SIGKILL)
