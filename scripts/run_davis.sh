@@ -23,6 +23,7 @@ status=0
 wait "$launcher" || status=$?
 if [ "$status" -gt 128 ]; then # this script was asked to end, and asked the launcher
     wait "$launcher" || true
+    echo "interrupted; the same command goes on with what is finished by now" >&2
     exit "$status"
 fi
 exec "$python" "$batch" --run "$run" --summary "$@"
