@@ -46,6 +46,7 @@ from score_table import aligned
 from util import (
     ArgumentParser,
     UserError,
+    check_text,
     check_writable,
     command_line,
     load_yaml,
@@ -408,9 +409,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     check_keys(args.technique, TECHNIQUES, "--technique")
     if args.summary and args.run is None:
         raise UserError("--summary: of which run? Name it by --run")
-    for text in args.prompt:
-        if not text.isprintable():
-            raise UserError(f"--prompt: {text!r:.60}: holds what cannot be shown")
+    for prompt in args.prompt:
+        check_text(prompt, "--prompt")
     return args
 
 

@@ -207,8 +207,10 @@ def _clips(path: Path, given: Mapping[str, Any], overrides: Overrides) -> Iterat
         where = f"{path}: clips: number {number}"
         entry = mapping(entry, where)
         data_path = text(entry.get("data_path"), f"{where}: data_path")
-        if "\0" in data_path:
-            raise UserError(f"{where}: data_path: {data_path!r:.60}: no path can hold that")
+        try:
+            clip_name(data_path)
+        except UserError as error:
+            raise UserError(f"{where}: data_path: {error}") from error
         if Path(data_path).resolve() in found:
             raise UserError(f"{where}: {data_path} is in the list already")
         found[Path(data_path).resolve()] = data_path
@@ -393,14 +395,14 @@ def _jobs_of_cache(
             if option in MOST:
                 options[option] = max(options[option], value)
             elif options.setdefault(option, value) != value and option not in OF_FEATURES:
+                key = INVERSION_OPTIONS[option]
+                other = getattr(edits[0][2], key)
                 raise UserError(
-                    f"{clip.where}: {technique}: {INVERSION_OPTIONS[option]}: is {value} here and "
-                    f"{options[option]} for other edits from the same inversion; put it in settings"
+                    f"{clip.where}: {technique}: {key}: is {getattr(config, key)} here and {other} "
+                    "for other edits from the same inversion; put it in settings"
                 )
     options["inversion_prompt"] = clip.inversion_prompt or None
     options |= _control_options([config for _, _, config in edits], clip.where)
-    if any(config.verify for _, _, config in edits):
-        options["verify"] = ""
     options |= _further(preprocess, where)
     options |= _further(clip.preprocess, f"{clip.where}: preprocess")
     try:
@@ -449,14 +451,15 @@ def _check_models(edits: Sequence[tuple[str, EditConfig, str]]) -> None:
         try:
             if isinstance(config, controlnet.ControlNetConfig):
                 settings = controlnet.control_settings(config)
-            if (technique, device, model, settings) in seen:
+            what = technique, device, model, settings, config.allow_pickle
+            if what in seen:
                 continue
             resolve_device(device)
-            checkpoint = checkpoint_folder(model)
+            checkpoint = checkpoint_folder(model, config.allow_pickle)
             if settings is not None:
-                check_controlnet_fits(checkpoint, settings.key)
+                check_controlnet_fits(checkpoint, settings.key, config.allow_pickle)
             if isinstance(config, pnp.PnPConfig):
                 pnp.check_injection_layers(checkpoint)
         except UserError as error:
             raise UserError(f"{where}: {technique}: {error}") from error
-        seen.add((technique, device, model, settings))
+        seen.add(what)

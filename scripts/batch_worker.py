@@ -80,14 +80,16 @@ class KeptModels:
         self._key: tuple | None = None
         self._models: StableDiffusion | None = None
 
-    def __call__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+    def __call__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
+    ) -> StableDiffusion:
         """As `load_stable_diffusion`."""
         self.calls += 1
-        key = folder.resolve(), device, dtype
+        key = folder.resolve(), device, dtype, allow_pickle
         if key != self._key:
             self._key = self._models = None  # never two of them in memory
             free_memory()
-            self._models = load_stable_diffusion(folder, device, dtype)
+            self._models = load_stable_diffusion(folder, device, dtype, allow_pickle)
             self._key = key
         return self._models
 

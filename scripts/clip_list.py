@@ -11,7 +11,7 @@ import run_tokenflow_controlnet as controlnet
 import run_tokenflow_pnp as pnp
 import run_tokenflow_sdedit as sdedit
 from edit_inputs import EditConfig
-from util import UserError, make_config
+from util import UserError, check_text, make_config
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ INVERSION_OPTIONS = {
     "pnp_f_t": "pnp_f_t",
     "device": "device",
     "dtype": "dtype",
+    "allow_pickle": "allow_pickle",
+    "verify": "verify",
 }
 
 
@@ -67,6 +69,7 @@ def text(value: object, where: str) -> str:
     """
     if not isinstance(value, str):
         raise UserError(f"{where}: expected text, got {value!r:.60}")
+    check_text(value, where)
     return value
 
 
@@ -98,9 +101,13 @@ def merged_config(
 
 
 def inversion_options(config: EditConfig) -> dict[str, Any]:
-    """The options of preprocess.py that an edit asks for; None leaves one out."""
-    return {
+    """The options of preprocess.py that an edit asks for; None leaves one out, "" is a flag."""
+    options = {
         option: getattr(config, key)
         for option, key in INVERSION_OPTIONS.items()
         if hasattr(config, key)
+    }
+    return {
+        option: ("" if value else None) if isinstance(value, bool) else value
+        for option, value in options.items()
     }
