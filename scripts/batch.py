@@ -46,7 +46,6 @@ from score_table import aligned
 from util import (
     ArgumentParser,
     UserError,
-    check_text,
     check_writable,
     command_line,
     load_yaml,
@@ -409,8 +408,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     check_keys(args.technique, TECHNIQUES, "--technique")
     if args.summary and args.run is None:
         raise UserError("--summary: of which run? Name it by --run")
-    for prompt in args.prompt:
-        check_text(prompt, "--prompt")
     return args
 
 
