@@ -34,9 +34,11 @@ import yaml
 from faults import Child, hidden, saved_figures, snapshot, visible
 from helpers import HEIGHT, WIDTH, arguments, make_clip, make_image_folder
 
+import cache_maker
 import editing
 import folders
 import preprocess
+import preprocess_inputs
 import run_tokenflow_controlnet
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
@@ -255,7 +257,7 @@ class Tally:
 @pytest.fixture(scope="module")
 def world(tiny_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess, "SAVE_EVERY", 2)  # of five steps
+        patch.setattr(cache_maker, "SAVE_EVERY", 2)  # of five steps
         yield World(tmp_path_factory.mktemp("world"), tiny_model)
 
 
@@ -880,14 +882,14 @@ def test_a_video_that_vanishes(world, tally, tmp_path):
         clip = shutil.copy(world.clip, place)
 
         def run(moment: str = moment, clip: Path = clip) -> None:
-            call = getattr(preprocess, moment)
+            call = getattr(preprocess_inputs, moment)
 
             def call_and_remove(*args: object, **options: object) -> object:
                 found = call(*args, **options)
                 os.remove(clip)
                 return found
 
-            setattr(preprocess, moment, call_and_remove)
+            setattr(preprocess_inputs, moment, call_and_remove)
             command_line(lambda _: world.preprocess(data_path=clip))
 
         with tally.fault("sources that vanish"):
@@ -905,7 +907,7 @@ def test_a_clip_that_changes_while_it_is_read(world, tally, tmp_path, change):
     place.mkdir()
 
     def run() -> None:
-        read = preprocess.read_clip
+        read = preprocess_inputs.read_clip
 
         def read_and_change(*args: object, **options: object) -> object:
             found = read(*args, **options)
@@ -915,7 +917,7 @@ def test_a_clip_that_changes_while_it_is_read(world, tally, tmp_path, change):
                 shutil.copy(clip / "00001.jpg", clip / "00002.jpg")
             return found
 
-        preprocess.read_clip = read_and_change
+        preprocess_inputs.read_clip = read_and_change
         command_line(lambda _: world.preprocess(data_path=clip))
 
     with tally.fault("sources that vanish"):
@@ -936,8 +938,8 @@ def test_a_clip_s_folder_that_vanishes(world, tally, tmp_path, what):
             open_image = video._open_image
             video._open_image = lambda path: (path.unlink(), open_image(path))[1]
         else:
-            resolve = preprocess.resolve_clip
-            preprocess.resolve_clip = lambda path: (resolve(path), shutil.rmtree(path))[0]
+            resolve = preprocess_inputs.resolve_clip
+            preprocess_inputs.resolve_clip = lambda path: (resolve(path), shutil.rmtree(path))[0]
         command_line(lambda _: world.preprocess(data_path=clip))
 
     with tally.fault("sources that vanish"):

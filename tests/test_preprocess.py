@@ -25,6 +25,7 @@ from helpers import (
 )
 from PIL import Image
 
+import cache_maker
 import preprocess
 import preprocess_options
 from diffusion import (
@@ -197,9 +198,9 @@ def test_latents_are_written_as_they_are_reached(clip, tiny_model, tmp_path, mon
         events.append(("written", name))
         save(folder, name, latents)
 
-    invert_clip, save = preprocess.invert, preprocess.save_latents
-    monkeypatch.setattr(preprocess, "invert", spied)
-    monkeypatch.setattr(preprocess, "save_latents", spied_save)
+    invert_clip, save = cache_maker.invert, cache_maker.save_latents
+    monkeypatch.setattr(cache_maker, "invert", spied)
+    monkeypatch.setattr(cache_maker, "save_latents", spied_save)
     invert(clip, tmp_path, tiny_model, steps=5, n_frames=2)
     ascending = SAMPLING[::-1]
     expected = [event for t in ascending for event in (("reached", t), ("written", t))]
@@ -358,7 +359,7 @@ def test_an_interrupted_run_is_unfinished_and_the_next_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess, "sample", interrupt)
+        patch.setattr(cache_maker, "sample", interrupt)
         with pytest.raises(KeyboardInterrupt):
             invert(clip, tmp_path, tiny_model, inversion_prompt=PROMPT, batch_size=2)
     assert list(tmp_path.rglob("noisy_latents_*"))  # it was in the middle
@@ -367,7 +368,7 @@ def test_an_interrupted_run_is_unfinished_and_the_next_goes_on(
         find_cache(tmp_path, "2.1", "star", 10, 5, lambda manifest: "run: make it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess, "encode_frames", interrupt)  # which is behind
+        patch.setattr(cache_maker, "encode_frames", interrupt)  # which is behind
         folder = invert(clip, tmp_path, tiny_model, inversion_prompt=PROMPT, batch_size=2)
     found, expected = read_manifest(folder), read_manifest(cache)
     assert found.files == expected.files
@@ -380,7 +381,7 @@ def test_an_interrupted_overwrite_leaves_the_old_cache_whole(
 ):
     shutil.copytree(save_dir_of(cache), tmp_path, dirs_exist_ok=True)
     folder = tmp_path / cache.relative_to(save_dir_of(cache))
-    monkeypatch.setattr(preprocess, "invert", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(cache_maker, "invert", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         invert(clip, tmp_path, tiny_model, overwrite="")
     assert open_cache(folder).manifest == read_manifest(cache)
