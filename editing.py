@@ -36,9 +36,9 @@ from diffusion import (
     load_stable_diffusion,
     make_denoiser,
 )
-from edit_inputs import EditConfig, EditInputs, features_remedy
+from edit_inputs import EditConfig, EditInputs, features_remedy, read_config
 from folders import Workplace, locked, recover, resumable_folder
-from parallel import Team
+from parallel import Team, start_team
 from run_info import Stopwatch, device_name, peak_memory_bytes, reset_peak_memory, versions
 from source_cache import CLEAN_LATENTS, check_file, refuse_foreign_files
 from source_features import (
@@ -70,6 +70,7 @@ from util import (
     save_sealed_yaml,
     save_tensors,
     save_yaml,
+    setup_logging,
     slug,
 )
 from video import MAX_FPS_DENOMINATOR, clip_name, save_frames, save_video
@@ -409,6 +410,32 @@ def make_result(
         with resumable_folder(folder, work_on, team) as work:
             session = EditSession(inputs, load=load, work=work)
             session.save(edit(session), technique, work)
+    return folder
+
+
+def run_script(
+    edit: Callable[..., Path],
+    config: type[EditConfig],
+    argv: Sequence[str] | None,
+    default: str,
+    about: str,
+) -> Path:
+    """What a run script does: reads its command line, makes the edit, prints where the result is.
+
+    Args:
+        edit: the script's.
+        config, argv, default, about: as of `edit_inputs.read_config`.
+
+    Returns:
+        the result's folder.
+    """
+    with start_team() as team:
+        setup_logging(quiet=not team.is_main)
+        with team.together():
+            settings, overwrite = read_config(config, argv, default, about)
+        folder = edit(settings, overwrite, team=team)
+        if team.is_main:
+            print(f"result: {folder}")
     return folder
 
 

@@ -18,10 +18,10 @@ from checkpoints import (
 )
 from conditions import Control, ControlSettings, draw_control, estimate_depth
 from diffusion import Loader
-from edit_inputs import EditConfig, open_inputs, read_config
-from editing import EditPlan, EditSession, run_edit
-from parallel import ALONE, Team, start_team
-from util import UserError, command_line, option, setup_logging
+from edit_inputs import EditConfig, open_inputs
+from editing import EditPlan, EditSession, run_edit, run_script
+from parallel import ALONE, Team
+from util import UserError, command_line, option
 
 TECHNIQUE = "controlnet"
 CONFIG = "configs/config_controlnet.yaml"
@@ -118,14 +118,7 @@ def edit(
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the result's folder."""
-    with start_team() as team:
-        setup_logging(quiet=not team.is_main)
-        with team.together():
-            config, overwrite = read_config(ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
-        folder = edit(config, overwrite, team=team)
-        if team.is_main:
-            print(f"result: {folder}")
-    return folder
+    return run_script(edit, ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from checkpoints import load_unet_skeleton
 from diffusion import Loader
-from edit_inputs import EditConfig, open_inputs, read_config
-from editing import EditPlan, EditSession, run_edit
-from parallel import ALONE, Team, start_team
+from edit_inputs import EditConfig, open_inputs
+from editing import EditPlan, EditSession, run_edit, run_script
+from parallel import ALONE, Team
 from tokenflow_utils import missing_injection_layers
-from util import UserError, command_line, option, setup_logging
+from util import UserError, command_line, option
 
 TECHNIQUE = "pnp"
 CONFIG = "configs/config_pnp.yaml"
@@ -78,14 +78,7 @@ def edit(
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the result's folder."""
-    with start_team() as team:
-        setup_logging(quiet=not team.is_main)
-        with team.together():
-            config, overwrite = read_config(PnPConfig, argv, CONFIG, __doc__.splitlines()[0])
-        folder = edit(config, overwrite, team=team)
-        if team.is_main:
-            print(f"result: {folder}")
-    return folder
+    return run_script(edit, PnPConfig, argv, CONFIG, __doc__.splitlines()[0])
 
 
 if __name__ == "__main__":
