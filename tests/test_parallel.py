@@ -21,6 +21,7 @@ from demo import arguments
 from helpers import HEIGHT, WIDTH, contents, make_clip
 from test_editing import relative_error
 
+import cache_maker
 import preprocess
 import run_tokenflow_controlnet
 import run_tokenflow_pnp
@@ -290,6 +291,72 @@ def test_a_cache_of_several_processes_is_that_of_one(clip, tiny_model, tmp_path,
     features = [load_yaml(f / "features" / "manifest.yaml") for f in (several, single)]
     assert features[0]["image_forwards"] == features[1]["image_forwards"]
     open_cache(several)  # whose files are those of its manifest
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+def dies_at(call, number):
+    """A function whose process is gone at its call of this number, counted from 1."""
+    calls = itertools.count(1)
+
+    def dying(*args, **options):
+        if next(calls) == number:
+            os._exit(9)
+        return call(*args, **options)
+
+    return dying
+
+
+def test_a_cache_that_two_processes_began_is_gone_on_with_by_three(clip, tiny_model, tmp_path):
+    changes = {"inversion_tol": 0.001, "inversion_iters": 3}
+    args = options(clip, tmp_path / "several", tiny_model, **changes)
+
+    def begin(team):
+        if team.is_main:  # after the clean latents and those of a timestep
+            cache_maker.save_latents = dies_at(cache_maker.save_latents, 3)
+        with pytest.raises(UserError, match="another process of this run has ended"):
+            preprocess.preprocess(args, team=team)
+        return {}
+
+    def go_on(team):
+        cache_maker.encode_frames = None  # which is behind
+        preprocess.preprocess(args, team=team)
+        return {}
+
+    assert in_processes(2, begin, tmp_path / "two")[0] == [9, 0]
+    succeed(3, go_on, tmp_path / "three")
+    single = preprocess.preprocess(options(clip, tmp_path / "one", tiny_model, **changes))
+    several = tmp_path / "several" / single.relative_to(tmp_path / "one")
+    for path in single.rglob("latents/*.safetensors"):
+        found = load_tensors(several / path.relative_to(single))["latents"]
+        assert relative_error(found, load_tensors(path)["latents"].double()) < SAME, path
+    assert read_manifest(several).image_forwards == read_manifest(single).image_forwards
+
+
+def test_an_edit_that_two_processes_began_is_gone_on_with_by_three(keys, tmp_path):
+    settings = {**keys, "checkpoint_every": 1}
+    config = PnPConfig(**{**settings, "output_path": str(tmp_path / "several")})
+
+    def begin(team):
+        if team.is_main:  # one step is saved
+            EditSession._checkpoint = dies_at(EditSession._checkpoint, 2)
+        with pytest.raises(UserError, match="another process of this run has ended"):
+            run_tokenflow_pnp.edit(config, team=team)
+        return {}
+
+    def go_on(team):
+        run_tokenflow_pnp.edit(config, team=team)
+        return {}
+
+    assert in_processes(2, begin, tmp_path / "two")[0] == [9, 0]
+    succeed(3, go_on, tmp_path / "three")
+    (folder,) = (tmp_path / "several").glob("pnp/*/*")
+    single = run_tokenflow_pnp.edit(PnPConfig(**{**settings, "output_path": str(tmp_path / "one")}))
+    latents = [load_tensors(f / "edited_latents.safetensors")["latents"] for f in (folder, single)]
+    assert relative_error(latents[0], latents[1].double()) < SAME
+    runs = [load_yaml(f / "run.yaml") for f in (folder, single)]
+    assert runs[0]["image_forwards"] == runs[1]["image_forwards"]
 
 
 # ---------------------------------------------------------------- failures
