@@ -146,11 +146,13 @@ def _count_calls(die_at: int | None, fails_with: int | None) -> list[str]:
         call = getattr(os, name)
 
         def count(*args: Any, **options: Any) -> Any:
+            if not _changes(name, *args, **options):
+                return call(*args, **options)
             failing = fails_with is not None and die_at is not None and len(made) >= die_at
             if failing and (name not in REMOVALS or fails_with == errno.EROFS):
                 raise OSError(fails_with, os.strerror(fails_with))
             if len(made) == die_at and fails_with is None:
-                if name == "fsync" and os.path.isfile(f"/proc/self/fd/{args[0]}"):
+                if name == "fsync":
                     os.truncate(f"/proc/self/fd/{args[0]}", os.fstat(args[0]).st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
             made.append(name)
@@ -162,6 +164,15 @@ def _count_calls(die_at: int | None, fails_with: int | None) -> list[str]:
     for name in CALLS:
         counted(name)
     return made
+
+
+def _changes(name: str, target: Any, *args: Any, dir_fd: int | None = None) -> bool:
+    """Whether a call of CALLS will change what is on the disk; a file to be synced is new there."""
+    if name == "fsync":
+        return os.path.isfile(f"/proc/self/fd/{target}")
+    if name == "mkdir":
+        return not os.path.exists(target)
+    return name != "unlink" or dir_fd is not None or os.path.lexists(target)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ import run_tokenflow_controlnet
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 import video
+from checkpoints import load_unet_skeleton
 from diffusion import StableDiffusion, load_stable_diffusion
 from edit_inputs import EditConfig, open_inputs
 from folders import is_locked
@@ -135,7 +136,7 @@ class World:
         small = {
             "data_path": self.clip, "save_dir": "latents", "model_key": self.model,
             "n_frames": N_FRAMES, "H": HEIGHT, "W": WIDTH, "steps": 10, "save_steps": 5,
-            "recon_steps": 5, "batch_size": 3, "interval": 3, "device": "cpu",
+            "recon_steps": 5, "batch_size": 4, "interval": 3, "device": "cpu",
             "inversion_prompt": "a star", "inversion_iters": 2,
         }  # fmt: skip
         return arguments(small | options)
@@ -258,6 +259,9 @@ class Tally:
 def world(tiny_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_maker, "SAVE_EVERY", 2)  # of five steps
+        skeleton = load_unet_skeleton(tiny_model)  # which takes a third of the time
+        for module in (preprocess, preprocess_inputs, run_tokenflow_pnp):
+            patch.setattr(module, "load_unet_skeleton", lambda checkpoint: skeleton)
         yield World(tmp_path_factory.mktemp("world"), tiny_model)
 
 
@@ -507,7 +511,7 @@ def edit_of_damaged(world: World, job: Job, place: Path) -> None:
         shutil.rmtree(place / job.folder)
     else:
         line = the_line(child)
-        assert str(CACHE) in line and ("run: " in line or "preprocess.py" in line), line
+        assert str(CACHE.parent) in line and CACHE.name in line and "run: " in line, line
         assert not (place / job.folder).exists()
 
 
@@ -824,7 +828,7 @@ def test_disks_that_fail_from_a_moment_on(world, tally, rng, tmp_path, name, tim
         place = job.place(cleared(tmp_path / "place"))
         number = rng.choice([errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
         with tally.fault("disks that fail"):
-            child = Child(as_script(job), place, rng.randrange(calls - 8), number)
+            child = Child(as_script(job), place, rng.randrange(calls // 2), number)
             child.end()
             check_refused(world, job, place, child, os.strerror(number))
             finish(world, job, place)
