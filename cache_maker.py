@@ -70,7 +70,8 @@ class CacheMaker:
         """Runs what is left of the stages; returns the manifest, which the main process wrote."""
         size = self.frames.shape[1:3]
         with self.watch("load"):
-            self.vae_batch = vae_batch_size(self.batch_size, self.models, size)
+            at_once = vae_batch_size(self.batch_size, self.models, size)
+            self.vae_batch = min(self.team.of_all(at_once))  # for they decode in step
         clean, depth = self._encode() if self.work.state is None else self._encoded()
         self.denoiser = make_denoiser(
             self.models, self.frames, self.manifest.inversion_prompt, self.manifest.control, depth

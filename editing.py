@@ -78,14 +78,6 @@ from video import MAX_FPS_DENOMINATOR, clip_name, save_frames, save_video
 log = logging.getLogger("tokenflow")
 
 RUN_FILE = "run.yaml"
-RESULT_FILES = (
-    "edited.mp4",
-    "side_by_side.mp4",
-    "frames",
-    "edited_latents.safetensors",
-    "config.yaml",
-    RUN_FILE,
-)
 PLACES = ("output_path", "latents_path", "data_path")
 CHANGES_NO_RESULT = (
     "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
@@ -141,7 +133,8 @@ class EditSession:
 
     Attributes:
         image_forwards: of the last edit, evaluations of the UNet on one image and branch.
-        source_features: of the last edit, "cached" or "live".
+        source_features: of the last edit, "cached" or "live"; of one that was interrupted, perhaps
+            the one and then the other.
     """
 
     def __init__(
@@ -250,6 +243,10 @@ class EditSession:
         """Where the loop has the source's part of the steps that are left; the log says it too."""
         features, reason = self._cached_features(steps)
         self.source_features = "cached" if features is not None else "live"
+        if self.work and self.work.state:
+            before = self.work.state.figures["source_features"]
+            if self.source_features not in before:
+                self.source_features = f"{before}, then {self.source_features}"
         kind = f"{self.source_features} of {self.cache.sha256}"
         self.team.check_same(kind, "source cache and its features")
         if features is not None:
@@ -409,7 +406,10 @@ def make_result(
         work_on = {**_result_settings(inputs), "cache_sha256": cache.sha256}
         with resumable_folder(folder, work_on, team) as work:
             session = EditSession(inputs, load=load, work=work)
-            session.save(edit(session), technique, work)
+            edited = edit(session)
+            with team.together():
+                cache.check_unchanged()
+            session.save(edited, technique, work)
     return folder
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 import video
 from motion import Motion, load_motion, resize_motion, truth_file, truth_shape
 from source_cache import MANIFEST, SourceCache, open_cache
-from util import MissingFileError, UserError, load_yaml, sha256_file
+from util import MissingFileError, UserError, load_yaml
 from video import clip_name, load_frames, opened_image, read_clip
 
 RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")
@@ -188,7 +188,7 @@ def _open_cache(run: Mapping, run_path: Path, caches: dict[Path, SourceCache]) -
         )
     if folder not in caches:
         caches[folder] = open_cache(folder)
-    if run.get("cache_sha256") not in (None, sha256_file(folder / MANIFEST)):
+    if run.get("cache_sha256") not in (None, caches[folder].sha256):
         raise UserError(
             f"{run_path}: the cache {folder} was made anew since, maybe of other frames; make the "
             f"result anew, or {instead}"

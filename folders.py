@@ -46,7 +46,7 @@ log = logging.getLogger("tokenflow")
 
 LABEL = "work.json"
 
-# Where a lock cannot be had for want of rights, nobody else can be writing from here either.
+# Where a reader has no right to make a lock it does without: what it reads has checksums.
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -77,6 +77,7 @@ def locked(
         return
     try:
         if not shared:
+            os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
@@ -104,7 +105,6 @@ def _flock(lock: int, kind: int, folder: Path, wait: bool) -> None:
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        # Readers leave no name.
         who = os.pread(lock, 200, 0).decode(errors="replace") or "another process"
         if not wait:
             raise Busy(f"{folder}: {who} works on it; try again when it has ended") from error
@@ -118,10 +118,16 @@ def _release(folder: Path, lock: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(_lock_path(folder), lock) and os.access(folder.parent, os.W_OK):
             _lock_path(folder).unlink()
-    except BlockingIOError:
-        pass  # others hold it still
+    except OSError:
+        pass  # others hold it still; or, on NFS, it is open for reading only: the file stays
     finally:
         os.close(lock)
+
+
+def begun_folders(parent: Path, pattern: str) -> list[Path]:
+    """The folders in `parent` that somebody works on, or has left unfinished, by their names."""
+    traces = [*parent.glob(f".{pattern}.lock"), *parent.glob(f".{pattern}.work")]
+    return sorted({path.with_name(path.stem.removeprefix(".")) for path in traces})
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -169,18 +175,19 @@ def _lock_path(folder: Path) -> Path:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; on success it takes the place of `folder`, old or missing.
 
-    On failure `folder` is as it was, and what was written is removed.
+    On failure `folder` is as it was, and what was written is removed. It is locked meanwhile.
     """
     place = _work_place(folder)
-    recover(folder)
-    _remove(place)
-    (place / "folder").mkdir(parents=True)
-    try:
-        yield place / "folder"
-    except BaseException:
+    with locked(folder):
+        recover(folder)
         _remove(place)
-        raise
-    _put_in_place(folder)
+        (place / "folder").mkdir(parents=True)
+        try:
+            yield place / "folder"
+        except BaseException:
+            _remove(place)
+            raise
+        _put_in_place(folder)
 
 
 def recover(folder: Path) -> None:
@@ -294,7 +301,7 @@ def resumable_folder(
     """Yields a place to fill; on success it takes the place of `folder`, old or missing.
 
     However it is left otherwise, the next one with the same `work` goes on from the last `save`.
-    What is damaged since, or belongs to other work, is thrown away, the former with a warning.
+    Work on anything else is thrown away; so is what is damaged since, with a warning.
     Call it locked.
 
     Args:
@@ -304,6 +311,10 @@ def resumable_folder(
     if not team.is_main:
         resumed = team.agree(None)
         state, _ = _read_state(_work_place(folder)) if resumed else (None, {})
+        if resumed and state is None:
+            raise UserError(
+                f"{folder}: this process does not see the work that another goes on with"
+            )
         yield Workplace(_work_place(folder) / "folder", state, writes=False)
         team.wait()
         return

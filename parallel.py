@@ -6,7 +6,8 @@ Each process runs the same script. What is independent (frames, sampling steps) 
 `Share`; what one process found and others need is gathered. One process alone is a `Team` too,
 `ALONE`, which shares nothing out and never touches torch.distributed.
 
-Only the main process writes results, shows progress and logs; all of them read the cache.
+Only the main process writes results, shows progress and logs; all of them read the cache, and
+each writes its part of the source features.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ python preprocess.py --data_path clip.mp4 --inversion_prompt "a woman running"
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -200,6 +201,8 @@ def preprocess(
     """
     with team.together():
         inputs = open_inputs(args, team)
+    settings = json.dumps(identity(inputs.manifest), sort_keys=True)
+    team.check_same(settings, "clip, model and settings")
     with locked(inputs.folder, wait=wait, team=team):
         with team.together():
             made = done = False

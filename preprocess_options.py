@@ -110,6 +110,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def arguments(options: dict[str, object]) -> list[str]:
+    """Spells options as a command line; None leaves one out, "" makes it a flag without a value."""
+    words = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        if str(value).startswith("-"):  # as a word of its own it would be taken for an option
+            words.append(f"--{name}={value}")
+        else:
+            words += [f"--{name}", str(value)] if value != "" else [f"--{name}"]
+    return words
+
+
 def _frame_rate(text: str) -> Fraction:
     try:
         return frame_rate(text)

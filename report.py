@@ -38,7 +38,6 @@ from util import (
     command_line,
     load_yaml,
     setup_logging,
-    sha256_file,
     slug,
 )
 from video import READING, read_clip, save_video
@@ -232,14 +231,15 @@ def cache_of(result: Result) -> SourceCache | None:
     if folder is None:
         log.warning("%s: its source cache %s is not there", result.folder, name)
         return None
-    if digest is not None and sha256_file(folder / MANIFEST) != digest:
-        log.warning("%s: its source cache %s was made anew since", result.folder, folder)
-        return None
     try:
-        return SourceCache(folder, read_manifest(folder))
+        cache = SourceCache(folder, read_manifest(folder))
     except UserError as error:
         log.warning("%s", error)
         return None
+    if digest not in (None, cache.sha256):
+        log.warning("%s: its source cache %s was made anew since", result.folder, folder)
+        return None
+    return cache
 
 
 def group_results(results: Iterable[Result]) -> list[Group]:

@@ -17,6 +17,8 @@ safetensors only: no pickle is read or written.
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import math
 import os
 import re
@@ -31,7 +33,7 @@ import numpy as np
 from torch import Tensor
 
 from conditions import ControlSettings
-from folders import is_locked
+from folders import begun_folders, is_locked
 from util import (
     MissingFileError,
     UserError,
@@ -120,6 +122,13 @@ def identity(manifest: Manifest) -> dict[str, object]:
     return {key: value for key, value in asdict(manifest).items() if key in IDENTITY}
 
 
+def contents_sha256(manifest: Manifest) -> str:
+    """A digest of what a cache was made from and of its files; not of how long that took."""
+    files = {name: record["sha256"] for name, record in manifest.files.items()}
+    text = json.dumps([identity(manifest), files], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def describe_difference(have: dict[str, object], want: dict[str, object]) -> str:
     """The settings that differ, each with both values; empty if none do."""
     return "; ".join(
@@ -194,15 +203,18 @@ class SourceCache:
     one that the manifest knows: after the cache was opened, it may be replaced or vanish.
 
     Attributes:
-        sha256: of the manifest's file, by which results and features know the cache.
         advice: what to do about damage.
     """
 
     folder: Path
     manifest: Manifest
-    sha256: str
-    advice: str
+    advice: str = "make the cache anew: preprocess.py --overwrite"
     _checked: set[str] = field(default_factory=set, compare=False)
+
+    @property
+    def sha256(self) -> str:
+        """Of what is in the cache, by which results and features know it: equal if made again."""
+        return contents_sha256(self.manifest)
 
     @property
     def fps(self) -> Fraction:
@@ -260,7 +272,7 @@ class SourceCache:
 
     def check_unchanged(self) -> None:
         """Refuses to go on with a cache that was replaced since it was opened."""
-        if self.sha256 != sha256_file(self.folder / MANIFEST):
+        if self.sha256 != contents_sha256(read_manifest(self.folder)):
             raise UserError(f"{self.folder}: was made anew meanwhile; run the same command again")
 
     def verify(self) -> None:
@@ -353,16 +365,18 @@ def find_cache(
         hint = ""
         if others:
             hint = f" (there is {', '.join(others)}; sd_version and n_inversion_steps choose)"
-        locks = folder.glob(".nframes_*.lock")
         state, advice = "no cache", remedy(None)
         if any(folder.glob("nframes_*")):
             name = next(folder.glob("nframes_*")).name
             state = f"only a cache that lacks its manifest ({name})"
             advice = f"{advice} --overwrite"
-        elif any(is_locked(lock.with_name(lock.name[1:-5])) for lock in locks):
-            state = "another process is just making the cache"
-        elif any(folder.glob(".nframes_*.work")):
-            state = "only an unfinished cache"
+        elif begun := begun_folders(folder, "nframes_*"):
+            at_work = any(map(is_locked, begun))
+            state = (
+                "another process is just making the cache"
+                if at_work
+                else "only an unfinished cache"
+            )
         raise MissingFileError(f"{folder}: {state} for this clip{hint}; {advice}")
     return open_cache(finished.get(n_frames, finished[max(finished)]), remedy, verify)
 
@@ -386,7 +400,7 @@ def open_cache(
     advice = f"{remedy(manifest)} --overwrite"
     for name in manifest.files:
         check_file(folder, name, manifest.files, advice, read=False)
-    cache = SourceCache(folder, manifest, sha256_file(folder / MANIFEST), advice)
+    cache = SourceCache(folder, manifest, advice)
     if verify:
         cache.verify()
     return cache

@@ -270,7 +270,7 @@ def write_features(
 ) -> None:
     """Runs the source pass of every sampling step and writes the cache's features.
 
-    Of several processes, each takes every so-manieth step and writes its files itself.
+    Of several processes, each takes every `team.size`-th step and writes its files itself.
 
     Args:
         denoiser: under the inversion's prompt and conditions.
@@ -315,6 +315,7 @@ def write_features(
                     seconds=watch.seconds["features"],
                     image_forwards=before["image_forwards"] + made,
                 )
+                team.wait()  # nobody writes while the main process looks at what is there
                 progress.update(done - progress.n)
             progress.close()
         if team.is_main:

@@ -109,7 +109,7 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
 _GO_ON = "the same command goes on with what is finished by now"
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-    errno.ESTALE, errno.ENAMETOOLONG, errno.ENOLCK,
+    errno.ESTALE, errno.ENAMETOOLONG, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP,
 )  # fmt: skip
 
 
@@ -178,6 +178,9 @@ def sync_folder(folder: str | Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network disks do not sync folders
+            raise
     finally:
         os.close(descriptor)
 

@@ -50,7 +50,7 @@ from nearest import nearest_tokens
 from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig, steps_from
-from source_cache import MANIFEST, SourceCache, open_cache
+from source_cache import SourceCache, open_cache
 from tokenflow_utils import keyframe_schedule
 from util import (
     ArgumentParser,
@@ -61,7 +61,6 @@ from util import (
     load_config,
     load_yaml,
     setup_logging,
-    sha256_file,
 )
 from video import load_frames, save_video
 
@@ -102,7 +101,7 @@ class Result:
                 "run this where the edit was run, if that is a path from there"
             )
         cache = open_cache(folder)
-        if sha256_file(folder / MANIFEST) != self.run["cache_sha256"]:
+        if cache.sha256 != self.run["cache_sha256"]:
             raise UserError(
                 f"{where}: its cache {folder} was made anew since; make the result again too"
             )

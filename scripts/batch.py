@@ -6,7 +6,8 @@
 Each clip is inverted once and each edit is made once; what is finished is not made again, what was
 interrupted goes on, and what fails leaves the rest alone. Any number of these processes may run at
 once, on one machine or on several with a common file system: they share the jobs out by locks.
-Messages go to <output_path>/batch/<clip>.log, the table at the end to batch/summary.yaml too.
+Messages go to <output_path>/batch/, a .log for each clip; the table at the end to summary.yaml
+there too.
 
 Exit status: 0, all is made; 1 to 100, so many clips (100: or more) of which something failed; 255,
 the list or an option is wrong, or no worker can be started; 130, 143 and others of 128 + a signal's
@@ -40,8 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batch_list import INVERSION, Batch, Job, Overrides, read_batch, shown
 from batch_worker import BUSY, FAILED, FOUND, MADE, Outcome, Worker
 from clip_list import TECHNIQUES, check_keys
-from demo import arguments
 
+from preprocess_options import arguments
 from score_table import aligned
 from util import (
     ArgumentParser,
@@ -147,6 +148,11 @@ class Ledger:
             save_yaml(file, asdict(outcome))
         except OSError as error:  # the others may come to the job too, and find it made
             log.warning("%s: cannot be written (%s)", file, error.strerror)
+
+    def forget_failures(self) -> None:
+        """Lets jobs that failed in an earlier run of this name be tried again."""
+        for key in self.jobs:
+            self._file(key, FAILED).unlink(missing_ok=True)
 
     def look(self, job: Job) -> None:
         """Reads whether another process has settled a job, or what it needs."""
@@ -256,7 +262,7 @@ def run_jobs(batch: Batch, worker: Worker, ledger: Ledger, crew: Crew, log_folde
 def in_turn(jobs: Sequence[Job], crew: Crew) -> list[Job]:
     """The jobs in the order of one process: each begins at another inversion of the list."""
     starts = [i for i, job in enumerate(jobs) if job.needs is None]
-    first = starts[crew.place * len(starts) // crew.size]
+    first = starts[crew.place % crew.size * len(starts) // crew.size]  # of 0,3 the place is 3
     return [*jobs[first:], *jobs[:first]]
 
 
@@ -400,8 +406,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", default=[], metavar="KEY",
         help="only the jobs with these keys, which the summary gives for what failed")  # fmt: skip
     add("--run", metavar="NAME",
-        help="what the processes that share one summary have in common (default: their "
-        "launcher)")  # fmt: skip
+        help="what the processes that share one summary have in common, another name for each run "
+        "(default: their launcher)")  # fmt: skip
     add("--summary", action="store_true", help="do nothing, but give the summary of that --run")
     add("--quiet", action="store_true", help="give no summary; the exit status tells no failures")
     args = parser.parse_args(argv)
@@ -427,6 +433,7 @@ def run(argv: Sequence[str] | None) -> Summary | None:
         batch = batch.only(args.only)
     ledger = Ledger(folder / "runs" / crew.run, batch.jobs)
     if not args.summary:
+        ledger.forget_failures()
         worker = Worker()
         try:
             run_jobs(batch, worker, ledger, crew, folder)
@@ -455,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         summary = run(argv)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG)
     if summary is None:

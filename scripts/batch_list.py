@@ -19,14 +19,13 @@ from clip_list import (
     merged_config,
     text,
 )
-from demo import arguments
 
 import run_tokenflow_controlnet as controlnet
 import run_tokenflow_pnp as pnp
 from checkpoints import check_controlnet_fits, checkpoint_folder, model_key_for
 from diffusion import resolve_device
 from edit_inputs import EditConfig
-from preprocess_options import parse_args
+from preprocess_options import arguments, parse_args
 from util import MissingFileError, UserError, load_yaml, slug
 from video import IMAGE_SUFFIXES, clip_name
 

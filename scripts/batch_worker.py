@@ -7,6 +7,7 @@ process, and batch.py starts another one.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import logging
@@ -29,12 +30,11 @@ sys.path.insert(0, str(ROOT))
 
 from batch_list import INVERSION
 from clip_list import TECHNIQUES
-from demo import arguments
 
 from diffusion import StableDiffusion, load_stable_diffusion
 from folders import Busy
 from preprocess import preprocess
-from preprocess_options import parse_args
+from preprocess_options import arguments, parse_args
 from util import Interrupted, UserError, command_line, setup_logging
 
 log = logging.getLogger("tokenflow")
@@ -44,6 +44,7 @@ MADE, FOUND, FAILED, BUSY = "made", "found", "failed", "busy"
 READY = {"state": "ready"}
 PATIENCE = 30.0  # seconds that a process which was asked to end may take
 MOST_STARTS = 3  # of workers that end before they are ready
+PR_SET_PDEATHSIG = 1  # prctl(2)
 ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -87,11 +88,15 @@ class KeptModels:
         self.calls += 1
         key = folder.resolve(), device, dtype, allow_pickle
         if key != self._key:
-            self._key = self._models = None  # never two of them in memory
+            self.forget()  # never two of them in memory
             free_memory()
             self._models = load_stable_diffusion(folder, device, dtype, allow_pickle)
             self._key = key
         return self._models
+
+    def forget(self) -> None:
+        """Keeps the last models no longer."""
+        self._key = self._models = None
 
 
 def free_memory() -> None:
@@ -140,7 +145,11 @@ def make(job: Mapping[str, Any], load: KeptModels) -> Path:
         )
     technique = TECHNIQUES[job["kind"]]
     config = technique.config(**job["work"]["config"])
-    return technique.make(config, load=load, wait=job["wait"])
+    try:
+        return technique.make(config, load=load, wait=job["wait"])
+    finally:
+        if config.compile:  # which changes the UNet for good
+            load.forget()
 
 
 def reason(error: BaseException) -> str:
@@ -166,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script."""
     faulthandler.enable()
     setup_logging()
+    end_with_parent()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as outcomes:
         os.dup2(2, 1)  # whatever a library prints shall be no answer
         try:
@@ -174,6 +184,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.info("interrupted; what was saved by now is gone on with")
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             sys.exit(128 + number)
+
+
+def end_with_parent() -> None:
+    """Has Linux end this process by SIGTERM when its parent is gone, even amid a job."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 # --------------------------------------------------------------------------------- the other end

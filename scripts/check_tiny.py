@@ -31,7 +31,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo import arguments, inversion_options
+from demo import inversion_options
 from shapes_metrics import (
     Judge,
     attributes,
@@ -63,6 +63,7 @@ from diffusion import (
     resolve_device,
     resolve_dtype,
 )
+from preprocess_options import arguments
 from source_cache import Manifest, open_cache
 from util import (
     ArgumentParser,

@@ -32,6 +32,7 @@ import run_tokenflow_controlnet
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 from checkpoints import MODELS
+from preprocess_options import arguments
 from source_cache import open_cache
 from util import ArgumentParser, UserError, command_line, load_yaml, setup_logging
 from video import load_frames, read_clip
@@ -101,19 +102,6 @@ def inversion_options(config: Mapping[str, Any]) -> dict[str, object]:
         "pnp_attn_t": config["pnp_attn_t"],
         "pnp_f_t": config["pnp_f_t"],
     }
-
-
-def arguments(options: dict[str, object]) -> list[str]:
-    """Spell options as a command line; None leaves one out, "" makes it a flag without a value."""
-    words = []
-    for name, value in options.items():
-        if value is None:
-            continue
-        if str(value).startswith("-"):  # as a word of its own it would be taken for an option
-            words.append(f"--{name}={value}")
-        else:
-            words += [f"--{name}", str(value)] if value != "" else [f"--{name}"]
-    return words
 
 
 def run(script: ModuleType, argv: Sequence[str]) -> Path:

@@ -26,4 +26,9 @@ if [ "$status" -gt 128 ]; then # this script was asked to end, and asked the lau
     echo "interrupted; the same command goes on with what is finished by now" >&2
     exit "$status"
 fi
-exec "$python" "$batch" --run "$run" --summary "$@"
+summary=0
+"$python" "$batch" --run "$run" --summary "$@" || summary=$?
+if [ "$status" -ne 0 ] && [ "$summary" -eq 130 ]; then # jobs were not reached, and nobody asked
+    summary=255
+fi
+exit "$summary"

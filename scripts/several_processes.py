@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from demo import arguments
 from torch import nn
 
 import preprocess
@@ -35,6 +34,7 @@ from checkpoints import load_unet_skeleton
 from edit_inputs import open_inputs
 from editing import EditSession
 from parallel import Team, start_team
+from preprocess_options import arguments
 from run_tokenflow_pnp import PnPConfig
 from source_features import layer_sizes
 from tokenflow_utils import TokenFlowAttention, self_attention_layers

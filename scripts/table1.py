@@ -39,13 +39,13 @@ from clip_list import (
     merged_config,
     text,
 )
-from demo import arguments
 
 import evaluate
 import preprocess
 from edit_inputs import EditConfig
 from evaluate import Evaluator, Protocol
 from motion import truth_file, truth_shape
+from preprocess_options import arguments
 from run_tokenflow_pnp import PnPConfig
 from score_table import Row, Summary, aligned, protocols, summarize, write_json
 from util import (

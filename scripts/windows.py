@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import table1
-from demo import arguments
 
 import preprocess
 import run_tokenflow_pnp as pnp
 from evaluate import Evaluator
+from preprocess_options import arguments
 from util import ArgumentParser, UserError, command_line, setup_logging
 
 PNP = next(method for method in table1.METHODS if method.name == "PnP, TokenFlow")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from make_tiny_model import make_depth_model, make_model
@@ -9,6 +10,8 @@ from make_tiny_model import make_depth_model, make_model
 # The tests' tensors are too small to share between threads: waiting for them costs more than it
 # saves, above all on a busy machine.
 torch.set_num_threads(1)
+# Some tests fork: OpenCV's threads would not be there in the child, and be waited for.
+cv2.setNumThreads(1)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from demo import arguments
 from helpers import HEIGHT, WIDTH, contents, make_clip
 from test_editing import relative_error
 
@@ -30,6 +29,7 @@ from diffusion import load_stable_diffusion, resolve_device
 from edit_inputs import open_inputs
 from editing import EditSession
 from parallel import ALONE, Team, start_team
+from preprocess_options import arguments
 from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig

@@ -18,8 +18,9 @@ from helpers import contents, video_facts
 from PIL import Image
 
 import report
-from source_cache import Manifest, finish_cache, save_source
-from util import UserError, command_line, load_yaml, save_yaml, sha256_file
+from folders import Workplace
+from source_cache import Manifest, SourceCache, finish_cache, read_manifest, save_source
+from util import UserError, command_line, load_yaml, save_yaml
 from video import save_video
 
 FPS, N_FRAMES = Fraction(20), 40
@@ -75,7 +76,8 @@ def make_cache(folder, n_frames=4, **changes):
         "control": None,
         "depth_model": None,
     }
-    finish_cache(folder, Manifest(**values | changes), psnr=33.416, vae_psnr=math.nan)
+    files = Workplace(folder).record_files()
+    finish_cache(folder, Manifest(**values | changes), files, psnr=33.416, vae_psnr=math.nan)
     return folder
 
 
@@ -95,7 +97,7 @@ def make_result(folder, cache, n_frames=4, fps=FPS, technique="pnp", **config):
         "peak_memory_bytes": 2_500_000_000,
     }
     if cache and (cache / "manifest.yaml").is_file():
-        run["cache_sha256"] = sha256_file(cache / "manifest.yaml")
+        run["cache_sha256"] = SourceCache(cache, read_manifest(cache)).sha256
     save_yaml(folder / "config.yaml", keys | config)
     save_yaml(folder / "run.yaml", run)
     return folder

@@ -56,7 +56,7 @@ from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig
 from source_cache import open_cache
 from tokenflow_utils import TokenFlowContext, tokenflow_patch
-from util import UserError, command_line, load_yaml, save_yaml, sha256_file
+from util import UserError, command_line, load_yaml, save_yaml
 from video import load_frames
 
 N_FRAMES, STEPS, INTERVAL = 5, 5, 3
@@ -839,7 +839,7 @@ def test_results_that_do_not_go_together_are_refused(results, place, tmp_path, m
             visualize.main([*words, "--out", str(tmp_path / "out")])
 
     other = open_cache(next(place.glob("latents/*/other/*/*")))
-    sha256 = sha256_file(other.folder / "manifest.yaml")
+    sha256 = other.sha256
     values = {"cache": str(other.folder), "cache_sha256": sha256}
     foreign = changed(results["per_frame"], tmp_path / "foreign", **values)
     refused(foreign, "a result of another clip .*source_sha256")
