@@ -783,10 +783,13 @@ def bytes_in(folder: Path) -> int:
 def test_a_disk_that_runs_full(world, tally, rng, tmp_path, name, times):
     """At a random size, so that each writer meets it; with more room the work goes on."""
     job = world.job(name)
-    needed = bytes_in(world.whole(name).place)
+    place = world.whole(name).place
     there = bytes_in(job.before) if job.before else 0
+    room = bytes_in(place) - there
+    if job.anew:  # beside what is there, but for features, which follow when that is gone
+        room = bytes_in(place / job.folder) - bytes_in(place / job.folder / FEATURES)
     for number in range(times):
-        size = rng.randint(there // 4096 + 1, needed // 4096) * 4096
+        size = there + rng.randrange(1, room // 4096) * 4096
         with small_disk(tmp_path / f"disk{number}", size) as disk:
             place = job.place(disk / "place")
             with tally.fault("full disks"):
