@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
-
 import folders
 from diffusion import Denoiser
 from source_cache import MANIFEST
@@ -98,7 +96,6 @@ class Child:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 signal.signal(number, default)
-            cv2.setNumThreads(1)  # a fork has none of its threads
             denoisers, calls = _count_evaluations(), _count_calls(self.die_at, self.fails_with)
             self.run()
             evaluated = sum(denoiser.image_forwards for denoiser in denoisers)

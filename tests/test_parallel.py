@@ -12,7 +12,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -89,15 +88,6 @@ def options(clip, folder, model, **changes):
         "batch_size": 2,
     }
     return preprocess.parse_args(arguments(settings | changes))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads of OpenCV's would not be there after a fork, and be waited for."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    yield
-    cv2.setNumThreads(threads)
 
 
 @pytest.fixture(scope="module")
