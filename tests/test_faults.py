@@ -802,8 +802,7 @@ def test_a_disk_that_runs_full(world, tally, rng, tmp_path, name, times):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("cache", 3000), ("pnp", 3000)]
-    + [at_length(name, size) for name in JOBS for size in (100, 4500)],
+    [("cache", 3000)] + [at_length(name, size) for name in JOBS for size in (100, 4500)],
 )
 def test_files_that_cannot_be_written(world, tally, tmp_path, name, size):
     """Without a disk of its own: no file may be larger than so many bytes."""
@@ -823,7 +822,7 @@ def test_files_that_cannot_be_written(world, tally, tmp_path, name, size):
 
 @pytest.mark.parametrize(
     ("name", "times"),
-    [("pnp", 2)] + [at_length(name, 8) for name in JOBS],
+    [("pnp", 1)] + [at_length(name, 8) for name in JOBS],
 )
 def test_disks_that_fail_from_a_moment_on(world, tally, rng, tmp_path, name, times):
     job, calls = world.job(name), world.whole(name).calls
@@ -960,7 +959,7 @@ def test_a_clip_s_folder_that_vanishes(world, tally, tmp_path, what):
     ("name", "part"),
     [
         ("pnp", FEATURES),
-        ("pnp", "."),
+        at_length("pnp", "."),
         *(at_length("live", part) for part in (".", "latents", FEATURES)),
     ],
 )
@@ -985,6 +984,7 @@ def test_a_cache_that_vanishes_under_an_edit(world, tally, tmp_path, name, part)
             finish(world, job, place)
 
 
+@long
 def test_work_that_vanishes_under_its_maker(world, tally, tmp_path):
     job, meeting = world.job("cache"), Meeting()
     place = job.place(tmp_path / "place")

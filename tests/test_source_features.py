@@ -73,7 +73,7 @@ def session_of(keys, **changes):
 
 
 def folder_of(keys):
-    return open_inputs(PnPConfig(**keys)).cache.folder / source_features.FOLDER
+    return open_inputs(PnPConfig(**keys)).cache.folder / source_features.FEATURES
 
 
 # ---------------------------------------------------------------- cached edits are live edits
