@@ -343,8 +343,11 @@ def test_frames_that_do_not_fit_the_source_are_refused(results):
         evaluate.main([str(folder), *QUICK])
 
 
-def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place):
-    folder = first(place / "out")
+def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place, tmp_path):
+    folder = shutil.copytree(first(place / "out"), tmp_path / "result")
+    run = load_yaml(folder / "run.yaml")
+    del run["cache_sha256"]  # which is of another prompt
+    save_yaml(folder / "run.yaml", run)
     caches = {}
     opened = evaluate_inputs.open_result(folder, caches, "something else")
     assert opened.source_prompt == SOURCE_PROMPT
