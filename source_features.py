@@ -297,7 +297,8 @@ def write_features(
                 stack.enter_context(in_pieces(denoiser.control.controlnet, context))
             left = range(done, len(steps), team.size)
             shown = {"unit": "step", "initial": done, "total": len(steps)}
-            progress = tqdm(desc="features", **shown, disable=not team.is_main)
+            # Entered last: its bar ends before an error is told.
+            progress = stack.enter_context(tqdm(desc="features", **shown, disable=not team.is_main))
             for first in left:
                 step = first + team.rank
                 with watch("features"):
@@ -317,7 +318,6 @@ def write_features(
                 )
                 team.wait()  # nobody writes while the main process looks at what is there
                 progress.update(done - progress.n)
-            progress.close()
         if team.is_main:
             figures = {key: work.state.figures[key] for key in ("seconds", "image_forwards")}
             files = work.record_files()

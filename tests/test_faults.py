@@ -2,7 +2,8 @@
 
 Kills at random and at exact moments, damaged files, signals, full disks, two processes at once, on
 preprocess.py and the edits, with the tiny model. The quick forms run with all tests; `make faults`
-runs the long ones, which take about LONG_MINUTES on one core, and prints what was tried.
+runs the long ones, which take about 45 minutes on a busy core, and prints what was tried.
+FAULTS_SEED chooses the random moments and damages.
 """
 
 from __future__ import annotations
