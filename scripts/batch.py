@@ -46,6 +46,7 @@ from preprocess_options import arguments
 from score_table import aligned
 from util import (
     ArgumentParser,
+    Interrupted,
     UserError,
     check_writable,
     command_line,
@@ -465,6 +466,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG)
+    except KeyboardInterrupt as error:
+        if "--quiet" not in (sys.argv if argv is None else argv):
+            raise
+        # The script that started this process says how to go on: by a command of its own.
+        sys.exit(128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT))
     if summary is None:
         sys.exit(0)
     print("\n".join(["", *summary.lines()]))

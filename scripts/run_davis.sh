@@ -23,7 +23,8 @@ status=0
 wait "$launcher" || status=$?
 if [ "$status" -gt 128 ]; then # this script was asked to end, and asked the launcher
     wait "$launcher" || true
-    echo "interrupted; the same command goes on with what is finished by now" >&2
+    echo "interrupted; the same command goes on with what is finished by now:" \
+        "PROCESSES=$PROCESSES sh $0 $*" >&2
     exit "$status"
 fi
 summary=0

@@ -98,11 +98,15 @@ def campaign(name, n_inputs, check, *strategies):
 
 
 def state(folder):
-    """All that lies in a folder with its last change: equal if nothing was written."""
+    """All that lies in a folder, files with their last change: equal if nothing was written.
+
+    A folder's own time changes with the lock that a reader of a cache has for a moment.
+    """
     found = {}
     for path in folder.rglob("*"):
         about = path.lstat()
-        found[str(path.relative_to(folder))] = about.st_mtime_ns, about.st_size
+        last_change = (0, 0) if path.is_dir() else (about.st_mtime_ns, about.st_size)
+        found[str(path.relative_to(folder))] = last_change
     return found
 
 

@@ -290,8 +290,7 @@ def test_a_damaged_file_is_named_before_it_is_used(keys, tiny_model, tmp_path, h
 
 
 def test_features_of_another_cache_are_refused(keys, tiny_model, tmp_path):
-    other, _ = damaged_cache(keys, tiny_model, tmp_path)
-    shutil.rmtree(folder_of(other))
+    other = make_cache(tmp_path, tiny_model, inversion_iters=2)
     shutil.copytree(folder_of(keys), folder_of(other))
     with pytest.raises(UserError, match="features: belongs to another cache; run: rm -r"):
         find_features(session_of(other).cache)
