@@ -197,9 +197,10 @@ def check_writable(folder: str | Path, name: str) -> None:
     """
     check_path(folder, name)
     path = Path(os.path.abspath(folder))
-    nearest = next(place for place in (path, *path.parents) if os.path.exists(place))
-    if not nearest.is_dir():
-        raise UserError(f"{name}: {folder}: {nearest} is a file, expected a folder")
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(nearest):
+        what = "a link that leads to no folder" if os.path.islink(nearest) else "a file"
+        raise UserError(f"{name}: {folder}: {nearest} is {what}, expected a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{name}: {folder}: {nearest} cannot be written to")
 

@@ -557,6 +557,17 @@ def test_a_path_that_no_file_system_takes_is_refused(tmp_path):
     util.check_writable(tmp_path / ("狼" * 85) / "../x", "--out")
 
 
+def test_a_link_that_leads_to_no_folder_is_no_place_to_write(tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("gone", "loop", "gone/a", "loop/a"):
+        with pytest.raises(UserError, match="--out: .* is a link that leads to no folder"):
+            util.check_writable(tmp_path / name, "--out")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    util.check_writable(tmp_path / "link" / "new", "--out")
+
+
 def test_an_error_is_one_line_without_control_characters():
     assert str(UserError("a\nb\x1b]0;title\x07\r\nc \x7f 狼")) == (
         "a b\\x1b]0;title\\x07 c \\x7f 狼"
