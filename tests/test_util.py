@@ -561,7 +561,7 @@ def test_a_link_that_leads_to_no_folder_is_no_place_to_write(tmp_path):
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name in ("gone", "loop", "gone/a", "loop/a"):
-        with pytest.raises(UserError, match="--out: .* is a link that leads to no folder"):
+        with pytest.raises(UserError, match=r"--out: .* is a link that leads to no folder"):
             util.check_writable(tmp_path / name, "--out")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
