@@ -46,7 +46,8 @@ log = logging.getLogger("tokenflow")
 
 LABEL = "work.json"
 
-# Where a reader has no right to make a lock it does without: what it reads has checksums.
+# Where a reader has no right to make a lock it does without: an edit whose cache was replaced
+# meanwhile is refused at its end.
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
