@@ -441,17 +441,24 @@ def run_script(
 
 def plan_steps(config: EditConfig, plan: EditPlan, n_frames: int) -> list[StepNeeds]:
     """The steps of a plan: timestep, keyframes, and what is injected."""
-    keyframes = keyframe_schedule(
-        n_frames,
-        config.batch_size,
-        config.n_timesteps,
-        config.keyframe_seed,
-        config.keyframes,
-    )[-len(plan.timesteps) :]
+    keyframes = keyframes_of_steps(config, n_frames, len(plan.timesteps))
     return [
         StepNeeds(t, kf, attention=i < plan.attention_steps, features=i < plan.feature_steps)
         for i, (t, kf) in enumerate(zip(plan.timesteps, keyframes, strict=True))
     ]
+
+
+def keyframes_of_steps(config: EditConfig, n_frames: int, n_steps: int) -> Tensor:
+    """The keyframes of the steps that an edit takes, (n_steps, k) int64.
+
+    SDEdit takes the last steps of the schedule, and each step has the same keyframes whether or
+    not others come before it. With `propagation: released` the first step taken draws first, as
+    in the published code.
+    """
+    schedule = keyframe_schedule(
+        n_frames, config.batch_size, config.n_timesteps, config.keyframe_seed, config.keyframes
+    )
+    return schedule[:n_steps] if config.propagation == "released" else schedule[-n_steps:]
 
 
 def _last_true(flags: Sequence[bool], offset: int) -> int:

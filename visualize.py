@@ -17,6 +17,7 @@ import torch
 
 from diffusion import decode_latents, psnr
 from edit_inputs import EditConfig
+from editing import keyframes_of_steps
 from evaluate_inputs import TECHNIQUES, method_name
 from features import (
     LAYER,
@@ -51,7 +52,6 @@ from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig, steps_from
 from source_cache import SourceCache, open_cache
-from tokenflow_utils import keyframe_schedule
 from util import (
     ArgumentParser,
     MissingFileError,
@@ -366,7 +366,7 @@ def draw_keyframes(args: argparse.Namespace) -> list[Path]:
             "expected a result of consistency: tokenflow"
         )
     check_writable(args.out, "--out")
-    chosen, first_step = keyframes_of_steps(config, result.n_frames)
+    chosen, first_step = chosen_keyframes(config, result.n_frames)
     name, last_step = TECHNIQUES[technique], config.n_timesteps
     picture = keyframe_picture(
         chosen,
@@ -379,22 +379,19 @@ def draw_keyframes(args: argparse.Namespace) -> list[Path]:
     return [save_picture(args.out / "keyframes.png", table([[picture]]))]
 
 
-def keyframes_of_steps(config: EditConfig, n_frames: int) -> tuple[np.ndarray, int]:
+def chosen_keyframes(config: EditConfig, n_frames: int) -> tuple[np.ndarray, int]:
     """Which frames are keyframes at the steps that an edit takes.
 
     Returns:
         (steps, n) bool; and the number of the first of these steps in the schedule, from 1.
         SDEdit takes the schedule's last steps.
     """
-    n_steps = config.n_timesteps
-    schedule = keyframe_schedule(
-        n_frames, config.batch_size, n_steps, config.keyframe_seed, config.keyframes
-    )
-    taken = list(range(n_steps))
+    taken = list(range(config.n_timesteps))
     if isinstance(config, SDEditConfig):
         taken = steps_from(taken, config.start, config.propagation)
-    chosen = torch.zeros(n_steps, n_frames, dtype=torch.bool).scatter_(1, schedule, True)
-    return chosen[taken].numpy(), taken[0] + 1
+    keyframes = keyframes_of_steps(config, n_frames, len(taken))
+    chosen = torch.zeros(len(taken), n_frames, dtype=torch.bool).scatter_(1, keyframes, True)
+    return chosen.numpy(), taken[0] + 1
 
 
 # ---------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_edit_matches_the_reference(keys, propagation, technique):
         plan.start,
         {t: session.cache.latents(t, N_FRAMES) for t in plan.timesteps},
         plan.timesteps,
-        keyframes[-len(plan.timesteps) :],
+        keyframes if propagation == "released" else keyframes[-len(plan.timesteps) :],
         config.guidance_scale,
         plan.attention_steps,
         plan.feature_steps,
