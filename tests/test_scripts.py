@@ -290,6 +290,10 @@ def test_a_hostile_clip_name_is_a_folder_in_the_cache_and_in_the_results(
     assert there == {f"clips/{name}.mp4", "work/config.yaml", "work/latents", "work/out"}
 
 
+def test_a_fresh_checkout_has_the_folder_of_caches():
+    assert (ROOT / "latents" / ".gitkeep").is_file()
+
+
 # ---------------------------------------------------------------- the released files
 
 RELEASED = {
