@@ -25,21 +25,12 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmark_meters import (
-    Meter,
-    WorkCounter,
-    copy_rate,
-    keyframe_bytes,
-    limit_memory,
-    matrix_rate,
-    slope,
-)
+from benchmark_meters import Meter, limit_memory, matrix_rate
 from benchmark_runs import (
     Bench,
-    Run,
     Timed,
     edit_config,
     ensure_cache,
@@ -49,7 +40,6 @@ from benchmark_runs import (
     profile_step,
     reconstruction_psnr,
     run_edit,
-    run_of,
     run_preprocess,
     setting_kind,
     timed_edit,
@@ -147,66 +137,48 @@ def time_stages(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
     """The medians of every stage; returns what JSON gets and the table."""
     parts = [part for part in PARTS if args.only in (None, part)]
     models, rows = load(bench)
-    rate, moved, measured = *_rates(bench), []
+    rate, measured = matrix_rate(bench.device, bench.dtype), []
     for part in parts:
         run = {"preprocess": run_preprocess, "edit": run_edit}[part]
         if part == "edit":
             ensure_cache(bench, models)
-        counted = None
-        for i in range(args.warm_up):
-            warm = run(bench, models, count_flops=i == 0)
-            counted = counted or warm
-        measured.append((part, [run(bench, models) for _ in range(args.repeats)], counted))
+        warm = [run(bench, models, count_flops=i == 0) for i in range(args.warm_up)]
+        flops = warm[0].flops if warm else {}
+        measured.append((part, [run(bench, models) for _ in range(args.repeats)], flops))
     # Before and after, since other work on the machine may slow either down.
-    again, moved_again = _rates(bench)
-    rate, moved = max(rate, again), max(moved, moved_again)
-    for part, runs, counted in measured:
-        rows += stage_rows(part, runs, counted, rate)
-    lines = [
-        stage_table(rows),
-        f"matrix products reach {rate / 1e12:.3g} TFLOP/s here, copies {moved / 1e9:.3g} GB/s",
-    ]
+    rate = max(rate, matrix_rate(bench.device, bench.dtype))
+    for part, runs, flops in measured:
+        rows += stage_rows(part, runs, flops, rate)
+    lines = [stage_table(rows), f"matrix products reach {rate / 1e12:.3g} TFLOP/s here"]
     for part in parts:
         images = sum(r["image_forwards"] for r in rows if r["part"] == part and r["stage"] != TOTAL)
         lines.append(f"{part}: {images / bench.frames:.1f} image-forwards of the UNet a frame")
-    rates = {"matrix_flops_per_second": rate, "copy_bytes_per_second": moved}
-    return {"stages": rows, **rates}, "\n".join(lines)
-
-
-def _rates(bench: Bench) -> tuple[float, float]:
-    """FLOP/s of matrix products and bytes/s of copies: what the device can do at most."""
-    return matrix_rate(bench.device, bench.dtype), copy_rate(bench.device)
+    return {"stages": rows, "matrix_flops_per_second": rate}, "\n".join(lines)
 
 
 def load(bench: Bench) -> tuple[StableDiffusion, list[dict]]:
     """The models, and the row of their loading."""
-    meter = Meter(bench.device, WorkCounter(False, {}))
+    meter = Meter(bench.device)
     with meter("load"):
         models = bench.load()
-    run = run_of(meter, meter.counter)
-    return models, [row for row in stage_rows("models", [run], None, 0) if row["stage"] != TOTAL]
+    return models, stage_rows("models", [meter], {}, 0)[:1]
 
 
-def stage_rows(part: str, runs: list[Run], counted: Run | None, rate: float) -> list[dict]:
-    """A row for each stage of some equal runs, and one for all of them together.
+def stage_rows(part: str, runs: list[Meter], flops: Mapping[str, int], rate: float) -> list[dict]:
+    """A row for each stage of some equal runs, and one for all stages together.
 
     Args:
-        counted: another equal run, whose FLOPs and bytes were counted.
+        flops: of each stage; empty where they were not counted.
         rate: FLOP/s that the device can do.
     """
-    all_flops, all_bytes = (counted.flops, counted.bytes) if counted else ({}, {})
-    stages = {stage: [run.seconds[stage] for run in runs] for stage in runs[0].seconds}
-    stages[TOTAL] = [sum(run.seconds.values()) for run in runs]
+
+    def of(stage: str, found: Mapping[str, float], whole: Callable = sum) -> float:
+        return whole(found.values() or [0]) if stage == TOTAL else found.get(stage, 0)
+
     rows = []
-    for stage, seconds in stages.items():
-        whole = stage == TOTAL
-        median = statistics.median(seconds)
-        work, moved = (
-            sum(found.values()) if whole else found.get(stage, 0)
-            for found in (all_flops, all_bytes)
-        )
-        images = [sum(r.images.values()) if whole else r.images.get(stage, 0) for r in runs]
-        peaks = [max(r.peak.values()) if whole else r.peak.get(stage, 0) for r in runs]
+    for stage in [*runs[0].seconds, TOTAL]:
+        seconds = [of(stage, run.seconds) for run in runs]
+        median, work = statistics.median(seconds), of(stage, flops)
         rows.append(
             {
                 "part": part,
@@ -214,12 +186,11 @@ def stage_rows(part: str, runs: list[Run], counted: Run | None, rate: float) -> 
                 "seconds": median,
                 "seconds_low": min(seconds),
                 "seconds_high": max(seconds),
-                "image_forwards": images[-1],
+                "image_forwards": of(stage, runs[-1].images),
                 "flops": work or None,
-                "bytes": moved or None,
                 "flops_per_second": work / median if work else None,
                 "utilisation": work / median / rate if work else None,
-                "peak_memory_bytes": max(peaks) or None,
+                "peak_memory_bytes": max(of(stage, run.peak, max) for run in runs) or None,
             }
         )
     return rows
@@ -236,13 +207,12 @@ def stage_table(rows: list[dict]) -> str:
             _scaled(row["flops"], 1e12, "{:.4g}"),
             _scaled(row["flops_per_second"], 1e12, "{:.3g}"),
             _scaled(row["utilisation"], 0.01, "{:.0f} %"),
-            _scaled(row["bytes"], 1e9, "{:.4g}"),
             _scaled(row["peak_memory_bytes"], MIB, "{:.0f}"),
         ]
         for row in rows
     ]
     head = ["part", "stage", "seconds", "spread", "forwards", "TFLOP", "TFLOP/s", "of peak"]
-    return table([*head, "GB moved", "peak MiB"], cells)
+    return table([*head, "peak MiB"], cells)
 
 
 def _scaled(value: float | None, unit: float, form: str) -> str:
@@ -350,9 +320,10 @@ def scale(args: argparse.Namespace) -> tuple[dict, str]:
         row["keyframes"] = found["keyframes"]
         log.info("%d frames: done", frames)
         rows.append(row)
-    a_keyframe = found["keyframe_bytes"]
-    summary = {
-        f"{part}_{k}": v for part in PARTS for k, v in growth(rows, part, a_keyframe).items()
+    rows.sort(key=lambda row: row["frames"])
+    ratios = {
+        part: rows[-1][f"{part}_peak_memory_bytes"] / rows[0][f"{part}_peak_memory_bytes"]
+        for part in PARTS
     }
     cells = [
         [
@@ -364,34 +335,13 @@ def scale(args: argparse.Namespace) -> tuple[dict, str]:
         for row in rows
     ]
     head = ["frames", "keyframes", "preprocess s", "edit s", "preprocess MiB", "edit MiB"]
-    low, high = min(args.scaling), max(args.scaling)
     text = [
         table(head, cells),
         f"the models alone, as they load: {rows[0]['load_peak_memory_bytes'] / MIB:.0f} MiB",
-        f"peak for {high} frames over that for {low}: preprocess "
-        f"{summary['preprocess_ratio']:.3f}, edit {summary['edit_ratio']:.3f}",
-        f"a keyframe takes {a_keyframe['total'] / MIB:.2f} MiB by the layers' shapes ("
-        + ", ".join(f"{k} {v / MIB:.2f}" for k, v in a_keyframe.items() if k != "total")
-        + f"); measured: {summary['edit_bytes_per_keyframe'] / MIB:.2f} MiB",
-        f"apart from that, the edit's peak for {high} frames over that for {low}: "
-        f"{summary['edit_ratio_without_keyframes']:.3f}",
+        f"peak for {rows[-1]['frames']} frames over that for {rows[0]['frames']}: "
+        + ", ".join(f"{part} {ratio:.3f}" for part, ratio in ratios.items()),
     ]
-    return {"rows": rows, "keyframe_bytes": a_keyframe, **summary}, "\n".join(text)
-
-
-def growth(rows: list[dict], part: str, a_keyframe: dict) -> dict:
-    """How a part's peak memory grows: from the fewest frames to the most, and by keyframe."""
-    rows = sorted(rows, key=lambda row: row["frames"])
-    keyframes = [row["keyframes"] for row in rows]
-    peaks = [row[f"{part}_peak_memory_bytes"] for row in rows]
-    rest = [peak - k * a_keyframe["total"] for peak, k in zip(peaks, keyframes, strict=True)]
-    found = {
-        "ratio": peaks[-1] / peaks[0],
-        "bytes_per_keyframe": slope(keyframes, peaks) if len(set(keyframes)) > 1 else 0.0,
-    }
-    if part == "edit":  # preprocess has one branch, and nothing to keep for chunks
-        found["ratio_without_keyframes"] = rest[-1] / rest[0]
-    return found
+    return {"rows": rows, **{f"{p}_ratio": r for p, r in ratios.items()}}, "\n".join(text)
 
 
 def run_part(args: argparse.Namespace, frames: int, part: str, file: Path) -> dict:
@@ -427,17 +377,6 @@ def profile(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
     return {"profile": text.splitlines()}, text
 
 
-def keyframe_figures(bench: Bench) -> dict:
-    """The number of keyframes, and what each holds in memory."""
-    config = edit_config(bench, [])
-    grid = bench.height // 8, bench.width // 8
-    branches = 1 if config.guidance_scale == 1 else 2
-    return {
-        "keyframes": -(-bench.frames // config.batch_size),
-        "keyframe_bytes": keyframe_bytes(bench.checkpoint, grid, branches, bench.dtype.itemsize),
-    }
-
-
 def benchmark(args: argparse.Namespace, command: Sequence[str]) -> tuple[dict, str]:
     """Runs what the command line asks for; returns all figures and the text to print."""
     record: dict = {"command": shlex.join(command)}
@@ -448,7 +387,7 @@ def benchmark(args: argparse.Namespace, command: Sequence[str]) -> tuple[dict, s
         if args.memory_limit is not None and bench.device.type == "cuda":
             limit_memory(bench.device, args.memory_limit)
         record |= facts(bench) | {"device_name": device_name(bench.device)}
-        record |= keyframe_figures(bench)
+        record["keyframes"] = -(-bench.frames // edit_config(bench, []).batch_size)
         if args.compare:
             found, text = compare(bench, args)
         elif args.profile:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import preprocess
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 import three_branch
-from benchmark_meters import Meter, WorkCounter, counting, seconds_of
+from benchmark_meters import Meter
 from checkpoints import MODELS, checkpoint_folder, checkpoint_revision
 from diffusion import (
     StableDiffusion,
@@ -283,41 +283,21 @@ def edit_config(bench: Bench, overrides: list[str]) -> EditConfig:
 # Runs
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one run of preprocess or an edit took, by stage; flops and bytes where counted."""
-
-    seconds: dict[str, float]
-    peak: dict[str, int]
-    images: dict[str, int]
-    flops: dict[str, int]
-    bytes: dict[str, int]
-
-
-def run_of(meter: Meter, counter: WorkCounter) -> Run:
-    """What a meter and its counter have noted."""
-    work = dict(counter.images), dict(counter.flops), dict(counter.bytes)
-    return Run(meter.seconds, meter.peak, *work)
-
-
-def run_preprocess(bench: Bench, models: StableDiffusion, count_flops: bool = False) -> Run:
+def run_preprocess(bench: Bench, models: StableDiffusion, count_flops: bool = False) -> Meter:
     """preprocess.py's own work, from reading the clip to its finished cache.
 
-    "rest" is what is timed as none of its stages: writing the cache, and checksums.
+    The stage "rest" is what no other stage times: writing the cache, and checksums.
     """
     args = preprocess_args(bench, bench.inversion)
-    with counting(models, count_flops) as counter:
-        meter = Meter(bench.device, counter)
-
-        def work() -> None:
-            inputs = preprocess.open_inputs(args)
-            preprocess.make_cache(inputs, args.batch_size, models, meter)
-            if inputs.features is not None:
-                preprocess.make_features(inputs, args.batch_size, models, meter)
-
-        seconds, _ = seconds_of(work, bench.device)
-        meter.add("rest", seconds - sum(meter.seconds.values()))
-    return run_of(meter, counter)
+    meter = Meter(bench.device, count_flops)
+    start = time.perf_counter()
+    with meter.watching(models.unet):
+        inputs = preprocess.open_inputs(args)
+        preprocess.make_cache(inputs, args.batch_size, models, meter)
+        if inputs.features is not None:
+            preprocess.make_features(inputs, args.batch_size, models, meter)
+    meter.add("rest", time.perf_counter() - start - sum(meter.seconds.values()))
+    return meter
 
 
 def ensure_cache(bench: Bench, models: StableDiffusion) -> None:
@@ -330,20 +310,18 @@ def ensure_cache(bench: Bench, models: StableDiffusion) -> None:
         preprocess.make_features(inputs, args.batch_size, models)
 
 
-def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -> Run:
+def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -> Meter:
     """A run script's own work, from checking the cache to the written result."""
     config = edit_config(bench, [])
-    with counting(models, count_flops) as counter:
-        meter = Meter(bench.device, counter)
+    meter = Meter(bench.device, count_flops)
+    with meter.watching(models.unet):
         with meter("open"):
             inputs = open_inputs(config)
         session = EditSession(inputs, models, meter)
-        plan = make_plan(bench, session)
-        counter.kinds = step_kinds(plan)
-        edited = session.edit(plan)
+        edited = session.edit(make_plan(bench, session))
         with replacing_folder(result_folder(inputs, bench.technique)) as folder:
             session.save(edited, bench.technique, Workplace(folder))
-    return run_of(meter, counter)
+    return meter
 
 
 def make_plan(bench: Bench, session: EditSession) -> EditPlan:
@@ -352,13 +330,6 @@ def make_plan(bench: Bench, session: EditSession) -> EditPlan:
     if bench.technique == "pnp":
         script.check_injection_layers(session.inputs.checkpoint)
     return script.plan(session)
-
-
-def step_kinds(plan: EditPlan) -> Mapping[int, object]:
-    """What tells the work of a step from another's, by timestep: what is injected."""
-    return {
-        t: (i < plan.attention_steps, i < plan.feature_steps) for i, t in enumerate(plan.timesteps)
-    }
 
 
 @dataclass(frozen=True)
@@ -408,27 +379,26 @@ def timed_edit(prepared: Prepared, device: torch.device) -> Timed:
     Raises:
         UserError: if the setting is `cached`, and the cached features did not serve it.
     """
-    with counting(prepared.models) as counter:
-        start = time.process_time()
-        seconds, latents = seconds_of(prepared.work, device)
-        processor = time.process_time() - start
+    meter = Meter(device)
+    with meter.watching(prepared.models.unet), meter("edit"):
+        latents = prepared.work()
     if "cached" in prepared.name.split("+") and prepared.session.source_features != "cached":
         raise UserError(f"{prepared.name}: the edit was computed live; the log says why")
-    return Timed(seconds, processor, sum(counter.images.values()), latents)
+    return Timed(meter.seconds["edit"], meter.processor["edit"], meter.images["edit"], latents)
 
 
 def timed_preprocess(bench: Bench, name: str, models: StableDiffusion) -> Timed:
     """Times inversion and reconstruction, of latents; the VAE, reading and writing apart."""
     args = preprocess_args(bench, name)
     inputs = preprocess.open_inputs(args)
-    with counting(models) as counter:
-        meter = Meter(bench.device, counter)
+    meter = Meter(bench.device)
+    with meter.watching(models.unet):
         preprocess.make_cache(inputs, args.batch_size, models, meter)
     stages = "inversion", "reconstruction"
     return Timed(
         sum(meter.seconds[stage] for stage in stages),
         sum(meter.processor[stage] for stage in stages),
-        sum(counter.images[stage] for stage in stages),
+        sum(meter.images[stage] for stage in stages),
         inputs.folder,
     )
 
