@@ -50,10 +50,11 @@ from run_info import device_name, versions
 from util import (
     ArgumentParser,
     UserError,
-    atomic_file,
+    check_report_path,
     check_writable,
     command_line,
     setup_logging,
+    write_reports,
 )
 
 log = logging.getLogger("tokenflow")
@@ -99,7 +100,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--memory_limit", type=float, metavar="GIB",
         help="of a GPU's memory: what may be taken, as if there were no more")  # fmt: skip
     add("--only", choices=PARTS, help="time this part alone")
-    add("--json", metavar="FILE", type=Path, help="write all figures here")
+    add("--json", metavar="FILE", type=Path, help="write all figures here; -: to stdout")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--compare", nargs=2, metavar=("A", "B"),
         help="seconds of setting A over those of setting B")  # fmt: skip
@@ -125,7 +126,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--profile: {args.profile}, expected a setting of an edit")
     check_writable(args.work, "--work")
     if args.json is not None:
-        check_writable(args.json.parent, "--json")
+        check_report_path(args.json, "--json")
     return args
 
 
@@ -403,10 +404,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     found, text = benchmark(args, ["python", "benchmark.py", *words])
-    if args.json is not None:
-        with atomic_file(args.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(text)
+    write_reports(text, [(args.json, json.dumps(found, indent=1) + "\n")] if args.json else [])
     return found
 
 

@@ -55,9 +55,16 @@ from motion import (
     raft_weights_name,
 )
 from run_info import versions
-from score_table import WRITERS, Row, text_table
+from score_table import FORMATS, Row, text_table
 from source_cache import SourceCache
-from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
+from util import (
+    ArgumentParser,
+    UserError,
+    check_report_path,
+    command_line,
+    setup_logging,
+    write_reports,
+)
 
 log = logging.getLogger("tokenflow")
 
@@ -300,8 +307,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--clip_model", default=CLIP_MODEL, help=f"hub id, folder or none (default: {CLIP_MODEL})")
     add("--dino_model", default="none", help="a ViT: hub id, folder or none (default: none)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    for kind in WRITERS:
-        add(f"--{kind}", type=Path, metavar="FILE", help="write the rows there too")
+    for kind in FORMATS:
+        add(f"--{kind}", type=Path, metavar="FILE", help="write the rows there too; -: to stdout")
     args = parser.parse_args(argv)
     _check_args(args, [action.dest for action in other])
     return args
@@ -321,12 +328,9 @@ def _check_args(args: argparse.Namespace, other: Sequence[str]) -> None:
             raise UserError(f"--{name}: expected at least {low}, got {value}")
     if (args.H is None) != (args.W is None):
         raise UserError("--H and --W: give both or neither")
-    for kind in WRITERS:
-        path = getattr(args, kind)
-        if path is not None:
-            if path.is_dir():
-                raise UserError(f"--{kind}: {path}: is a folder, expected a file")
-            check_writable(path.parent, f"--{kind}")
+    for kind in FORMATS:
+        if path := getattr(args, kind):
+            check_report_path(path, f"--{kind}")
 
 
 def read_protocol(args: argparse.Namespace) -> Protocol:
@@ -403,11 +407,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     subjects = open_subjects(args, protocol)
     rows, errors = score_all(subjects, Evaluator(protocol))
     if rows:
-        for kind, write in WRITERS.items():
-            path = getattr(args, kind)
-            if path is not None:
-                write(path, rows)
-        print(text_table(rows))
+        write_reports(
+            text_table(rows),
+            [(path, show(rows)) for kind, show in FORMATS.items() if (path := getattr(args, kind))],
+        )
     if errors:
         raise UserError(f"{len(errors)} of {len(subjects)} could not be scored: {errors[0]}")
     return rows

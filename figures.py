@@ -6,6 +6,7 @@ says is said by brightness, arrows or text too.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -395,8 +396,15 @@ def even(picture: np.ndarray) -> np.ndarray:
 def save_picture(path: Path, picture: np.ndarray) -> Path:
     """Writes a PNG; returns its path."""
     with atomic_file(path) as temporary:
-        Image.fromarray(picture).save(temporary)
+        temporary.write_bytes(png(picture))
     return path
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A picture's PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
 
 
 def _centred(label: np.ndarray, height: int) -> np.ndarray:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import numpy as np
-
-from util import atomic_file
 
 # A row's measures: its column's heading, decimals, factor to the unit of the heading.
 COLUMNS = {
@@ -210,25 +208,20 @@ def _protocol_line(row: Row) -> str:
 # For programs
 
 
-def write_json(path: Path, rows: Sequence[Row]) -> None:
+def rows_as_json(rows: Sequence[Row]) -> str:
     """A list of the rows; null where not measured."""
-    text = json.dumps([row.as_dict() for row in rows], indent=2, allow_nan=False)
-    _write(path, f"{text}\n")
+    return json.dumps([row.as_dict() for row in rows], indent=2, allow_nan=False) + "\n"
 
 
-def write_markdown(path: Path, rows: Sequence[Row]) -> None:
-    """`markdown_table`."""
-    _write(path, markdown_table(rows))
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
+def rows_as_csv(rows: Sequence[Row]) -> str:
     """The rows; each stage's seconds and each part of the protocol in a column of its own."""
     plain = [_flat(row) for row in rows]
     names = list(dict.fromkeys(name for line in plain for name in line))
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(plain)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, names, restval="")
+    writer.writeheader()
+    writer.writerows(plain)
+    return file.getvalue()
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -245,13 +238,8 @@ def _flat(row: Row) -> dict[str, Any]:
     return flat
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-WRITERS: dict[str, Callable[[Path, Sequence[Row]], None]] = {
-    "json": write_json,
-    "csv": write_csv,
-    "markdown": write_markdown,
+FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "json": rows_as_json,
+    "csv": rows_as_csv,
+    "markdown": markdown_table,
 }

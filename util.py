@@ -14,6 +14,7 @@ import os
 import re
 import reprlib
 import secrets
+import select
 import shlex
 import signal
 import sys
@@ -76,16 +77,22 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
 
     A disk that is full or cannot be written to and too little GPU memory are reported in the same
     way. SIGINT (Ctrl-C), SIGTERM and SIGHUP end it with 128 + their number and a line that says how
-    to go on. Everything else is a bug that keeps its traceback.
+    to go on; a reader of standard output that leaves (`| head`) ends it quietly, with 128 +
+    SIGPIPE. Everything else is a bug that keeps its traceback.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup(1) has SIGHUP ignored
             signal.signal(number, _interrupt)
     try:
         main(None)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        if not _close_broken_stdout():
+            raise
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -111,6 +118,21 @@ _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.ESTALE, errno.ENAMETOOLONG, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP,
 )  # fmt: skip
+
+
+def _close_broken_stdout() -> bool:
+    """Whether standard output has no reader; if so, Python does not try to flush it at exit."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, _STDOUT)
+    os.close(null)
+    return True
+
+
+_STDOUT = 1  # its file descriptor
 
 
 class Interrupted(KeyboardInterrupt):
@@ -154,8 +176,13 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     The temporary file lies in the same folder (made if missing), hidden, with the same suffix. What
     was written is on the disk before it takes its name: no loss of power leaves a part of it.
+
+    Raises:
+        UserError: a device, pipe or socket has that name, which must not be replaced.
     """
     path = Path(path)
+    if _is_special(path):
+        raise UserError(f"{path}: is a device or pipe, expected a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not made beforehand, so that the writer's umask decides on its permissions.
     temporary = path.parent / f".tmp-{secrets.token_hex(8)}{path.suffix}"
@@ -183,6 +210,62 @@ def sync_folder(folder: str | Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether something that is neither a file nor a folder has that name; links are followed."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def check_report_path(path: Path, name: str) -> None:
+    """Refuse a path that `write_reports` cannot write to, before the work that is reported.
+
+    Args:
+        name: the option that it comes from.
+
+    Raises:
+        UserError: naming the option and what is in the way.
+    """
+    if str(path) == "-":
+        return
+    target = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise UserError(f"{name}: {path}: is a folder, expected a file")
+    if target.is_symlink():
+        raise UserError(f"{name}: {path}: is a link that leads to itself")
+    if not _is_special(path):
+        check_writable(target.parent, name)
+    elif path.is_socket() or not os.access(path, os.W_OK):
+        raise UserError(f"{name}: {path}: cannot be written to")
+
+
+def write_reports(text: str, reports: Sequence[tuple[Path, str | bytes]]) -> None:
+    """Print a script's text, then write its reports, even if nobody reads the text.
+
+    Args:
+        text: goes to standard error if a report goes to standard output, so that another program
+            can read the report from a pipe.
+        reports: paths with what to write to each. A new or regular file, also one that a link leads
+            to, is replaced at once; a device or pipe is written to; "-" is standard output.
+    """
+    to_stdout = any(str(path) == "-" for path, _ in reports)
+    try:
+        print(text, file=sys.stderr if to_stdout else sys.stdout, flush=True)
+    finally:
+        for path, content in reports:
+            write_report(path, content)
+
+
+def write_report(path: Path, content: str | bytes) -> None:
+    """Write one report, as `write_reports` does."""
+    content = content.encode() if isinstance(content, str) else content
+    if str(path) == "-":
+        sys.stdout.buffer.write(content)
+    elif _is_special(path):
+        path.write_bytes(content)
+    else:
+        with atomic_file(os.path.realpath(path)) as temporary:
+            temporary.write_bytes(content)
 
 
 def check_writable(folder: str | Path, name: str) -> None:

@@ -68,12 +68,13 @@ from source_cache import Manifest, open_cache
 from util import (
     ArgumentParser,
     UserError,
-    atomic_file,
+    check_report_path,
     check_writable,
     command_line,
     load_yaml,
     make_config,
     setup_logging,
+    write_reports,
 )
 from video import load_frames, save_frames
 
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add("--clips", type=int, default=20, help="number of clips to edit (default: 20)")
     add("--pictures", type=int, default=200, help="to sample from text (default: 200)")
     add("--seed", type=int, default=SEED, help=f"of the first scene (default: {SEED})")
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add("--json", type=Path, metavar="FILE", help="write the figures there too; -: to stdout")
     work = Path("tokenflow-results/check_tiny")
     add("--work", type=Path, default=work, help=f"for caches and edits (default: {work})")
     add("--quick", action="store_true", help="few frames and steps: shows that it runs")
@@ -328,9 +329,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     setup_logging()
     check_writable(args.work, "--work")
     if args.json:
-        check_writable(args.json.parent, "--json")
-        if args.json.is_dir():
-            raise UserError(f"--json: {args.json} is a folder, expected a file")
+        check_report_path(args.json, "--json")
     device = resolve_device(args.device)
     models = load_stable_diffusion(
         checkpoint_folder(str(args.model)), device, resolve_dtype("auto", device)
@@ -352,10 +351,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         clips.append(check(args.seed + number))
         log.info("clip %d of %d: %s", number + 1, args.clips, json.dumps(clips[-1]))
     figures |= {**accuracy, "quick": args.quick, **summary(clips), "clips": clips}
-    print(table(figures))
-    if args.json:
-        with atomic_file(args.json) as temporary:
-            temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    reports = [(args.json, json.dumps(figures, indent=2) + "\n")] if args.json else []
+    write_reports(table(figures), reports)
     return figures
 
 

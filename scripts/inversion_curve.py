@@ -41,10 +41,18 @@ from diffusion import (
     resolve_device,
     resolve_dtype,
 )
-from figures import save_picture
+from figures import png
 from inversion import inversion_timesteps, invert, reconstruct
 from preprocess_options import FAST
-from util import ArgumentParser, UserError, atomic_file, check_writable, command_line, setup_logging
+from util import (
+    ArgumentParser,
+    UserError,
+    check_report_path,
+    command_line,
+    setup_logging,
+    write_report,
+    write_reports,
+)
 from video import clip_name, read_clip, resolve_clip
 
 CLIPS = tuple(f"data/{name}.mp4" for name in SAMPLES)
@@ -270,13 +278,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--size", type=int, default=256, help="side of the square frames (default: 256)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--json", type=Path, help="where the rows go, and come from if they are there")
-    add("--plot", type=Path, help="where the curve goes, a PNG")
+    add("--plot", type=Path, help="where the curve goes, a PNG; -: to stdout")
     args = parser.parse_args(argv)
     if args.frames < 1 or args.size < 8 or args.size % 8:
         raise UserError("--frames: expected at least 1, and --size: a multiple of 8")
     for option in ("json", "plot"):
         if getattr(args, option):
-            check_writable(getattr(args, option).parent, f"--{option}")
+            check_report_path(getattr(args, option), f"--{option}")
+    if args.json and (str(args.json) == "-" or (args.json.exists() and not args.json.is_file())):
+        raise UserError(f"--json: {args.json}: expected a file, rows are read from it too")
     device = resolve_device(args.device)
     folder = checkpoint_folder(model_key_for("tiny", args.model))
     dtype = resolve_dtype("auto", device)
@@ -306,15 +316,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.json:
                 _save(args.json, about, rows)
     found = means([row for row in rows if row.clip in map(clip_name, sources)])
-    print(table(found))
+    text = table(found)
     if ratios := time_ratios(rows):
-        print(
-            f"500 plain steps and 500 to reconstruct take {statistics.median(ratios):.1f} times "
+        text += (
+            f"\n500 plain steps and 500 to reconstruct take {statistics.median(ratios):.1f} times "
             f"as long as --fast (from {min(ratios):.1f} to {max(ratios):.1f}, over "
             f"{len(ratios)} clips)"
         )
     if args.plot:
-        print(f"curve: {save_picture(args.plot, curve(found))}")
+        text += f"\ncurve: {args.plot}"
+    write_reports(text, [(args.plot, png(curve(found)))] if args.plot else [])
 
 
 def _known(path: Path | None, about: dict[str, object]) -> list[Row]:
@@ -328,8 +339,7 @@ def _known(path: Path | None, about: dict[str, object]) -> list[Row]:
 
 def _save(path: Path, about: dict[str, object], rows: Sequence[Row]) -> None:
     text = json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_report(path, text + "\n")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ import numpy as np
 # Scripts in this folder are run from the repository root, which Python does not search by itself.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from figures import png
 from util import (
     ArgumentParser,
     UserError,
-    atomic_file,
-    check_writable,
+    check_report_path,
     command_line,
     setup_logging,
+    write_reports,
 )
 from video import read_clip
 
@@ -57,16 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("n_frames", "columns", "size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    check_writable(args.out.parent, "OUT.png")
+    check_report_path(args.out, "OUT.png")
     width = label_width([label for label, _ in args.rows])
     rows = []
     for label, path in args.rows:
         frames = read_clip(path, args.n_frames, size=(args.size, args.size)).frames
         picks = np.linspace(0, len(frames) - 1, args.columns).round().astype(int)
         rows.append(strip_row(label, width, frames[picks]))
-    with atomic_file(args.out) as temporary:
-        cv2.imwrite(str(temporary), np.concatenate(rows)[:, :, ::-1])
-    print(f"wrote {args.out}")
+    write_reports(f"wrote {args.out}", [(args.out, png(np.concatenate(rows)))])
 
 
 def _row(text: str) -> tuple[str, str]:

@@ -47,16 +47,18 @@ from evaluate import Evaluator, Protocol
 from motion import truth_file, truth_shape
 from preprocess_options import arguments
 from run_tokenflow_pnp import PnPConfig
-from score_table import Row, Summary, aligned, protocols, summarize, write_json
+from score_table import Row, Summary, aligned, protocols, rows_as_json, summarize
 from util import (
     ArgumentParser,
     MissingFileError,
     UserError,
     atomic_file,
+    check_report_path,
     check_writable,
     command_line,
     load_yaml,
     setup_logging,
+    write_reports,
 )
 from video import clip_name, resolve_clip
 
@@ -263,7 +265,8 @@ def make_rows(plan: ClipList, clip: str, methods: Sequence[Method]) -> list[Row]
         except (UserError, MemoryError, torch.OutOfMemoryError) as error:
             log.error("%s: %s: %s", clip, method.name, error or "out of memory")
             continue
-        write_json(rows_file(plan, clip), rows)
+        with atomic_file(rows_file(plan, clip)) as temporary:
+            temporary.write_text(rows_as_json(rows), encoding="utf-8")
     return rows
 
 
@@ -273,7 +276,7 @@ def rows_file(plan: ClipList, clip: str) -> Path:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read rows that `write_json` wrote.
+    """Read rows that `rows_as_json` wrote.
 
     Raises:
         UserError: there is no such file, or it holds something else.
@@ -440,7 +443,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--methods: expected some of {names}; got {name}")
     for name in ("json", "markdown"):
         if path := getattr(args, name):
-            check_writable(path.parent, f"--{name}")
+            check_report_path(path, f"--{name}")
     return args
 
 
@@ -472,17 +475,16 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     rows = [row for file in files if file.is_file() for row in read_rows(file)]
     missing = len(plan.clips) * len(methods) - len(rows)
     rows += others
-    if args.json:
-        write_json(args.json, rows)
+    reports = [(args.json, rows_as_json(rows))] if args.json else []
+    text = "no rows"
     if rows:
         summaries = summarize(rows)
         lines = table(summaries)
         notes = [verdict(rows)[1], PAPER_NOTE, settings_line(plan), *protocols(rows)]
-        print("\n".join([aligned(lines), "", *notes]))
         if args.markdown:
-            with atomic_file(args.markdown) as temporary:
-                text = "\n\n".join([markdown(lines), *notes])
-                temporary.write_text(text + "\n", encoding="utf-8")
+            reports.append((args.markdown, "\n\n".join([markdown(lines), *notes]) + "\n"))
+        text = "\n".join([aligned(lines), "", *notes])
+    write_reports(text, reports)
     if missing:
         raise UserError(
             f"{missing} of {len(plan.clips) * len(methods)} rows are missing; why is in the logs, "

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import logging
 import shutil
@@ -38,10 +39,10 @@ from score_table import (
     COLUMNS,
     Row,
     markdown_table,
+    rows_as_csv,
+    rows_as_json,
     summarize,
     text_table,
-    write_csv,
-    write_json,
 )
 from source_cache import open_cache
 from util import MissingFileError, UserError, load_yaml, save_yaml
@@ -206,6 +207,13 @@ def test_the_files_hold_the_rows(scored):
     markdown = (out / "scores.markdown").read_text()
     assert markdown == markdown_table(rows)
     assert "| SDEdit, TokenFlow | mean of 2 |" in markdown
+
+
+def test_a_report_on_standard_output_is_alone_there(place, capsys):
+    rows = evaluate.main([str(first(place / "out")), "--json", "-", *QUICK])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == [row.as_dict() for row in rows]
+    assert text_table(rows) in shown.err
 
 
 def test_one_result_is_scored_by_its_folder_and_named_twice_is_one_row(place, capsys):
@@ -705,21 +713,19 @@ def test_rows_by_other_protocols_are_told():
     assert lines[1].startswith("Protocol of rows 2: flow raft, w;")
 
 
-def test_names_break_no_markdown_and_no_csv(tmp_path):
+def test_names_break_no_markdown_and_no_csv():
     hostile = row(method="a|b\n*c* <script>", prompt='say "hi",\nthen | go', psnr=1.0)
     line = markdown_table([hostile]).splitlines()[2]
     assert line == r"| a\|b \*c\* \<script> | one | 1.00 |"
-    write_csv(tmp_path / "a.csv", [hostile, row(seconds={"edit": 1.5})])
-    with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
-        first_line, second_line = csv.DictReader(file)
+    text = rows_as_csv([hostile, row(seconds={"edit": 1.5})])
+    first_line, second_line = csv.DictReader(io.StringIO(text, newline=""))
     assert first_line["prompt"] == hostile.prompt
     assert first_line["seconds_edit"] == ""
     assert second_line["seconds_edit"] == "1.5"
 
 
-def test_json_is_of_plain_values(tmp_path):
-    write_json(tmp_path / "a.json", [row(warp_error=1.0)])
-    (read,) = json.loads((tmp_path / "a.json").read_text())
+def test_json_is_of_plain_values():
+    (read,) = json.loads(rows_as_json([row(warp_error=1.0)]))
     assert read["warp_error"] == 1.0
     assert read["clip_score"] is None
     assert set(read) == {field.name for field in dataclasses.fields(Row)}
