@@ -49,6 +49,23 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\x{ord(match[0]):02x}"
 
 
+def shown(value: Any) -> str:
+    """A value as an error shows it, cut short: an alias in YAML can make it endless."""
+    return _SHORT.repr(value)
+
+
+def shown_key(key: Any) -> str:
+    """A key as an error shows it; keys are text unless a file is wrong."""
+    if not isinstance(key, str):
+        return shown(key)
+    return key if len(key) <= 80 else f"{key[:77]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 2
+
+
 class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user named is not there."""
 
@@ -347,15 +364,22 @@ def check_text(text: str, where: str) -> None:
     Raises:
         UserError: says what is wrong; the text is cut short.
     """
+    if fault := text_fault(text):
+        raise UserError(f"{where}: {fault}")
+
+
+def text_fault(text: str) -> str:
+    """Why text cannot be a file's name or be written to one; empty if it can."""
     if "\0" in text:
-        raise UserError(f"{where}: {_SHORT.repr(text)} holds a NUL character")
+        return f"{shown(text)} holds a NUL character"
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: {_SHORT.repr(text)} is not valid Unicode text: "
+    except UnicodeEncodeError:
+        return (
+            f"{shown(text)} is not valid Unicode text: "
             "it holds an undecodable byte or half a surrogate pair"
-        ) from error
+        )
+    return ""
 
 
 def check_path(path: str | Path, name: str) -> None:
@@ -373,12 +397,12 @@ def check_path(path: str | Path, name: str) -> None:
     for part in absolute.split(os.sep):
         if len(os.fsencode(part)) > MAX_NAME_BYTES:
             raise UserError(
-                f"{name}: {_SHORT.repr(part)} is too long for a folder's name "
+                f"{name}: {shown(part)} is too long for a folder's name "
                 f"({len(os.fsencode(part))} bytes, at most {MAX_NAME_BYTES})"
             )
     if len(os.fsencode(absolute)) > MAX_PATH_BYTES:
         raise UserError(
-            f"{name}: {_SHORT.repr(absolute)} is too long a path "
+            f"{name}: {shown(absolute)} is too long a path "
             f"({len(os.fsencode(absolute))} bytes, at most {MAX_PATH_BYTES})"
         )
 
@@ -423,7 +447,7 @@ class _YamlLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    problem = f"the key {_SHORT.repr(key.value)} is given twice"
+                    problem = f"the key {shown(key.value)} is given twice"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 seen.add(key.value)
         return node
@@ -431,7 +455,7 @@ class _YamlLoader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         is_text = not isinstance(node, yaml.ScalarNode) or node.tag == _TEXT_TAG
         if not is_text and len(node.value) > _MAX_NUMBER_LENGTH:
-            problem = f"{_SHORT.repr(node.value)} is too long for a number; text needs quotes"
+            problem = f"{shown(node.value)} is too long for a number; text needs quotes"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         try:
             return super().construct_object(node, deep)
@@ -456,7 +480,12 @@ def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _parse_yaml(text: str | bytes, where: str) -> Any:
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    """Reads YAML of plain values.
+
+    Raises:
+        UserError: it is not valid; begins with `where`.
+    """
     try:
         return yaml.load(text, Loader=_YamlLoader)
     except yaml.MarkedYAMLError as error:
@@ -493,7 +522,7 @@ def load_sealed_yaml(path: str | Path) -> dict[str, Any]:
     text, seal, checksum = content.rpartition(_SEAL.encode())
     if not seal or checksum.decode("ascii", "replace") != hashlib.sha256(text).hexdigest() + "\n":
         raise UserError(f"{path}: damaged, changed after it was written, or of an older version")
-    return _parse_yaml(text, str(path))
+    return parse_yaml(text, str(path))
 
 
 _SEAL = "sha256: "
@@ -519,7 +548,7 @@ def load_yaml(path: str | Path, limit: int = MAX_YAML_BYTES) -> dict[Any, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(data) > limit:
         raise UserError(f"{path}: larger than the {limit >> 10} KB that such a file may have")
-    value = _parse_yaml(data, str(path))
+    value = parse_yaml(data, str(path))
     if not isinstance(value, dict):
         found = "nothing" if value is None else type(value).__name__
         raise UserError(f"{path}: expected a mapping (key: value), found {found}")
@@ -579,13 +608,13 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     """
     hints = typing.get_type_hints(cls)
     values = load_yaml(path, MAX_CONFIG_BYTES)
-    given = {key: (value, f"{path}: {_shown_key(key)}") for key, value in values.items()}
+    given = {key: (value, f"{path}: {shown_key(key)}") for key, value in values.items()}
     for text in overrides:
         key, equals, value_text = text.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise UserError(f"--set {_shown_key(text)}: expected key=value")
-        where = f"--set {_shown_key(key)}"
+            raise UserError(f"--set {shown_key(text)}: expected key=value")
+        where = f"--set {shown_key(key)}"
         if len(value_text) > MAX_CONFIG_BYTES:
             raise UserError(f"{where}: longer than {MAX_CONFIG_BYTES >> 10} KB")
         given[key] = (_override(value_text, hints.get(key, str), where), where)
@@ -598,7 +627,7 @@ def make_config(cls: type[C], given: Mapping[str, Any], where: str) -> C:
     Args:
         where: what the mapping is of, for errors.
     """
-    placed = {key: (value, f"{where}: {_shown_key(key)}") for key, value in given.items()}
+    placed = {key: (value, f"{where}: {shown_key(key)}") for key, value in given.items()}
     return _make_config(cls, placed, where)
 
 
@@ -609,7 +638,7 @@ def _make_config(cls: type[C], given: Mapping[str, tuple[Any, str]], origin: str
     values = {}
     for key, (value, where) in given.items():
         if key not in fields:
-            near = difflib.get_close_matches(_shown_key(key), fields, n=1)
+            near = difflib.get_close_matches(shown_key(key), fields, n=1)
             known = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
             raise UserError(f"{where}: unknown key; {known}")
         values[key] = _checked(value, hints[key], fields[key].metadata, where)
@@ -627,7 +656,7 @@ def _override(text: str, hint: Any, where: str) -> Any:
     """The value of an override; text is not read as YAML: a prompt may hold "#" or ": "."""
     kind, optional = _kind(hint)
     if kind is not str:
-        return _parse_yaml(text, where)
+        return parse_yaml(text, where)
     if optional and text.strip() in ("null", "~", ""):
         return None
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
@@ -655,21 +684,21 @@ def _checked(value: Any, hint: Any, rule: Mapping[str, Any], where: str) -> Any:
     if value is None and optional:
         return None
     # An alias in YAML can make a small file an endless value: reprlib cuts it short.
-    shown = "nothing" if value is None else _SHORT.repr(value)
+    got = "nothing" if value is None else shown(value)
     if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is not kind:
         hint_text = _quote_hint(value, where) if kind is str else ""
-        raise UserError(f"{where}: expected {_expected(hint)}, got {shown}{hint_text}")
+        raise UserError(f"{where}: expected {_expected(hint)}, got {got}{hint_text}")
     if kind is str:
         check_text(value, where)
     if kind is float and not math.isfinite(value):
-        raise UserError(f"{where}: expected a finite number, got {shown}")
+        raise UserError(f"{where}: expected a finite number, got {got}")
 
     low, high, above, choices = (rule.get(k) for k in ("low", "high", "above", "choices"))
     if choices is not None and value not in choices:
         listed = ", ".join(str(choice) for choice in choices)
-        raise UserError(f"{where}: expected one of {listed}; got {shown}")
+        raise UserError(f"{where}: expected one of {listed}; got {got}")
     bounds = ((low, "at least"), (above, "more than"), (high, "at most"))
     inside = (
         (low is None or value >= low)
@@ -678,20 +707,8 @@ def _checked(value: Any, hint: Any, rule: Mapping[str, Any], where: str) -> Any:
     )
     if not inside:
         expected = " and ".join(f"{word} {bound}" for bound, word in bounds if bound is not None)
-        raise UserError(f"{where}: expected {expected}, got {shown}")
+        raise UserError(f"{where}: expected {expected}, got {got}")
     return value
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-_SHORT.maxlevel = 2
-
-
-def _shown_key(key: Any) -> str:
-    """A key as an error shows it; keys are text unless a file is wrong."""
-    if not isinstance(key, str):
-        return _SHORT.repr(key)
-    return key if len(key) <= 80 else f"{key[:77]}..."
 
 
 def _quote_hint(value: Any, where: str) -> str:

@@ -1,7 +1,6 @@
-"""Errors and the command line, files, configuration."""
+"""Errors, the command line, files."""
 
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
@@ -10,116 +9,13 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
 
 import util
-from util import MissingFileError, UserError, option
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-WOLF = Path(__file__).parents[1] / "../shared/data/wolf.mp4"
-
-
-def quadrants(height: int = 64, width: int = 96) -> np.ndarray:
-    """Draw red | green over blue | white: no turn or flip of it equals it."""
-    image = np.empty((height, width, 3), np.uint8)
-    h, w = height // 2, width // 2
-    image[:h, :w], image[:h, w:], image[h:, :w], image[h:, w:] = RED, GREEN, BLUE, WHITE
-    return image
-
-
-def corners(image: np.ndarray) -> np.ndarray:
-    """Take the colours in the middle of the four quadrants, (2, 2, 3)."""
-    height, width = image.shape[:2]
-    rows, columns = [height // 4, height * 3 // 4], [width // 4, width * 3 // 4]
-    return image[np.ix_(rows, columns)].astype(int)
-
-
-def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: int = 6) -> None:
-    difference = np.abs(np.asarray(found, int) - np.asarray(expected, int))
-    assert difference.max() <= tolerance, f"{found}\n{expected}"
-
-
-def greys(n: int, height: int = 32, width: int = 48) -> list[np.ndarray]:
-    """Make flat frames whose brightness tells their index (see `indices`)."""
-    return [np.full((height, width, 3), 20 + 8 * i, np.uint8) for i in range(n)]
-
-
-def indices(frames: np.ndarray) -> list[int]:
-    return [round((float(frame.mean()) - 20) / 8) for frame in frames]
-
-
-def encode(
-    path: Path,
-    frames: list[np.ndarray],
-    fps: Fraction | int = 10,
-    *,
-    codec: str = "libx264",
-    pix_fmt: str = "yuv420p",
-    options: dict[str, str] | None = None,
-    matrix: str = "ITU601",
-    color_range: str = "MPEG",
-    times: list[int] | None = None,
-    audio: bool = False,
-) -> Path:
-    """Write a video with PyAV alone; `times` are presentation times in hundredths of a second."""
-    # The index first, so that a truncated file can be opened.
-    muxing = {"movflags": "+faststart"} if path.suffix in (".mp4", ".mov") else {}
-    with av.open(str(path), "w", options=muxing) as container:
-        stream = container.add_stream(codec, rate=fps, options={"crf": "8", **(options or {})})
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        if times:
-            stream.codec_context.time_base = Fraction(1, 100)
-        sound = container.add_stream("aac", rate=8000, layout="mono") if audio else None
-        for index, array in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(
-                format=pix_fmt, dst_colorspace=matrix, dst_color_range=color_range
-            )
-            frame.time_base = Fraction(1, 100) if times else 1 / Fraction(fps)
-            frame.pts = times[index] if times else index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-        if sound:
-            mux_silence(container, sound)
-    return path
-
-
-def mux_silence(
-    container: av.container.OutputContainer, stream: av.audio.stream.AudioStream
-) -> None:
-    for index in range(8):
-        frame = av.AudioFrame.from_ndarray(
-            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
-        )
-        frame.sample_rate, frame.pts = 8000, index * 1024
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode())
-
-
-def intra_only(path: Path, n: int) -> list[tuple[int, int]]:
-    """Write n frames that need no others; returns each one's (offset, size) in the file."""
-    rng = np.random.default_rng(0)
-    frames = [rng.integers(0, 255, (48, 64, 3), np.uint8) for _ in range(n)]
-    encode(path, frames, options={"g": "1", "bf": "0"})
-    with av.open(str(path)) as container:
-        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-
-
-def write_images(folder: Path, names: list[str], **kwargs: int) -> Path:
-    """Save `greys` under these names, in this order."""
-    folder.mkdir(exist_ok=True)
-    for name, array in zip(names, greys(len(names), **kwargs), strict=True):
-        Image.fromarray(array).save(folder / name)
-    return folder
-
+from util import MissingFileError, UserError
 
 # ---------------------------------------------------------------- errors and the command line
 
@@ -464,197 +360,11 @@ def test_yaml_that_is_not_there_or_not_text(tmp_path):
         util.load_yaml(tmp_path / "a.yaml")
 
 
-# ---------------------------------------------------------------- configuration
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Example:
-    prompt: str
-    sd_version: str = "2.1"
-    steps: int = option(50, low=1, high=1000)
-    start: float = option(0.5, above=0, high=1)
-    guidance_scale: float = 7.5
-    fixed: bool = False
-    blend: str = option("sigmoid", choices=("sigmoid", "linear"))
-    fps: float | None = option(None, above=0)
-    seed: int = option()
-    tags: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 10 and self.fixed:
-            raise UserError("steps: must be 10 or more where fixed is true")
-
-
-GOOD = {"prompt": "a wolf", "seed": 1}
-
-
-def load(tmp_path: Path, text: str, *overrides: str) -> Example:
-    path = tmp_path / "c.yaml"
-    path.write_text(text, encoding="utf-8")
-    return util.load_config(Example, path, overrides)
-
-
-def test_config_takes_defaults_and_whole_numbers_as_floats(tmp_path):
-    config = load(tmp_path, "prompt: a wolf\nseed: 1\nguidance_scale: 7\nfps: null\n")
-    assert config == Example(prompt="a wolf", seed=1, guidance_scale=7.0)
-    assert type(config.guidance_scale) is float
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.seed = 2
-
-
-def test_overrides_win_and_only_the_first_equals_sign_splits(tmp_path):
-    config = load(
-        tmp_path,
-        yaml.safe_dump(GOOD | {"steps": "refused, were it not overridden", "fps": 3}),
-        "steps=20",
-        "prompt=a=b",
-        "fps=",
-        "fixed=true",
-        "sd_version='1.5'",
-        "seed=1",
-        "seed=2",
-    )
-    assert config == Example(prompt="a=b", steps=20, fps=None, fixed=True, sd_version="1.5", seed=2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"promt": "x"}, "promt: unknown key; did you mean prompt?"),
-        ({"zzzzz": 1}, "zzzzz: unknown key; known keys: prompt, sd_version, steps, start"),
-        ({1: 2}, "1: unknown key; known keys"),
-        ({"prompt": None}, "prompt: expected text, got nothing"),
-        ({"prompt": ["a", "b"]}, "prompt: expected text, got ['a', 'b']"),
-        ({"sd_version": 2.1}, "sd_version: expected text, got 2.1; quote it: sd_version: '2.1'"),
-        ({"prompt": True}, "prompt: expected text, got True; quote it: prompt: '...'"),
-        ({"steps": "many"}, "steps: expected a whole number, got 'many'"),
-        ({"steps": 5.0}, "steps: expected a whole number, got 5.0"),
-        ({"steps": True}, "steps: expected a whole number, got True"),
-        ({"steps": 0}, "steps: expected at least 1 and at most 1000, got 0"),
-        ({"steps": 1001}, "steps: expected at least 1 and at most 1000, got 1001"),
-        ({"start": 0}, "start: expected more than 0 and at most 1, got 0"),
-        ({"start": 1.5}, "start: expected more than 0 and at most 1, got 1.5"),
-        ({"guidance_scale": "high"}, "guidance_scale: expected a number, got 'high'"),
-        ({"guidance_scale": False}, "guidance_scale: expected a number, got False"),
-        ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite number, got nan"),
-        ({"guidance_scale": float("-inf")}, "guidance_scale: expected a finite number, got -inf"),
-        ({"guidance_scale": 10**400}, "guidance_scale: expected a number, got 1000"),
-        ({"fixed": 1}, "fixed: expected true or false, got 1"),
-        ({"fixed": "yes"}, "fixed: expected true or false, got 'yes'"),
-        ({"blend": "cubic"}, "blend: expected one of sigmoid, linear; got 'cubic'"),
-        ({"fps": 0}, "fps: expected more than 0, got 0"),
-        ({"fps": "fast"}, "fps: expected a number or null, got 'fast'"),
-        ({"seed": None}, "seed: expected a whole number, got nothing"),
-        ({"steps": 5, "fixed": True}, "steps: must be 10 or more where fixed is true"),
-    ],
-)
-def test_each_rule_refuses(tmp_path, change, message):
-    with pytest.raises(UserError) as caught:
-        load(tmp_path, yaml.safe_dump(GOOD | change))
-    assert str(caught.value).startswith(f"{tmp_path / 'c.yaml'}: {message}")
-
-
-def test_a_required_key_may_not_be_missing(tmp_path):
-    with pytest.raises(UserError, match=r"c\.yaml: seed: is missing; expected a whole number"):
-        load(tmp_path, "prompt: a wolf")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("steps", "--set steps: expected key=value"),
-        ("=5", "--set =5: expected key=value"),
-        ("stps=5", "--set stps: unknown key; did you mean steps?"),
-        ("steps=many", "--set steps: expected a whole number, got 'many'"),
-        ("steps=0", "--set steps: expected at least 1"),
-        ("steps=[1", "--set steps: not valid YAML"),
-    ],
-)
-def test_bad_overrides_name_themselves(tmp_path, override, message):
-    with pytest.raises(UserError) as caught:
-        load(tmp_path, yaml.safe_dump(GOOD), override)
-    assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("override", "value"),
-    [
-        ("prompt=a wolf #2: gold", "a wolf #2: gold"),
-        ("prompt=- yes", "- yes"),
-        ("prompt='quoted'", "quoted"),
-        ("prompt=a=b", "a=b"),
-        ("prompt=", ""),
-        ("prompt=2.1", "2.1"),
-    ],
-)
-def test_text_in_an_override_is_taken_as_it_stands(tmp_path, override, value):
-    assert load(tmp_path, yaml.safe_dump(GOOD), override).prompt == value
-
-
-def test_an_exploding_alias_gives_a_short_message(tmp_path):
-    lines = ["prompt:", "  - &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    with pytest.raises(UserError, match=r"c\.yaml: .* aliases stand for too much") as caught:
-        load(tmp_path, "\n".join(lines))
-    assert len(str(caught.value)) < 1000
-
-
 def test_a_few_aliases_are_welcome(tmp_path):
     text = "defaults: &d {steps: 5, seed: 1}\nwolf: {<<: *d, seed: 2}\nfox: *d\n"
     (tmp_path / "a.yaml").write_text(text)
     loaded = util.load_yaml(tmp_path / "a.yaml")
     assert loaded["wolf"] == {"steps": 5, "seed": 2} and loaded["fox"] == loaded["defaults"]
-
-
-MERGES = [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 30)]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("\n".join(["a0: &a0 {x: 1}", *MERGES]), "aliases stand for too much"),
-        ("prompt: &p [*p]", "aliases stand for too much"),
-        ("prompt: &p {<<: *p}", "aliases stand for too much"),
-        ("a: " + "[" * 100_000, "nested too deep"),
-        ("\n".join(" " * depth + "a:" for depth in range(600)), "nested too deep"),
-        ("- " * 100_000, "nested too deep"),
-        ("seed: 1" + ":1" * 100_000, "line 1: '1:1:1:.* is too long for a number"),
-        ("seed: 0x" + "f" * 100_000, "line 1: '0xff.* is too long for a number"),
-        ("prompt: " + "x" * 300_000, "c.yaml: larger than the 256 KB"),
-        ("steps: 0x" + "f" * 990, "steps: expected .* at most 1000, got "),
-        ("steps: [0x" + "f" * 990 + "]", "steps: expected a whole number, got "),
-        ("fixed: !!bool x", "line 1: a value is not what its tag .*bool says"),
-        ("prompt: !!timestamp x", "line 1: a value is not what its tag .*timestamp says"),
-        ("seed: !!int ''", "line 1: a value is not what its tag .*int says"),
-        ("? 0x" + "f" * 990 + "\n: 1", "unknown key"),
-        ("? " + "k" * 100_000 + "\n: 1", r"kkk\.\.\.: unknown key"),
-        ("? [a, b]\n: 1", "unhashable key"),
-    ],
-    ids=lambda value: value[:12],
-)
-def test_no_text_keeps_the_parser_busy(tmp_path, text, message):
-    with pytest.raises(UserError, match=message) as caught:
-        load(tmp_path, text)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('prompt: "a\\0b"', r"c\.yaml: prompt: 'a\\x00b' holds a NUL character"),
-        ('prompt: "a\\ud800b"', "prompt: .* is not valid Unicode text"),
-        ('"a\\x1b[31m": 1', r"c\.yaml: a\\x1b\[31m: unknown key"),
-    ],
-)
-def test_text_that_no_file_can_hold_is_refused(tmp_path, text, message):
-    with pytest.raises(UserError, match=message):
-        load(tmp_path, f"seed: 1\n{text}")
-
-
-def test_a_long_override_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--set prompt: longer than 256 KB"):
-        load(tmp_path, yaml.safe_dump(GOOD), "prompt=" + "x" * 300_000)
-    assert len(load(tmp_path, yaml.safe_dump(GOOD), "prompt=" + "x" * 10_000).prompt) == 10_000
 
 
 @pytest.mark.parametrize("word", ["a\0b", os.fsdecode(b"caf\xe9.mp4")])
@@ -693,14 +403,3 @@ def test_an_error_is_one_line_without_control_characters():
     assert str(UserError("a\nb\x1b]0;title\x07\r\nc \x7f 狼")) == (
         "a b\\x1b]0;title\\x07 c \\x7f 狼"
     )
-
-
-def test_a_field_of_another_type_is_a_bug(tmp_path):
-    (tmp_path / "c.yaml").write_text("names: [a]")
-
-    @dataclasses.dataclass(frozen=True)
-    class Listed:
-        names: list[str]
-
-    with pytest.raises(TypeError, match="cannot be of type"):
-        util.load_config(Listed, tmp_path / "c.yaml")

@@ -1,0 +1,328 @@
+"""Checks everything that is read from outside: configs, command lines, manifests, lists, records.
+
+Declare what is expected as a model, and read it with one of the functions below:
+
+    class Row(Model):
+        prompt: str = Field(description="what the edited video shows")      # required
+        n_frames: int = Field(40, ge=1, le=MAX_COUNT, description="frames to use, at most")
+        blend: Literal["sigmoid", "linear"] = Field("sigmoid", description="weights of Eq. 7")
+        fps: float | None = Field(None, gt=0, description="frame rate; null: the clip's")
+
+        @model_validator(mode="after")
+        def check_rules(self) -> Row:
+            if ...: raise ValueError("n_frames: 3 is odd, ...")             # names its keys itself
+            return self
+
+    parse(Row, mapping, "clips.yaml")         -> "clips.yaml: n_frames: expected at least 1, got 0"
+    load_config(Row, path, ["n_frames=8"])    a YAML file and --set overrides
+    add_arguments(parser, Row); from_arguments(Row, parser.parse_args(argv))    a command line
+
+Values are not converted (strict), except whole numbers where a float is expected; unknown keys
+are refused. Every fault is a UserError of one line. Lists, mappings and models may be nested:
+`clips: list[Row]` gives "clips.yaml: clips: number 3: prompt: expected text, got 7". A validator of
+one field raises ValueError("expected a city, got 'x'"): its place is put before it. A model with
+`ALIASES` also accepts other names of its fields, such as those of the released code. Use
+`model_dump()` and `model_copy(update={...})` where a dataclass has asdict and replace;
+`model_copy` does not check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from util import MAX_CONFIG_BYTES, UserError, load_yaml, parse_yaml, shown, shown_key, text_fault
+
+MAX_COUNT = 1_000_000  # of frames, steps or a batch: far beyond use, far below overflow
+MAX_SEED = 2**63 - 1  # torch's generators accept no more
+
+
+class Model(BaseModel):
+    """What is expected of a mapping; see the module's docstring."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=False,
+        protected_namespaces=(),
+    )
+    ALIASES: ClassVar[Mapping[str, str]] = {}  # other names of fields, to the field's
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _texts_can_be_written(cls, value: Any) -> Any:
+        for text in _texts(value):
+            if fault := text_fault(text):
+                raise ValueError(fault)
+        return value
+
+
+M = TypeVar("M", bound=Model)
+
+
+def parse(cls: type[M], given: Any, where: str) -> M:
+    """Checks a mapping.
+
+    Args:
+        where: what the mapping is read from, for errors.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is not as declared; begins with
+            "<where>: <key>: ". An error that a validator raises keeps its type.
+    """
+    return _parse(cls, given, lambda key: f"{where}: {key}" if key else where)
+
+
+def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -> M:
+    """Reads a YAML file.
+
+    Args:
+        overrides: "key=value" strings that win over the file. The value of a text is taken as it
+            stands (except quotes around it, and null where that is allowed); others are YAML.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: as for `parse`; begins with "<path>: <key>: " or "--set <key>: ".
+    """
+    values = _renamed(cls, load_yaml(path, MAX_CONFIG_BYTES), str(path))
+    overridden = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UserError(f"--set {shown_key(text)}: expected key=value")
+        where = f"--set {shown_key(key)}"
+        if len(value) > MAX_CONFIG_BYTES:
+            raise UserError(f"{where}: longer than {MAX_CONFIG_BYTES >> 10} KB")
+        field = cls.model_fields.get(cls.ALIASES.get(key, key))
+        key = cls.ALIASES.get(key, key)
+        overridden[key] = where
+        values[key] = _override(value, field.annotation if field else str, where)
+
+    def place(key: str) -> str:
+        return overridden.get(key) or (f"{path}: {key}" if key else str(path))
+
+    return _parse(cls, values, place)
+
+
+def add_arguments(parser: argparse.ArgumentParser, cls: type[Model]) -> None:
+    """Adds one option for each field to a parser; `from_arguments` reads and checks the values.
+
+    A bool is a flag without a value; one that is true by default has --no_<name> too. "metavar" in
+    a field's json_schema_extra is what the help shows for its value.
+    """
+    for name, field in cls.model_fields.items():
+        names = [name, *(alias for alias, of in cls.ALIASES.items() if of == name)]
+        flags = [f"--{each}" for each in names]
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        if _plain(field.annotation) is bool:
+            parser.add_argument(*flags, action="store_true", help=_help(field), **options)
+            if field.default is True:
+                flags = [f"--no_{each}" for each in names]
+                text = f"do not: see --{name}"
+                parser.add_argument(*flags, action="store_false", help=text, **options)
+            continue
+        metavar = metavar_of(field)
+        parser.add_argument(
+            *flags, required=field.is_required(), metavar=metavar, help=_help(field), **options
+        )
+
+
+def from_arguments(cls: type[M], args: argparse.Namespace) -> M:
+    """The model of a command line that `add_arguments` described.
+
+    Raises:
+        UserError: a value is not as declared: "--n_frames: 0, expected at least 1".
+    """
+    given = {}
+    for name, value in vars(args).items():
+        if name in cls.model_fields:
+            kind = _plain(cls.model_fields[name].annotation)
+            given[name] = _number(value, kind) if kind in (int, float) else value
+    return _parse(cls, given, lambda key: f"--{key}" if key else "", command_line=True)
+
+
+def expected(field: FieldInfo | None, annotation: Any) -> str:
+    """What a value should be, in words: "a number or null", "one of nn, flow"."""
+    choices = choices_of(annotation)
+    kind = _plain(annotation)
+    text = f"one of {', '.join(map(str, choices))}" if choices else _KIND_NAMES.get(kind, "")
+    return f"{text} or null" if text and _optional(annotation) else text
+
+
+def limits(field: FieldInfo | None) -> str:
+    """A field's range in words, "at least 1 and at most 1000"; empty if it has none."""
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    rules = field.metadata if field else ()
+    found = [(name, getattr(rule, name, None)) for name in words for rule in rules]
+    return " and ".join(f"{words[name]} {bound}" for name, bound in found if bound is not None)
+
+
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """The only values that a type allows; empty if it is no such type."""
+    plain = _plain(annotation)
+    return typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
+
+
+def metavar_of(field: FieldInfo) -> str | None:
+    """What an option's help shows for its value."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "metavar" in extra:
+        return str(extra["metavar"])
+    choices = choices_of(field.annotation)
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
+    return {int: "N", float: "X"}.get(_plain(field.annotation))
+
+
+# ---------------------------------------------------------------- in detail
+
+_KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_MAPPING = "keys and values"
+_TYPE_NAMES = {"list_type": "a list", "dict_type": _MAPPING, "model_type": _MAPPING}
+_UNKNOWN = ("extra_forbidden", "invalid_key")
+_RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+
+
+def _parse(cls: type[M], given: Any, place: Any, command_line: bool = False) -> M:
+    """`place` says where a key of the mapping stands, or the whole of it ("")."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"{place('')}: expected {_MAPPING}, got {shown(given)}")
+    try:
+        return cls.model_validate(_renamed(cls, given, place("")))
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+    # A misspelt key is missing too: the misspelling says more.
+    fault = min(faults, key=lambda each: (each["type"] == "missing") - (each["type"] in _UNKNOWN))
+    raised = fault.get("ctx", {}).get("error")
+    kind = type(raised) if isinstance(raised, UserError) else UserError
+    first, *rest = fault["loc"] or ("",)
+    parts = [place(shown_key(first)), *(_part(part) for part in rest)]
+    if fault["type"] in _UNKNOWN and rest:
+        parts[-1] = shown_key(rest[-1])
+    where = ": ".join(part for part in parts if part)
+    raise kind(f"{where}: {_fault_text(cls, fault, where, command_line)}" if where else str(raised))
+
+
+def _part(part: str | int) -> str:
+    return f"number {part + 1}" if isinstance(part, int) else shown_key(part)
+
+
+def _fault_text(cls: type[Model], fault: ErrorDetails, where: str, command_line: bool) -> str:
+    """What is wrong with one value, without where it stands."""
+    if fault["type"] in ("value_error", "assertion_error"):
+        return str(fault["ctx"]["error"])
+    if fault["type"] in _UNKNOWN:
+        owner = _declared(cls, fault["loc"][:-1])[0]
+        fields = [*owner.model_fields, *owner.ALIASES]
+        near = difflib.get_close_matches(shown_key(fault["loc"][-1]), fields, n=1)
+        known = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
+        return f"unknown key; {known}"
+    annotation, field = _declared(cls, fault["loc"])
+    text = expected(field, annotation)
+    if fault["type"] == "missing":
+        return f"is missing; expected {text}" if text else "is missing"
+    if fault["type"] in _RANGES and limits(field):
+        text = limits(field)
+    elif fault["type"] == "finite_number":
+        text = "a finite number"
+    text = text or _TYPE_NAMES.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
+    value = fault["input"]
+    got = "nothing" if value is None else shown(value)
+    if command_line:
+        return f"{got}, expected {text}"
+    quoted = _quote_hint(value, where) if fault["type"] == "string_type" else ""
+    return f"expected {text}{';' if choices_of(annotation) else ','} got {got}{quoted}"
+
+
+def _declared(annotation: Any, loc: Sequence[str | int]) -> tuple[Any, FieldInfo | None]:
+    """The type, and the field if it is one's, that a place within a model leads to."""
+    field = None
+    for part in loc:
+        annotation = _plain(annotation)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            field = annotation.model_fields.get(str(part))
+            annotation = field.annotation if field else Any
+        else:  # an item of a list, or a value of a mapping
+            annotation, field = (typing.get_args(annotation) or (Any,))[-1], None
+    return _plain(annotation) if field is None else annotation, field
+
+
+def _renamed(cls: type[Model], given: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+    """The mapping with the fields' own names."""
+    values = {}
+    for key, value in given.items():
+        name = cls.ALIASES.get(key, key) if isinstance(key, str) else key
+        if name in values:
+            raise UserError(f"{where}: {name} is given twice, under one of its other names too")
+        values[name] = value
+    return values
+
+
+def _override(text: str, annotation: Any, where: str) -> Any:
+    """The value of an override; a text is not read as YAML: a prompt may hold "#" or ": "."""
+    if not (_plain(annotation) is str or choices_of(annotation)):
+        return parse_yaml(text, where)
+    if _optional(annotation) and text.strip() in ("null", "~", ""):
+        return None
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def _number(text: Any, kind: type) -> Any:
+    """The number that a word spells; the word itself if it spells none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _plain(annotation: Any) -> Any:
+    """The type X of `X | None`."""
+    kinds = [part for part in _parts(annotation) if part is not type(None)]
+    return kinds[0] if len(kinds) == 1 else annotation
+
+
+def _optional(annotation: Any) -> bool:
+    return type(None) in _parts(annotation)
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in lists and mappings, keys too."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in value.items() for part in item for text in _texts(part)]
+    return [text for part in value for text in _texts(part)] if isinstance(value, list) else []
+
+
+def _help(field: FieldInfo) -> str:
+    text = (field.description or "").replace("%", "%%")
+    if field.is_required() or field.default in (None, "", False):
+        return text
+    return f"{text} (default: {field.default})" if field.default is not True else text
+
+
+def _quote_hint(value: Any, where: str) -> str:
+    """Says how to write a number, date or yes/no as text; nothing for lists and mappings."""
+    if value is None or isinstance(value, (list, dict)):
+        return ""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"; quote it: {where.rpartition(' ')[2]}: '{value if is_number else '...'}'"
