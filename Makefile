@@ -21,7 +21,7 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $@
 
 demo: $(READY)
-	$(PY) scripts/demo.py
+	$(PY) -m scripts.demo
 
 test: $(READY)
 	$(PY) -m pytest

@@ -28,8 +28,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmark_meters import Meter, limit_memory, matrix_rate
-from benchmark_runs import (
+from tokenflow.benchmarks.meters import Meter, limit_memory, matrix_rate
+from tokenflow.benchmarks.runs import (
     Bench,
     Timed,
     edit_config,
@@ -45,8 +45,8 @@ from benchmark_runs import (
     timed_edit,
     timed_preprocess,
 )
-from diffusion import StableDiffusion
-from run_info import device_name, versions
+from tokenflow.diffusion.models import StableDiffusion
+from tokenflow.ops.profiling import device_name, versions
 from util import (
     ArgumentParser,
     UserError,

@@ -19,8 +19,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from diffusion import resolve_device
-from evaluate_inputs import (
+from tokenflow.cache.source_cache import SourceCache
+from tokenflow.diffusion.models import resolve_device
+from tokenflow.evaluation.inputs import (
     MASK_RULE,
     Source,
     Subject,
@@ -32,7 +33,7 @@ from evaluate_inputs import (
     read_masks,
     read_truth,
 )
-from metrics import (
+from tokenflow.evaluation.metrics import (
     ClipEmbedder,
     DinoKeys,
     clip_directional,
@@ -44,7 +45,7 @@ from metrics import (
     structure_distance,
     warp_error,
 )
-from motion import (
+from tokenflow.evaluation.motion import (
     ALPHA1,
     ALPHA2,
     FlowModel,
@@ -54,9 +55,8 @@ from motion import (
     motion_by,
     raft_weights_name,
 )
-from run_info import versions
-from score_table import FORMATS, Row, text_table
-from source_cache import SourceCache
+from tokenflow.evaluation.score_table import FORMATS, Row, text_table
+from tokenflow.ops.profiling import versions
 from util import (
     ArgumentParser,
     UserError,

@@ -12,17 +12,30 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from batch_sizes import unet_batch_size
-from cache_maker import CacheMaker
-from checkpoints import load_unet_skeleton
-from diffusion import Loader, StableDiffusion, load_stable_diffusion, make_denoiser
-from folders import locked, recover, resumable_folder, unfinished_bytes
-from parallel import ALONE, Team, start_team
-from preprocess_inputs import PreprocessInputs, open_inputs
-from preprocess_options import DEFAULTS, parse_args
-from run_info import Stopwatch
-from source_cache import FEATURES, FORMAT, Manifest, describe_difference, identity, open_cache
-from source_features import check_room, feature_bytes, find_features, size_text, write_features
+from tokenflow.cache.build import CacheMaker
+from tokenflow.cache.inputs import PreprocessInputs, open_inputs
+from tokenflow.cache.options import DEFAULTS, parse_args
+from tokenflow.cache.source_cache import (
+    FEATURES,
+    FORMAT,
+    Manifest,
+    describe_difference,
+    identity,
+    open_cache,
+)
+from tokenflow.cache.source_features import (
+    check_room,
+    feature_bytes,
+    find_features,
+    size_text,
+    write_features,
+)
+from tokenflow.diffusion.batch_size import unet_batch_size
+from tokenflow.diffusion.checkpoints import load_unet_skeleton
+from tokenflow.diffusion.models import Loader, StableDiffusion, load_stable_diffusion, make_denoiser
+from tokenflow.ops.distributed import ALONE, Team, start_team
+from tokenflow.ops.profiling import Stopwatch
+from tokenflow.storage.work_dir import locked, recover, resumable_folder, unfinished_bytes
 from util import UserError, command_line, setup_logging
 
 log = logging.getLogger("tokenflow")

@@ -27,9 +27,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from evaluate_inputs import method_name
-from folders import replacing_folder
-from source_cache import MANIFEST, SourceCache, read_manifest
+from tokenflow.cache.source_cache import MANIFEST, SourceCache, read_manifest
+from tokenflow.evaluation.inputs import method_name
+from tokenflow.storage.video import READING, read_clip, save_video
+from tokenflow.storage.work_dir import replacing_folder
 from util import (
     ArgumentParser,
     MissingFileError,
@@ -40,12 +41,11 @@ from util import (
     setup_logging,
     slug,
 )
-from video import READING, read_clip, save_video
 
 log = logging.getLogger("tokenflow")
 
 PAGE = "report.html"
-PAGE_PARTS = Path(__file__).resolve().parent / "report_page"
+PAGE_PARTS = Path(__file__).resolve().parent / "tokenflow" / "figures" / "page"
 GENERATOR = '<meta name="generator" content="tokenflow report.py">'
 PARTS_OF_A_RESULT = ("edited.mp4", "config.yaml", "run.yaml")
 LINKED = (*PARTS_OF_A_RESULT, "side_by_side.mp4", "frames")

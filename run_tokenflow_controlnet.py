@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from checkpoints import (
+from tokenflow.diffusion.checkpoints import (
     DEPTH_ESTIMATOR,
     check_controlnet_fits,
     controlnet_key_for,
     single_model_folder,
 )
-from conditions import Control, ControlSettings, draw_control, estimate_depth
-from diffusion import Loader
-from edit_inputs import EditConfig, open_inputs
-from editing import EditPlan, EditSession, run_edit, run_script
-from parallel import ALONE, Team
+from tokenflow.diffusion.conditions import Control, ControlSettings, draw_control, estimate_depth
+from tokenflow.diffusion.models import Loader
+from tokenflow.editing.inputs import EditConfig, open_inputs
+from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script
+from tokenflow.ops.distributed import ALONE, Team
 from util import UserError, command_line, option
 
 TECHNIQUE = "controlnet"

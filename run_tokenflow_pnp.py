@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import load_unet_skeleton
-from diffusion import Loader
-from edit_inputs import EditConfig, open_inputs
-from editing import EditPlan, EditSession, run_edit, run_script
-from parallel import ALONE, Team
+from tokenflow.diffusion.checkpoints import load_unet_skeleton
+from tokenflow.diffusion.models import Loader
+from tokenflow.editing.inputs import EditConfig, open_inputs
+from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script
+from tokenflow.ops.distributed import ALONE, Team
 from tokenflow_utils import missing_injection_layers
 from util import UserError, command_line, option
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion import Loader
-from edit_inputs import EditConfig, open_inputs
-from editing import EditPlan, EditSession, run_edit, run_script
-from parallel import ALONE, Team
+from tokenflow.diffusion.models import Loader
+from tokenflow.editing.inputs import EditConfig, open_inputs
+from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script
+from tokenflow.ops.distributed import ALONE, Team
 from util import command_line, option
 
 TECHNIQUE = "sdedit"

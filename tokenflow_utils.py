@@ -37,8 +37,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from nearest import nearest_tokens
-from parallel import ALONE, Share
+from tokenflow.ops.distributed import ALONE, Share
+from tokenflow.ops.nearest import nearest_tokens
 
 # PnP injects the output of this convolution ("layer 4" of the decoder) ...
 FEATURE_LAYER = "up_blocks.1.resnets.1.conv2"

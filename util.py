@@ -124,10 +124,17 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
         )
         sys.exit(2)
     except KeyboardInterrupt as error:
-        again = shlex.join(["python", *sys.argv])
+        again = shlex.join(["python", *_this_command()])
         print(f"\ninterrupted; {_GO_ON}: {again}", file=sys.stderr)
         sys.exit(128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT))
     sys.exit(0)
+
+
+def _this_command() -> list[str]:
+    """The words after `python` that ran this script: a file's name, or -m and a module's."""
+    spec = sys.modules["__main__"].__spec__
+    as_module = spec is not None and spec.origin == sys.argv[0]
+    return [*(["-m", spec.name] if as_module else sys.argv[:1]), *sys.argv[1:]]
 
 
 _GO_ON = "the same command goes on with what is finished by now"
@@ -171,8 +178,7 @@ class _MessageFormatter(logging.Formatter):
 
 
 def _is_ours_or_grave(record: logging.LogRecord) -> bool:
-    here = Path(__file__).resolve().parent
-    ours = Path(record.pathname).resolve().parent in (here, here / "scripts")
+    ours = record.name.partition(".")[0] == "tokenflow"
     return ours or record.levelno >= logging.WARNING
 
 

@@ -15,20 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion import decode_latents, psnr
-from edit_inputs import EditConfig
-from editing import keyframes_of_steps
-from evaluate_inputs import TECHNIQUES, method_name
-from features import (
-    LAYER,
-    View,
-    edit_tokens,
-    open_view,
-    rebuilt_from_keyframe,
-    source_denoiser,
-    source_tokens,
-)
-from figures import (
+from run_tokenflow_controlnet import ControlNetConfig
+from run_tokenflow_pnp import PnPConfig
+from run_tokenflow_sdedit import SDEditConfig, steps_from
+from tokenflow.cache.source_cache import SourceCache, open_cache
+from tokenflow.diffusion.inversion import reconstruct
+from tokenflow.diffusion.models import decode_latents, psnr
+from tokenflow.editing.inputs import EditConfig
+from tokenflow.editing.loop import keyframes_of_steps
+from tokenflow.evaluation.inputs import TECHNIQUES, method_name
+from tokenflow.figures.drawing import (
     captioned,
     displacements,
     distance_picture,
@@ -46,12 +42,17 @@ from figures import (
     warp_by_cells,
     xt_slice,
 )
-from inversion import reconstruct
-from nearest import nearest_tokens
-from run_tokenflow_controlnet import ControlNetConfig
-from run_tokenflow_pnp import PnPConfig
-from run_tokenflow_sdedit import SDEditConfig, steps_from
-from source_cache import SourceCache, open_cache
+from tokenflow.figures.features import (
+    LAYER,
+    View,
+    edit_tokens,
+    open_view,
+    rebuilt_from_keyframe,
+    source_denoiser,
+    source_tokens,
+)
+from tokenflow.ops.nearest import nearest_tokens
+from tokenflow.storage.video import load_frames, save_video
 from util import (
     ArgumentParser,
     MissingFileError,
@@ -62,7 +63,6 @@ from util import (
     load_yaml,
     setup_logging,
 )
-from video import load_frames, save_video
 
 CONFIGS = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
 

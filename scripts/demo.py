@@ -9,7 +9,6 @@ tokenflow-results/demo.png. What is there already is kept; `make clean` removes 
 from __future__ import annotations
 
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,23 +18,26 @@ from typing import Any
 import numpy as np
 import torch
 
-# Scripts in this folder are run from the repository root, which Python does not search by itself.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import strip
-from shapes_metrics import Judge, color_shape_background, warp_error
-from shapes_pictures import SIZE
-from shapes_world import SAMPLE_FRAMES, SAMPLES, ShapesClip, caption_of, random_scene, render_clip
-
 import preprocess
 import run_tokenflow_controlnet
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
-from checkpoints import MODELS
-from preprocess_options import arguments
-from source_cache import open_cache
+from scripts import strip
+from scripts.shapes.metrics import Judge, color_shape_background, warp_error
+from scripts.shapes.pictures import SIZE
+from scripts.shapes.world import (
+    SAMPLE_FRAMES,
+    SAMPLES,
+    ShapesClip,
+    caption_of,
+    random_scene,
+    render_clip,
+)
+from tokenflow.cache.options import arguments
+from tokenflow.cache.source_cache import open_cache
+from tokenflow.diffusion.checkpoints import MODELS
+from tokenflow.storage.video import load_frames, read_clip
 from util import ArgumentParser, UserError, command_line, load_yaml, setup_logging
-from video import load_frames, read_clip
 
 CLIP = "star"
 INVERSION_ITERS = 2

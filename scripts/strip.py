@@ -1,22 +1,19 @@
 """Draws clips as labelled rows of frames: README's picture.
 
-python scripts/strip.py OUT.png source=data/star.mp4 PnP=RESULT/edited.mp4
+python -m scripts.strip OUT.png source=data/star.mp4 PnP=RESULT/edited.mp4
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-# Scripts in this folder are run from the repository root, which Python does not search by itself.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from figures import png
+from tokenflow.figures.drawing import png
+from tokenflow.storage.video import read_clip
 from util import (
     ArgumentParser,
     UserError,
@@ -25,7 +22,6 @@ from util import (
     setup_logging,
     write_reports,
 )
-from video import read_clip
 
 FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
 PADDING = 6  # left and right of a label

@@ -3,7 +3,8 @@
 #
 #     sh scripts/table1.sh CLIPS_YAML [--jobs N] [--json FILE] [--markdown FILE] ...
 #
-# CLIPS_YAML is explained in configs/table1_davis.yaml; scripts/shapes_clips.py writes one for the
+# CLIPS_YAML is explained in configs/table1_davis.yaml; scripts/shapes/clips.py writes one for the
 # small model. Stopped at any time, the same command goes on. PYTHON names another interpreter.
 set -eu
-exec "${PYTHON:-python}" "$(dirname "$0")/table1.py" "$@"
+PYTHONPATH="$(dirname "$0")/..${PYTHONPATH:+:$PYTHONPATH}" \
+    exec "${PYTHON:-python}" -m scripts.table1.table1 "$@"

@@ -5,7 +5,8 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from make_tiny_model import make_depth_model, make_model
+
+from scripts.tiny_model.make_random import make_depth_model, make_model
 
 # The tests' tensors are too small to share between threads: waiting for them costs more than it
 # saves, above all on a busy machine.

@@ -7,11 +7,11 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from shapes_world import random_scene, render_clip
 
 import preprocess
-from preprocess_options import arguments
-from video import save_video
+from scripts.shapes.world import random_scene, render_clip
+from tokenflow.cache.options import arguments
+from tokenflow.storage.video import save_video
 
 HEIGHT, WIDTH = 48, 80  # latents of 6x10: no square, and odd sizes deeper in the UNet
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_clip, shapes_frames
 
 import benchmark
-import benchmark_runs
-import three_branch
-from benchmark_meters import Meter, matrix_rate
-from benchmark_runs import (
+from tests.helpers import make_clip, shapes_frames
+from tokenflow.benchmarks import runs as benchmark_runs
+from tokenflow.benchmarks import three_branch
+from tokenflow.benchmarks.meters import Meter, matrix_rate
+from tokenflow.benchmarks.runs import (
     back_and_forth,
     clip_of,
     edit_overrides,
@@ -22,8 +22,8 @@ from benchmark_runs import (
     prepare_edit,
     setting_kind,
 )
+from tokenflow.storage.video import read_clip
 from util import UserError, load_config
-from video import read_clip
 
 FRAMES, STEPS, INTERVAL = 5, 4, 2
 KEYFRAMES = 3  # of 5 frames in intervals of 2

@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load
 from PIL import Image
-from shapes_metrics import true_motion
-from shapes_world import random_scene, render_clip
 
 import evaluate
-import evaluate_inputs
-import metrics
-import motion
 import run_tokenflow_sdedit
 from evaluate import Evaluator, Protocol, parse_args
-from evaluate_inputs import (
+from scripts.shapes.metrics import true_motion
+from scripts.shapes.world import random_scene, render_clip
+from tests.helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load
+from tokenflow.cache.source_cache import open_cache
+from tokenflow.evaluation import inputs as evaluate_inputs
+from tokenflow.evaluation import metrics, motion
+from tokenflow.evaluation.inputs import (
     Source,
     find_masks,
     find_results,
@@ -34,8 +34,8 @@ from evaluate_inputs import (
     read_masks,
     read_truth,
 )
-from motion import save_motion
-from score_table import (
+from tokenflow.evaluation.motion import save_motion
+from tokenflow.evaluation.score_table import (
     COLUMNS,
     Row,
     markdown_table,
@@ -44,9 +44,8 @@ from score_table import (
     summarize,
     text_table,
 )
-from source_cache import open_cache
+from tokenflow.storage.video import load_frames, save_frames, save_video
 from util import MissingFileError, UserError, load_yaml, save_yaml
-from video import load_frames, save_frames, save_video
 
 JUDGE = str(Path(__file__).resolve().parents[1] / "models" / "tiny" / "judge")
 QUICK = ["--flow", "dis", "--clip_model", "none", "--device", "cpu"]

@@ -12,7 +12,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import (
+from PIL import Image
+
+import preprocess
+from tests.helpers import (
     HEIGHT,
     WIDTH,
     arguments,
@@ -23,12 +26,12 @@ from helpers import (
     no_model_may_load,
     video_facts,
 )
-from PIL import Image
-
-import cache_maker
-import preprocess
-import preprocess_options
-from diffusion import (
+from tokenflow.cache import build as cache_maker
+from tokenflow.cache import options as preprocess_options
+from tokenflow.cache.source_cache import CLEAN_LATENTS, find_cache, open_cache, read_manifest
+from tokenflow.cache.source_features import find_features
+from tokenflow.diffusion.inversion import reconstruct
+from tokenflow.diffusion.models import (
     Denoiser,
     decode_latents,
     encode_frames,
@@ -36,11 +39,8 @@ from diffusion import (
     load_stable_diffusion,
     psnr,
 )
-from inversion import reconstruct
-from source_cache import CLEAN_LATENTS, find_cache, open_cache, read_manifest
-from source_features import find_features
+from tokenflow.storage.video import load_frames, read_clip
 from util import MissingFileError, UserError, load_tensors, load_yaml, save_tensors, sha256_file
-from video import load_frames, read_clip
 
 PROMPT = 'a star,\n"turning" on a wall \N{GLOWING STAR}'
 SAMPLING = [801, 601, 401, 201, 1]  # 5 steps

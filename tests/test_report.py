@@ -14,14 +14,20 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from helpers import contents, video_facts
 from PIL import Image
 
 import report
-from folders import Workplace
-from source_cache import Manifest, SourceCache, finish_cache, read_manifest, save_source
+from tests.helpers import contents, video_facts
+from tokenflow.cache.source_cache import (
+    Manifest,
+    SourceCache,
+    finish_cache,
+    read_manifest,
+    save_source,
+)
+from tokenflow.storage.video import save_video
+from tokenflow.storage.work_dir import Workplace
 from util import UserError, command_line, load_yaml, save_yaml
-from video import save_video
 
 FPS, N_FRAMES = Fraction(20), 40
 HOSTILE = {

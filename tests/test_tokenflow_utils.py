@@ -4,13 +4,13 @@ import itertools
 import sys
 
 import pytest
-import reference
 import torch
 from diffusers import TextToVideoZeroPipeline, UNet2DConditionModel
 
-from diffusion import compile_unet
-from nearest import nearest_tokens
-from prompt_attention import share_prompts
+from tests import reference
+from tokenflow.diffusion.models import compile_unet
+from tokenflow.diffusion.prompt_attention import share_prompts
+from tokenflow.ops.nearest import nearest_tokens
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import (
+from PIL import Image
+
+import run_tokenflow_pnp
+import run_tokenflow_sdedit
+import tokenflow_utils
+import visualize
+from run_tokenflow_pnp import PnPConfig
+from run_tokenflow_sdedit import SDEditConfig
+from tests.helpers import (
     HEIGHT,
     WIDTH,
     contents,
@@ -18,17 +26,12 @@ from helpers import (
     shapes_frames,
     video_facts,
 )
-from PIL import Image
-
-import diffusion
-import editing
-import features
-import run_tokenflow_pnp
-import run_tokenflow_sdedit
-import tokenflow_utils
-import visualize
-from features import rebuilt_from_keyframe, recorded_tokens, source_denoiser
-from figures import (
+from tokenflow.cache.source_cache import open_cache
+from tokenflow.diffusion import models as diffusion
+from tokenflow.diffusion.inversion import reconstruct
+from tokenflow.editing import loop as editing
+from tokenflow.figures import features
+from tokenflow.figures.drawing import (
     GAP,
     captioned,
     component_colours,
@@ -50,14 +53,11 @@ from figures import (
     warp_by_cells,
     xt_slice,
 )
-from inversion import reconstruct
-from nearest import nearest_tokens
-from run_tokenflow_pnp import PnPConfig
-from run_tokenflow_sdedit import SDEditConfig
-from source_cache import open_cache
+from tokenflow.figures.features import rebuilt_from_keyframe, recorded_tokens, source_denoiser
+from tokenflow.ops.nearest import nearest_tokens
+from tokenflow.storage.video import load_frames
 from tokenflow_utils import TokenFlowContext, tokenflow_patch
 from util import UserError, command_line, load_yaml, save_yaml
-from video import load_frames
 
 N_FRAMES, STEPS, INTERVAL = 5, 5, 3
 FPS = Fraction(10)

@@ -1,1 +1,5 @@
-"""What the scripts at the root share, in layers: see DESIGN.md's layout, or the list in README."""
+"""TokenFlow's support code, in layers.
+
+A module imports only from its own layer and from those before it in this order:
+ops, storage, diffusion, cache, editing, evaluation, figures, benchmarks.
+"""

@@ -1,0 +1,53 @@
+"""What a bound on joint attention costs: warp errors of PnP edits under several max_keyframes.
+
+python -m scripts.studies.max_keyframes latents/shapes/clips.yaml --interval 1 --bounds 6 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import preprocess
+import run_tokenflow_pnp as pnp
+from evaluate import Evaluator
+from scripts.table1 import table1
+from tokenflow.cache.options import arguments
+from util import ArgumentParser, UserError, command_line, setup_logging
+
+PNP = next(method for method in table1.METHODS if method.name == "PnP, TokenFlow")
+SHOWN = {"warp_error": "warp error x1e-3", "clip_score": "CLIP score"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("clips", type=Path, help="a list of clips as scripts/table1.sh takes it")
+    parser.add_argument("--interval", type=int, default=1, help="frames per keyframe (default: 1)")
+    parser.add_argument("--bounds", type=int, nargs="+", required=True, help="of max_keyframes")
+    args = parser.parse_args(argv)
+    if args.interval < 1 or min(args.bounds) < 2:
+        raise UserError("--interval: expected at least 1; --bounds: expected at least 2")
+    setup_logging()
+    plan = table1.read_list(args.clips)
+    evaluator = Evaluator(plan.protocol)
+    rows = {bound: [] for bound in (None, *args.bounds)}
+    for clip in plan.clips:
+        options = plan.inversion(clip) | {"interval": args.interval}
+        preprocess.preprocess(preprocess.parse_args(arguments(options)))
+        config = replace(plan.config(clip, PNP), batch_size=args.interval)
+        for bound, found in rows.items():
+            folder = pnp.edit(replace(config, max_keyframes=bound))
+            found.append(evaluator.score_result(folder))
+    print(f"{len(plan.clips)} clips, {args.interval} frames per keyframe; means")
+    print("max_keyframes", *SHOWN.values(), "clips with less flicker than unbounded", sep="  ")
+    for bound, found in rows.items():
+        pairs = zip(found, rows[None], strict=True)
+        fewer = sum(row.warp_error < unbounded.warp_error for row, unbounded in pairs)
+        error, score = (mean(getattr(row, key) for row in found) for key in SHOWN)
+        print(f"{bound or 'null':>13}  {error:>16.2f}  {score:>10.3f}  {fewer}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,108 @@
+"""Make the baselines of Table 1 that are no editing technique, as results like any other.
+
+    python -m scripts.table1.baselines reconstruction --config configs/config_pnp.yaml
+    python -m scripts.table1.baselines rgb_propagation --config configs/config_pnp.yaml
+
+`reconstruction` is the clip encoded and decoded by the VAE: what no latent diffusion edit can
+flicker less than ("LDM recon."). `rgb_propagation` edits the middle frame alone, by PnP, and brings
+its pixels to all frames along the optical flow: the role of "Stylizing Video by Example" (Jamriska
+et al. 2019), which propagates one edited keyframe too. The config is run_tokenflow_pnp.py's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import run_tokenflow_pnp as pnp
+from tokenflow.cache.source_cache import CLEAN_LATENTS
+from tokenflow.diffusion.conditions import optical_flow
+from tokenflow.diffusion.models import decode_latents, encode_frames
+from tokenflow.editing.inputs import open_inputs, read_config
+from tokenflow.editing.loop import Edited, EditSession, make_result
+from tokenflow.evaluation.motion import warp
+from tokenflow.storage.video import load_frames
+from util import UserError, command_line, load_yaml, setup_logging
+
+
+def reconstruction(config: pnp.PnPConfig, overwrite: bool = False) -> Path:
+    """The result whose frames are the VAE's reconstruction; returns its folder."""
+
+    def edit(session: EditSession) -> Edited:
+        latents = session.cache.latents(CLEAN_LATENTS, session.inputs.n_frames)
+        with session.watch("decode"):
+            frames = decode_latents(session.models, latents, session.chunk_size)
+        return Edited(frames, latents)
+
+    return make_result("reconstruction", open_inputs(config), edit, overwrite)
+
+
+def rgb_propagation(config: pnp.PnPConfig, overwrite: bool = False) -> Path:
+    """The result whose frames are warps of the edited middle frame; returns its folder."""
+    inputs = open_inputs(config)
+    per_frame = pnp.edit(replace(config, consistency="none"), overwrite)
+
+    def edit(session: EditSession) -> Edited:
+        middle = inputs.n_frames // 2
+        keyframe = load_frames(per_frame / "frames")[middle]
+        with session.watch("edit"):
+            frames = propagate_rgb(keyframe, session.frames, middle)
+        for stage in ("edit", "decode"):  # the keyframe's edit, which was of all frames
+            session.watch.add(stage, load_yaml(per_frame / "run.yaml")["seconds"][stage])
+        # No latents were edited: those of the frames stand in their place.
+        return Edited(frames, encode_frames(session.models, frames, session.chunk_size))
+
+    return make_result("rgb_propagation", inputs, edit, overwrite)
+
+
+def propagate_rgb(keyframe: np.ndarray, source: np.ndarray, number: int) -> np.ndarray:
+    """Bring a keyframe's pixels to all frames along the source's optical flow.
+
+    The flows of consecutive frames are chained, and the keyframe is sampled once: warping each
+    frame from its neighbour would blur it more with every step.
+
+    Args:
+        keyframe: (H, W, 3) uint8, the edited frame.
+        source: (n, H, W, 3) uint8.
+        number: of the keyframe in the source.
+
+    Returns:
+        (n, H, W, 3) uint8; the keyframe itself at its number.
+    """
+    frames = np.empty_like(source)
+    frames[number] = keyframe
+    for step, numbers in ((1, range(number + 1, len(source))), (-1, range(number - 1, -1, -1))):
+        chained = torch.zeros(1, 2, *keyframe.shape[:2])
+        for i in numbers:
+            flow = optical_flow(source[i], source[i - step])[None]
+            further = torch.from_numpy(warp(chained.permute(0, 2, 3, 1).numpy(), flow))
+            chained = flow + further.permute(0, 3, 1, 2)
+            frames[i] = warp(keyframe[None], chained)[0].round()
+    return frames
+
+
+BASELINES = {"reconstruction": reconstruction, "rgb_propagation": rgb_propagation}
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the script; returns the result's folder."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        rest = [name]
+    elif name not in BASELINES:
+        raise UserError(f"expected {' or '.join(BASELINES)} as the first word, got {name!r}")
+    setup_logging()
+    config, overwrite = read_config(pnp.PnPConfig, rest, pnp.CONFIG, __doc__.splitlines()[0])
+    folder = BASELINES[name](config, overwrite)
+    print(f"result: {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    command_line(main)

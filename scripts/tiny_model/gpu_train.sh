@@ -1,0 +1,20 @@
+#!/usr/bin/env sh
+# Train the small model on a GPU and measure it. Run it again after an interruption: it goes on.
+# In $OUT: tiny.tar in pieces of 15 MiB (cat $OUT/tiny.tar.* | tar -x -C models/tiny), the
+# figures, and the sample sheets. To try it all in a few minutes on a CPU:
+#   BUDGET=smoke WORK=latents/smoke CHECK="--quick --clips 1 --pictures 4" sh scripts/tiny_model/gpu_train.sh
+set -eu
+PY=${PY:-python}
+OUT=${OUT:-tokenflow-results/gpu_train}
+WORK=${WORK:-latents/tiny-training}
+BUDGET=${BUDGET:-gpu}
+CHECK=${CHECK:---clips 20 --pictures 200}
+
+mkdir -p "$OUT"
+"$PY" -m scripts.tiny_model.train all --budget "$BUDGET" --model "$WORK/model" --work "$WORK"
+rm -f "$OUT"/tiny.tar*
+tar -C "$WORK/model" -cf "$WORK/tiny.tar" .
+split -b 15m "$WORK/tiny.tar" "$OUT/tiny.tar."
+tar -C "$WORK" -czf "$OUT/sheets.tar.gz" $(cd "$WORK" && find . -name 'sheet_*' -o -name log.csv)
+# shellcheck disable=SC2086
+"$PY" -m scripts.tiny_model.check $CHECK --model "$WORK/model" --work "$WORK/check" --json "$OUT/check.json"

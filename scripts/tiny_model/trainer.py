@@ -1,0 +1,229 @@
+"""A resumable training loop: the weights, their moving average and the optimiser, kept on disk."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from util import UserError, load_tensors, load_yaml, save_tensors, save_yaml
+
+log = logging.getLogger("tokenflow")
+
+SAVE_SECONDS = 120  # between two saves of the state
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one part is trained.
+
+    The learning rate rises linearly over `warmup` steps and falls to zero along a cosine. A run may
+    go on with more `steps` (the learning rate then jumps back to the longer cosine), and with no
+    other change.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 200
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.warmup) < 1:
+            raise ValueError(f"steps, batch_size and warmup: expected at least 1, got {self}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of step 0, 1, ... `steps` - 1."""
+        rise = min((step + 1) / self.warmup, 1.0)
+        return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def average_share(step: int) -> float:
+    """The share of the weights after step 1, 2, ... in their moving average, which step 0 begins.
+
+    So the average's window grows with the run: it is about the last tenth of its steps.
+    """
+    return 10 / (step + 10)
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    loss: Callable[[nn.Module, torch.Generator], Tensor],
+    recipe: Recipe,
+    folder: Path,
+    *,
+    seed: int,
+    inputs: Mapping[str, str],
+    dtype: torch.dtype,
+    sheet: Callable[[nn.Module, Path], None],
+    sheet_every: int,
+) -> nn.Module:
+    """Train a model, or go on where an interrupted run left it.
+
+    Step k draws its batch from a generator seeded with (seed, k), so that a run in several pieces
+    sees what a run in one piece sees.
+
+    Args:
+        name: for the progress bar.
+        model: on its device, in float32; trained in place.
+        loss: of one batch that it draws with the generator (on the CPU).
+        recipe: steps, learning rate, ...
+        folder: for state.safetensors, recipe.yaml, log.csv and the sheets.
+        inputs: hashes of what the part learns from; a state made from others is refused.
+        dtype: float32, or bfloat16 for mixed precision.
+        sheet: draws a picture of what the averaged model can do, and is called every
+            `sheet_every` steps and at the end.
+
+    Returns:
+        The model with the moving average of its weights, in evaluation mode.
+
+    Raises:
+        UserError: the folder holds a run of another recipe, seed or inputs, or the loss is not
+            finite.
+    """
+    device = next(model.parameters()).device
+    average = AveragedModel(
+        model, multi_avg_fn=lambda means, news, n: torch._foreach_lerp_(
+            means, news, average_share(int(n))
+        )
+    )  # fmt: skip
+    averaged = average.module.eval().requires_grad_(False)
+    # Matrices and convolutions are decayed, biases and the scales of norms are not.
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim > 1) is decayed], "weight_decay": w}
+        for decayed, w in ((True, recipe.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True)
+    known = {**asdict(recipe), "seed": seed, **inputs}
+    state = _State(folder, known, model, average, optimizer)
+    first = state.begin()
+    if first >= recipe.steps:
+        log.info("%s: %d steps are done already", name, first)
+        return averaged
+
+    saved = time.monotonic()
+    recent = 0.0
+    bar = tqdm(range(first, recipe.steps), name, initial=first, total=recipe.steps, unit="step")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate_at(step)
+        # A generator on the CPU takes no more than 32 bits of its seed.
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+        )
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            value = loss(model, generator)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+
+        done = step + 1
+        saves = time.monotonic() - saved > SAVE_SECONDS or done == recipe.steps
+        logs = done % 20 == 0 or done == recipe.steps
+        if logs or saves:
+            current = value.item()
+            if not math.isfinite(current):
+                raise UserError(
+                    f"{name}: the loss is {current} at step {step}; remove {folder} and train it "
+                    "with a lower learning rate"
+                )
+        if logs:
+            recent = current if recent == 0 else 0.9 * recent + 0.1 * current
+            bar.set_postfix(loss=f"{recent:.4f}")
+            state.log(done, current)
+        if saves:
+            state.save(done)
+            saved = time.monotonic()
+        if done % sheet_every == 0 or done == recipe.steps:
+            sheet(averaged, folder / f"sheet_{done:06d}.png")
+    return averaged
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a run needs to go on, in files."""
+
+    folder: Path
+    recipe: Mapping[str, object]  # and the seed and inputs
+    model: nn.Module
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+
+    def begin(self) -> int:
+        """Open the folder, and read its state if there is one; returns the number of steps done."""
+        known = dict(self.recipe)
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            save_yaml(self.folder / "recipe.yaml", known)
+            self._shorten_log(0)
+            return 0
+        before = load_yaml(self.folder / "recipe.yaml")
+        changed = [key for key in known if key != "steps" and known[key] != before.get(key)]
+        if changed:
+            raise UserError(
+                f"{self.folder}: was trained with another {', '.join(changed)}; "
+                "remove the folder to start anew"
+            )
+        known["steps"] = max(known["steps"], before["steps"])
+        save_yaml(self.folder / "recipe.yaml", known)
+        tensors = load_tensors(path)
+        self.model.load_state_dict(_part(tensors, "model."))
+        self.average.load_state_dict(_part(tensors, "average."))
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            number: _part(tensors, f"optimizer.{number}.")
+            for number in range(sum(1 for _ in self.model.parameters()))
+        }
+        self.optimizer.load_state_dict(state)
+        for parameter, moments in self.optimizer.state.items():
+            for name in moments.keys() - {"step"}:
+                # In the layout of the parameter (channels last, say), which files do not keep and
+                # the fused optimiser takes for granted.
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+        self._shorten_log(int(tensors["step"]))
+        return int(tensors["step"])
+
+    def save(self, done: int) -> None:
+        tensors = {"step": torch.tensor(done)}
+        tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
+        # Clones: safetensors takes no two tensors in one memory.
+        save_tensors(self.folder / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
+
+    def _shorten_log(self, last: int) -> None:
+        """Drop what was logged after the state was saved."""
+        path = self.folder / "log.csv"
+        if path.exists():
+            head, *rows = path.read_text(encoding="utf-8").splitlines()
+            kept = [row for row in rows if int(row.partition(",")[0]) <= last]
+            if kept != rows:
+                path.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
+
+    def log(self, step: int, loss: float) -> None:
+        path = self.folder / "log.csv"
+        is_new = not path.exists()
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(["step", "loss", "learning_rate", "time"])
+            rate = f"{self.optimizer.param_groups[0]['lr']:.3g}"
+            writer.writerow([step, f"{loss:.5f}", rate, f"{time.time():.0f}"])
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

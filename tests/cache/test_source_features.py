@@ -1,0 +1,356 @@
+"""What an edit reads of the source: the same as it computes, found only where it belongs."""
+
+import itertools
+import shlex
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import preprocess
+import run_tokenflow_pnp
+import run_tokenflow_sdedit
+from run_tokenflow_pnp import PnPConfig
+from run_tokenflow_sdedit import SDEditConfig
+from tests.editing.test_loop import N_FRAMES, STEPS, make_cache, pnp, relative_error, sdedit
+from tokenflow.cache import source_features
+from tokenflow.cache.source_features import (
+    READER,
+    FeatureSettings,
+    check_room,
+    feature_bytes,
+    find_features,
+    layer_sizes,
+    read_ahead,
+    size_text,
+    write_features,
+)
+from tokenflow.diffusion.models import make_denoiser
+from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.loop import EditSession
+from tokenflow.figures import features
+from tokenflow_utils import ATTENTION_LAYERS, self_attention_layers
+from util import UserError, load_sealed_yaml, load_yaml, save_sealed_yaml
+
+# A keyframe's injected features come from its chunk's pass where they are cached, and from the
+# keyframes' where they are live: rounding depends on the batch.
+ROUNDING = 1e-4
+
+SETTINGS = FeatureSettings(
+    n_frames=N_FRAMES,
+    interval=3,
+    keyframe_seed=1,
+    n_timesteps=STEPS,
+    attention_steps=2,
+    feature_steps=4,
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def keys(tiny_model, tmp_path_factory):
+    """What a config needs to find a cache with features, made in chunks of 3 frames."""
+    keys = make_cache(tmp_path_factory.mktemp("cache"), tiny_model)
+    write(keys, SETTINGS, chunk_size=3)
+    return keys
+
+
+def write(keys, settings, chunk_size):
+    session = EditSession(open_inputs(PnPConfig(**keys)))
+    prompt = session.cache.manifest.inversion_prompt
+    denoiser = make_denoiser(session.models, session.frames, prompt, None, None)
+    timesteps = session.inputs.timesteps
+    write_features(session.cache, denoiser, timesteps, settings, chunk_size, session.watch)
+
+
+def session_of(keys, **changes):
+    return EditSession(open_inputs(PnPConfig(**{**keys, **changes})))
+
+
+def folder_of(keys):
+    return open_inputs(PnPConfig(**keys)).cache.folder / source_features.FEATURES
+
+
+# ---------------------------------------------------------------- cached edits are live edits
+
+
+def test_an_edit_with_cached_features_is_the_live_one_to_rounding(keys):
+    session = session_of(keys)
+    cached = session.edit_latents(run_tokenflow_pnp.plan(session))
+    assert session.source_features == "cached"
+    session_live = session_of(keys, source_features="live")
+    live = session_live.edit_latents(run_tokenflow_pnp.plan(session_live))
+    assert session_live.source_features == "live"
+    assert relative_error(cached, live.double()) < ROUNDING
+    # Three branches of the frames and the three keyframes of each step, or two.
+    assert session_live.image_forwards == STEPS * 3 * (N_FRAMES + 3)
+    assert session.image_forwards == STEPS * 2 * (N_FRAMES + 3)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4, N_FRAMES])
+def test_chunks_of_the_edit_need_not_be_those_of_the_features(keys, chunk_size):
+    cached = pnp(keys, chunk_size=chunk_size)
+    live = pnp(keys, chunk_size=chunk_size, source_features="live")
+    assert relative_error(cached, live.double()) < 1e-3  # as much as the chunk size itself does
+
+
+def test_they_serve_other_techniques_prompts_and_blends(keys):
+    for make, changes in (
+        (sdedit, {}),
+        (sdedit, {"start": 0.5}),
+        (pnp, {"prompt": "a disc", "blend": "linear", "guidance_scale": 1.0}),
+        (pnp, {"pnp_attn_t": 0.0, "pnp_f_t": 0.2}),
+    ):
+        live = make(keys, **changes, source_features="live")
+        assert relative_error(make(keys, **changes), live.double()) < ROUNDING
+
+
+def test_a_late_start_reads_the_steps_that_it_takes(keys):
+    session = EditSession(open_inputs(SDEditConfig(**keys, start=0.5)))
+    session.edit_latents(run_tokenflow_sdedit.plan(session))
+    assert session.source_features == "cached"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 4}, "interval is 3 there, 4 here"),
+        ({"keyframe_seed": 2}, "keyframe_seed is 1 there, 2 here"),
+        ({"n_frames": 6}, "n_frames is 7 there, 6 here"),
+        ({"n_timesteps": 1}, "n_timesteps is 5 there, 1 here"),
+        ({"dtype": "bfloat16"}, "dtype is float32 there, bfloat16 here"),
+        ({"pnp_attn_t": 0.6}, "attention_steps is 2 there, 3 here"),
+        ({"pnp_f_t": 1.0}, "feature_steps is 4 there, 5 here"),
+        ({"propagation": "released"}, "propagation: released"),
+        ({"correspondence": "flow"}, "correspondence: flow"),
+        ({"keyframes": "fixed"}, "keyframes: fixed"),
+        ({"source_features": "live"}, "source_features: live"),
+    ],
+)
+def test_other_settings_are_computed_live_and_said(keys, changes, said, caplog):
+    caplog.set_level("INFO")
+    session = session_of(keys, **changes)
+    session.edit_latents(run_tokenflow_pnp.plan(session))
+    assert session.source_features == "live"
+    assert said in caplog.text
+
+
+def test_the_advised_command_adds_features_that_serve(tiny_model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    keys = make_cache(tmp_path, tiny_model)
+    changes = {"batch_size": 4, "pnp_f_t": 1.0}
+    for said in ("holds none; for some, run: ", "interval is 4 there, 2 here; for others, run: "):
+        caplog.clear()
+        pnp(keys, **changes)
+        command = caplog.text.partition(said)[2].partition(")\n")[0]
+        words = shlex.split(command)
+        assert words[:2] == ["python", "preprocess.py"]
+        preprocess.preprocess(preprocess.parse_args([*words[2:], "--device", "cpu"]))
+        session = session_of(keys, **changes)
+        session.edit_latents(run_tokenflow_pnp.plan(session))
+        assert session.source_features == "cached"
+        changes["batch_size"] = 2
+
+
+def test_no_command_is_advised_where_none_of_the_same_cache_serves(keys, caplog):
+    caplog.set_level("INFO")
+    pnp(keys, n_timesteps=1)
+    assert "n_timesteps is 5 there, 1 here" in caplog.text
+    assert "preprocess.py" not in caplog.text
+
+
+def test_fewer_injected_steps_are_served(keys):
+    session = session_of(keys, pnp_attn_t=0.2, pnp_f_t=0.4)
+    session.edit_latents(run_tokenflow_pnp.plan(session))
+    assert session.source_features == "cached"
+
+
+def test_run_yaml_says_which_was_used(keys, tmp_path):
+    for changes, expected in (({}, "cached"), ({"source_features": "live"}, "live")):
+        output = {"output_path": str(tmp_path / expected)}
+        folder = run_tokenflow_pnp.edit(PnPConfig(**{**keys, **changes, **output}))
+        run = load_yaml(folder / "run.yaml")
+        assert run["source_features"] == expected
+        assert run["image_forwards"] == STEPS * (N_FRAMES + 3) * (2 if expected == "cached" else 3)
+
+
+# ---------------------------------------------------------------- the files
+
+
+def test_the_size_is_known_beforehand(keys, tiny_model):
+    session = session_of(keys)
+    grid = session.cache.latents("clean", 1).shape[-2:]
+    expected = feature_bytes(session.models.unet, grid, SETTINGS)
+    found = find_features(session.cache)
+    stored = 0
+    for name in found.files:
+        with safe_open(found.folder / name, framework="pt") as file:
+            stored += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    assert stored == expected
+    assert sum(record["bytes"] for record in found.files.values()) < expected * 1.5 + 100_000
+
+
+def test_layer_sizes_are_those_of_a_forward(keys):
+    session = session_of(keys)
+    live = session_of(keys, source_features="live")
+    sizes = layer_sizes(session.models.unet, (6, 10))
+    seen = {}
+
+    def note(name):
+        return lambda module, args, output: seen.__setitem__(name, args[0].shape[1:])
+
+    for layer in self_attention_layers(live.models.unet):
+        module = live.models.unet.get_submodule(layer.removesuffix(".processor"))
+        module.register_forward_hook(note(layer))
+    live.edit_latents(replace(run_tokenflow_pnp.plan(live), timesteps=live.inputs.timesteps[-1:]))
+    assert {layer: (h * w, c) for layer, (h, w, c) in sizes.items()} == {
+        layer: tuple(shape) for layer, shape in seen.items()
+    }
+
+
+def test_files_hold_what_the_docstring_says(keys):
+    found = find_features(session_of(keys).cache)
+    assert len(found.files) == STEPS
+    for step, t in enumerate(session_of(keys).inputs.timesteps):
+        with safe_open(found.folder / f"step_{t}.safetensors", framework="pt") as file:
+            names = {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118
+            expected = {"previous", "next"} | ({"tokens"} if step < 2 else set())
+            assert names == expected | ({"features"} if step < 4 else set())
+            assert file.get_tensor(f"next/{ATTENTION_LAYERS[0]}").dtype == torch.int16
+
+
+def test_tokens_of_all_frames_can_be_saved(keys, tiny_model, tmp_path):
+    other = make_cache(tmp_path, tiny_model)
+    write(other, replace(SETTINGS, save_tokens="all"), chunk_size=3)
+    session = session_of(other)
+    found = find_features(session.cache)
+    t, kf = session.inputs.timesteps[0], SETTINGS.keyframes()[0]
+    for layer in ATTENTION_LAYERS:
+        everyone = found.tokens(t, layer)
+        assert len(everyone) == N_FRAMES
+        injected = found.of_keyframes(t, kf, attention=True, features=False)[f"tokens/{layer}"]
+        assert torch.allclose(everyone[kf], injected, atol=1e-4)
+    # visualize.py takes them from there.
+    view = SimpleNamespace(
+        cache=session.cache,
+        what="input",
+        timestep=t,
+        sampling=session.inputs.timesteps,
+        dtype_name="float32",
+        layer=layer,
+    )
+    assert torch.equal(features.source_tokens(view, None, [1, 4]), everyone[[1, 4]])
+    for other_view in ({"what": "output"}, {"timestep": 901}, {"dtype_name": "float16"}):
+        assert features.saved_tokens(SimpleNamespace(**{**vars(view), **other_view})) is None
+    grid = session.cache.latents("clean", 1).shape[-2:]
+    everything = replace(SETTINGS, save_tokens="all")
+    sizes = [sum(p.stat().st_size for p in folder_of(k).glob("*.s*")) for k in (keys, other)]
+    added = feature_bytes(session.models.unet, grid, everything)
+    added -= feature_bytes(session.models.unet, grid, SETTINGS)
+    assert sizes[1] - sizes[0] == pytest.approx(added, rel=0.05)
+    live = pnp(other, source_features="live")
+    assert relative_error(pnp(other), live.double()) < ROUNDING
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damaged_cache(keys, tiny_model, tmp_path):
+    other = make_cache(tmp_path, tiny_model)
+    write(other, SETTINGS, chunk_size=3)
+    return other, sorted(folder_of(other).glob("step_*"))[1]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_a_damaged_file_is_named_before_it_is_used(keys, tiny_model, tmp_path, harm):
+    other, path = damaged_cache(keys, tiny_model, tmp_path)
+    harm(path)
+    with pytest.raises(
+        UserError,
+        match=rf"{path.name}: .*; run: rm -r .*preprocess.py",
+    ):
+        pnp(other)
+    assert torch.isfinite(pnp(other, source_features="live")).all()
+    assert not [t for t in threading.enumerate() if t.name.startswith(READER)]  # it has ended
+
+
+def test_features_of_another_cache_are_refused(keys, tiny_model, tmp_path):
+    other = make_cache(tmp_path, tiny_model, inversion_iters=2)
+    shutil.copytree(folder_of(keys), folder_of(other))
+    with pytest.raises(UserError, match="features: belongs to another cache; run: rm -r"):
+        find_features(session_of(other).cache)
+
+
+@pytest.mark.parametrize("changes", [{"format": 1}, {"settings": None}, {"settings": {"a": 1}}])
+def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path, changes):
+    other, _ = damaged_cache(keys, tiny_model, tmp_path)
+    path = folder_of(other) / "manifest.yaml"
+    save_sealed_yaml(path, {**load_sealed_yaml(path), **changes})
+    with pytest.raises(UserError, match="not a manifest of format 2; run: rm -r"):
+        pnp(other)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_a_damaged_manifest_is_refused(keys, tiny_model, tmp_path, harm):
+    other, _ = damaged_cache(keys, tiny_model, tmp_path)
+    harm(folder_of(other) / "manifest.yaml")
+    with pytest.raises(UserError, match=r"features/manifest.yaml: .*run: rm -r .*preprocess.py"):
+        pnp(other)
+
+
+# ---------------------------------------------------------------- small parts
+
+
+def test_reading_ahead_keeps_the_order_and_a_few_in_advance():
+    started = []
+
+    def load(i):
+        started.append(i)
+        return i
+
+    items = read_ahead((lambda i=i: load(i) for i in range(20)), depth=2)
+    seen = list(itertools.islice(items, 3))
+    assert seen == [0, 1, 2]
+    assert len(started) <= 6  # the three, two in advance, one in hand
+    assert list(items) == list(range(3, 20))
+    assert started == list(range(20))
+
+
+def test_an_error_of_the_reader_reaches_the_loop():
+    def fail():
+        raise UserError("no such step")
+
+    items = read_ahead([lambda: 1, fail, lambda: 3], depth=1)
+    assert next(items) == 1
+    with pytest.raises(UserError, match="no such step"):
+        next(items)
+
+
+def test_no_room_is_an_error_that_says_how_much(tmp_path):
+    check_room(tmp_path / "not" / "yet", 1, "do without")
+    with pytest.raises(UserError, match=r"1000000000 GB are needed, .* are free; do without"):
+        check_room(tmp_path / "not" / "yet", 10**18, "do without")
+
+
+def test_sizes_are_for_people():
+    assert [size_text(x) for x in (12, 12_300, 3_400_000, 2.94e9)] == [
+        "12 bytes",
+        "12 kB",
+        "3.4 MB",
+        "2.9 GB",
+    ]

@@ -1,0 +1,101 @@
+"""Batches sized to memory: the deciding, which needs no GPU."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from tokenflow.diffusion import batch_size as batch_sizes
+from tokenflow.diffusion.batch_size import (
+    MOST,
+    MOST_VAE,
+    ON_CPU,
+    SHARE,
+    fitting_batch_size,
+    unet_batch_size,
+    vae_batch_size,
+)
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "free", "expected"),
+    [
+        (100, 200, 1000, 8),  # 80 % of the memory
+        (100, 150, 1000, 15),  # 50 are taken however many images there are
+        (100, 200, 10**9, MOST),
+        (1000, 2000, 500, 1),  # not even one fits: the attempt will say so
+        (100, 200, 0, 1),
+        (100, 100, 1000, MOST),  # a second image takes no more
+        (300, 200, 1000, MOST),  # what no allocator should report
+    ],
+)
+def test_as_many_as_fit(one, two, free, expected):
+    found = fitting_batch_size(one * MIB, two * MIB, free * MIB)
+    assert found == expected
+
+
+def test_the_chosen_number_fits_and_one_more_does_not():
+    one, two, free = 700 * MIB, 1100 * MIB, 9000 * MIB
+    m = fitting_batch_size(one, two, free)
+    taken = lambda m: one + (m - 1) * (two - one)  # noqa: E731
+    assert taken(m) <= SHARE * free < taken(m + 1)
+
+
+def test_a_number_is_taken_as_it_is_and_a_cpu_is_not_measured():
+    denoiser = fake_denoiser("cpu")
+    size = (64, 64)
+    assert unet_batch_size(3, denoiser, size) == vae_batch_size(3, denoiser.models, size) == 3
+    assert unet_batch_size(None, denoiser, size) == ON_CPU
+    assert unet_batch_size(None, denoiser, size, most=2) == 2
+    assert vae_batch_size(None, denoiser.models, size) == ON_CPU
+
+
+def test_a_gpu_is_measured_by_one_image_and_by_two(monkeypatch):
+    """With a CUDA whose allocator is played: images take 100 MiB each in the UNet."""
+    seen, denoiser = [], fake_denoiser("cuda")
+
+    def forward(x, t, frames):
+        assert (x.shape[1:], t, frames.tolist()) == ((4, 8, 8), 981, [0] * len(x))
+        seen.append(len(x))
+
+    denoiser.side_effect = forward
+    fakes = {
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: 50 * MIB,
+        "max_memory_allocated": lambda device: (50 + 100 * seen[-1]) * MIB,
+        "mem_get_info": lambda device: (1000 * MIB, 4000 * MIB),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert unet_batch_size(None, denoiser, (64, 64)) == 8  # 80 % of 1000 MiB
+    assert seen == [1, 2]
+    assert unet_batch_size(None, denoiser, (64, 64), most=5) == 5
+
+    def decode(models, latents, batch_size):
+        seen.append(len(latents))
+
+    monkeypatch.setattr(batch_sizes, "decode_latents", decode)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    assert vae_batch_size(None, denoiser.models, (64, 64)) == MOST_VAE
+
+    def too_large_for_two(x, t, frames):
+        seen.append(len(x))
+        if len(x) > 1:
+            raise torch.OutOfMemoryError
+
+    denoiser.side_effect = too_large_for_two
+    assert unet_batch_size(None, denoiser, (64, 64)) == 1
+
+
+def fake_denoiser(device):
+    models = SimpleNamespace(
+        device=torch.device(device),
+        vae_factor=8,
+        vae=SimpleNamespace(config=SimpleNamespace(latent_channels=4)),
+        schedule=SimpleNamespace(timesteps=lambda n: [981]),
+    )
+    return Mock(models=models)

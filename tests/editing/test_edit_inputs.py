@@ -1,0 +1,454 @@
+"""What the run scripts refuse: bad configurations, caches and checkpoints, before a model loads."""
+
+import json
+import logging
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+import yaml
+
+import preprocess
+import run_tokenflow_controlnet
+import run_tokenflow_pnp
+import run_tokenflow_sdedit
+from run_tokenflow_pnp import PnPConfig
+from tests.helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load
+from tokenflow.diffusion.checkpoints import checkpoint_revision
+from tokenflow.editing.inputs import open_inputs
+from util import MissingFileError, UserError, load_sealed_yaml, save_sealed_yaml, save_yaml
+
+SCRIPTS = {
+    "pnp": run_tokenflow_pnp,
+    "sdedit": run_tokenflow_sdedit,
+    "controlnet": run_tokenflow_controlnet,
+}
+LATENTS = "latents/noisy_latents_401.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """A folder with a clip and its cache, which tests copy."""
+    folder = tmp_path_factory.mktemp("made")
+    invert(make_clip(folder / "clip.mp4"), folder / "latents", tiny_model)
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy of `made` as the working folder, in which no model can be loaded for an edit."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tokenflow.editing.loop.load_stable_diffusion", no_model_may_load)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+@pytest.fixture
+def keys(tiny_model):
+    """A configuration that fits `place`."""
+    return {
+        "data_path": "clip.mp4",
+        "prompt": "a green star",
+        "model_key": str(tiny_model),
+        "n_inversion_steps": 10,
+        "n_timesteps": 5,
+        "n_frames": 5,
+        "H": HEIGHT,
+        "W": WIDTH,
+        "batch_size": 3,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture
+def cache(place):
+    return place / "latents" / "sd_2.1" / "clip" / "steps_10" / "nframes_5"
+
+
+def refused(place, message, keys, *argv, technique="pnp", error=UserError):
+    """Run a script and check its error; returns the error's text."""
+    config = place.parent / f"{place.name}.yaml"
+    config.write_text(keys if isinstance(keys, str) else yaml.safe_dump(keys), encoding="utf-8")
+    before = contents(place)
+    with pytest.raises(error, match=message) as caught:
+        SCRIPTS[technique].main(["--config", str(config), *argv])
+    assert "\n" not in str(caught.value)
+    assert contents(place) == before
+    return str(caught.value)
+
+
+def run_the_command_in(message):
+    """Run the preprocess command that an error names, as a user would."""
+    command = shlex.split(re.search(r"run: (python preprocess\.py .*)$", message)[1])
+    preprocess.main([*command[2:], "--device", "cpu"])
+
+
+def test_what_is_right_is_accepted(place, keys):
+    """So that the refusals below are for the reason that they test."""
+    inputs = open_inputs(PnPConfig(**keys))
+    assert (inputs.n_frames, inputs.timesteps) == (5, [801, 601, 401, 201, 1])
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        run_tokenflow_pnp.main(
+            ["--config", str(write_config(place, keys)), "--set", "consistency=none"]
+        )
+
+
+def write_config(folder, keys):
+    path = folder / "config.yaml"
+    save_yaml(path, keys)
+    return path
+
+
+# ---------------------------------------------------------------- the command line and the file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pnp_attn": 0.5}, r"\.yaml: pnp_attn: unknown key; did you mean pnp_attn_t\?"),
+        ({"start": 0.9}, r"\.yaml: start: unknown key"),  # SDEdit's
+        ({"prompt": 7}, "prompt: expected text, got 7; quote it"),
+        ({"sd_version": 2.1}, r"sd_version: expected text, got 2\.1; quote it: .*'2\.1'"),
+        ({"sd_version": "3"}, "sd_version: expected one of 1.5, 2.0, 2.1, .*; got '3'"),
+        ({"n_frames": "many"}, "n_frames: expected a whole number, got 'many'"),
+        ({"n_frames": 0}, "n_frames: expected at least 1 and at most .*, got 0"),
+        ({"n_frames": 5.0}, "n_frames: expected a whole number, got 5.0"),
+        ({"n_timesteps": 1001}, "n_timesteps: expected at least 1 and at most 1000, got 1001"),
+        (
+            {"n_inversion_steps": -1},
+            "n_inversion_steps: expected at least 1 and .*, got -1",
+        ),
+        ({"batch_size": 0}, "batch_size: expected at least 1 and at most .*, got 0"),
+        ({"chunk_size": 0}, "chunk_size: expected at least 1 and at most .*, got 0"),
+        ({"seed": -1}, "seed: expected at least 0 and at most .*, got -1"),
+        ({"keyframe_seed": True}, "keyframe_seed: expected a whole number, got True"),
+        ({"fps": 0}, "fps: expected at least 0.1"),
+        ({"guidance_scale": -1}, "guidance_scale: expected at least 0, got -1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
+        ({"pnp_f_t": 1.5}, "pnp_f_t: expected at least 0 and at most 1, got 1.5"),
+        ({"dtype": "int8"}, "dtype: expected one of auto, float32, .*; got 'int8'"),
+        ({"consistency": "all"}, "consistency: expected one of tokenflow, extended_attention"),
+        ({"keyframes": "first"}, "keyframes: expected one of random, fixed"),
+        ({"propagation": "both"}, "propagation: expected one of paper, released"),
+        ({"blend": "linear", "propagation": "released"}, "blend: linear goes with .*paper"),
+        ({"correspondence": "sift"}, "correspondence: expected one of nn, flow"),
+        ({"attention_backend": "best"}, "attention_backend: expected one of native"),
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_refused(place, keys, change, message):
+    refused(place, message, {**keys, **change})
+
+
+@pytest.mark.parametrize(
+    ("technique", "change", "message"),
+    [
+        ("sdedit", {"start": 0}, "start: expected more than 0 and at most 1, got 0"),
+        ("sdedit", {"start": 1.1}, "start: expected more than 0 and at most 1, got 1.1"),
+        ("sdedit", {"use_ddim_noise": "maybe"}, "use_ddim_noise: expected true or false"),
+        ("sdedit", {"pnp_f_t": 0.8}, "pnp_f_t: unknown key"),
+        ("controlnet", {"control": "pose"}, "control: expected one of canny, depth"),
+        ("controlnet", {"controlnet_scale": -1}, "controlnet_scale: expected at least 0"),
+        ("controlnet", {"canny_low": 256}, "canny_low: expected at least 0 and at most 255"),
+        ("controlnet", {"canny_low": 201}, "canny_low: 201 is above canny_high: 200"),
+        ("controlnet", {"sd_version": "depth"}, "sd_version: depth .*run_tokenflow_pnp"),
+        ("controlnet", {"sd_version": "tiny", "control": "depth"}, "no depth .*controlnet_key"),
+        ("controlnet", {"controlnet_key": "nowhere"}, "nowhere: no such folder"),
+    ],
+    ids=str,
+)
+def test_a_technique_s_bad_value_is_refused(place, keys, technique, change, message):
+    refused(place, message, {**keys, **change}, technique=technique)
+
+
+@pytest.mark.parametrize("technique", SCRIPTS)
+@pytest.mark.parametrize("key", ["data_path", "prompt"])
+def test_a_missing_key_is_refused(place, keys, technique, key):
+    del keys[key]
+    refused(place, rf"\.yaml: {key}: is missing; expected text", keys, technique=technique)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", r"\.yaml: expected a mapping \(key: value\), found list"),
+        ("", r"\.yaml: expected a mapping \(key: value\), found nothing"),
+        ("prompt: [a\n", r"\.yaml: not valid YAML in line 2"),
+        ("prompt: a\nprompt: b\n", r"\.yaml: .*line 2: the key 'prompt' is given twice"),
+        ("prompt: !!python/object:os.system {}\n", r"\.yaml: not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(place, text, message):
+    refused(place, message, text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--set", "guidance_scale=high"], "--set guidance_scale: expected a number, got 'high'"),
+        (["--set", "guidance=3"], r"--set guidance: unknown key; did you mean guidance_scale\?"),
+        (["--set", "prompt"], "--set prompt: expected key=value"),
+        (["--device", "toaster"], "device: toaster is unknown, expected auto, cpu, cuda"),
+        (["--steps", "50"], "unrecognized arguments: --steps 50"),
+        (["--over"], "unrecognized arguments: --over"),
+        (["--config", "nowhere.yaml"], r"nowhere\.yaml: no such file"),
+        (["--config", "latents"], "latents: a folder, not a file"),
+    ],
+    ids=" ".join,
+)
+def test_a_bad_command_line_is_refused(place, keys, argv, message):
+    refused(place, message, keys, *argv)
+
+
+def test_cuda_is_refused_where_there_is_none(place, keys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for technique in SCRIPTS:
+        refused(
+            place,
+            "device: cuda was asked for.* 0 CUDA.*--device cpu",
+            keys,
+            "--device",
+            "cuda",
+            technique=technique,
+        )
+
+
+@pytest.mark.parametrize("backend", ["xformers", "flash", "_native_cudnn"])
+def test_backends_that_need_cuda_are_refused_without(place, keys, backend):
+    message = f"attention_backend: {backend} needs a CUDA device, not cpu; use native"
+    refused(place, message, {**keys, "attention_backend": backend})
+
+
+def test_output_that_cannot_be_written_is_refused(place, keys):
+    refused(place, r"output_path: .*clip\.mp4", {**keys, "output_path": "clip.mp4"})
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("technique", SCRIPTS)
+def test_without_a_cache_the_command_that_makes_it_is_named(place, keys, technique, tiny_model):
+    keys["latents_path"] = "some caches"  # in need of quotes
+    if technique == "controlnet":
+        keys["controlnet_key"] = str(tiny_model / "controlnet")
+    message = refused(
+        place, "no cache for this clip", keys, technique=technique, error=MissingFileError
+    )
+    assert "steps_10: no cache for this clip; run: python preprocess.py --data_path" in message
+    run_the_command_in(message)
+    assert open_inputs(PnPConfig(**{k: v for k, v in keys.items() if k != "controlnet_key"}))
+
+
+def test_a_cache_without_its_manifest_is_none(place, keys, cache):
+    (cache / "manifest.yaml").unlink()
+    said = r"only a cache that lacks its manifest \(nframes_[0-9]+\) for this clip.*--overwrite"
+    message = refused(place, said, keys, error=MissingFileError)
+    run_the_command_in(message)
+    open_inputs(PnPConfig(**keys))
+
+
+def test_a_cache_of_another_number_of_steps_is_named(place, keys):
+    keys["n_inversion_steps"] = 20
+    message = refused(
+        place,
+        r"steps_20: no cache for this clip \(there is sd_2\.1/clip/steps_10; sd_version and n_inv",
+        keys,
+        error=UserError,
+    )
+    run_the_command_in(message)
+    open_inputs(PnPConfig(**keys))
+
+
+def test_a_cache_of_another_clip_of_the_same_name_is_refused(place, keys):
+    make_clip(place / "clip.mp4", seed=1)
+    expected = r"nframes_5: made from another clip of the same name \(clip\.mp4\) than clip\.mp4"
+    run_the_command_in(refused(place, expected, keys))
+    open_inputs(PnPConfig(**keys))
+
+
+def test_a_cache_of_another_model_is_refused(place, keys, tiny_model, tiny_v_model):
+    keys["model_key"] = str(tiny_v_model)
+    expected = rf"made with another model \({re.escape(str(tiny_model))}\) than .*tiny-v"
+    run_the_command_in(refused(place, expected, keys))
+    open_inputs(PnPConfig(**keys))
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("scheduler/scheduler_config.json", "prediction_type"),
+        ("unet/config.json", "norm_eps"),
+    ],
+)
+def test_a_model_that_differs_in_its_settings_alone_is_another(place, keys, tiny_model, part, name):
+    copy = shutil.copytree(tiny_model, place / "copy")
+    open_inputs(PnPConfig(**{**keys, "model_key": str(copy)}))  # a mere copy is no other model
+    settings = json.loads((copy / part).read_text())
+    settings[name] = {"prediction_type": "v_prediction", "norm_eps": 1e-4}[name]
+    (copy / part).write_text(json.dumps(settings))
+    refused(place, "made with another model", {**keys, "model_key": str(copy)})
+
+
+def test_a_cache_of_another_size_is_refused(place, keys):
+    keys |= {"H": 64, "W": 64}
+    run_the_command_in(refused(place, "H: 64, but .*nframes_5 holds frames of 48", keys))
+    open_inputs(PnPConfig(**keys))
+    refused(place, "W: 80, but .*nframes_5 holds frames of 64", {**keys, "W": WIDTH})
+
+
+def test_timesteps_that_the_cache_does_not_hold_are_named(place, keys):
+    keys["n_timesteps"] = 2  # 501 and 1
+    expected = r"n_timesteps: 2 needs latents .* does not hold \(it was made with save_steps 5\)"
+    run_the_command_in(refused(place, expected, keys))
+    open_inputs(PnPConfig(**keys))
+
+
+def test_steps_for_which_no_cache_can_be_made_are_refused(place, keys):
+    """Where preprocess.py would refuse the command too, it must not be named."""
+    keys["n_timesteps"] = 3
+    message = refused(place, "n_timesteps: 3 does not divide n_inversion_steps: 10", keys)
+    assert "preprocess.py" not in message
+
+
+def damage_missing(path):
+    path.unlink()
+
+
+def damage_cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_one_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [LATENTS, "latents/clean.safetensors", "frames/00004.png"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (damage_missing, "is missing"),
+        (damage_cut, r"\d+ bytes, the manifest says \d+"),
+        (damage_one_bit, "checksum"),
+    ],
+)
+def test_a_damaged_cache_is_refused(place, keys, cache, name, damage, said):
+    damage(cache / name)
+    refused(place, rf"{re.escape(name)}: .*{said}.*preprocess\.py .*--overwrite", keys)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 4],
+        lambda text: "",
+        lambda text: "- a list\n",
+        lambda text: "{",
+        lambda text: text.replace("save_steps: 5\n", ""),
+        lambda text: text.replace("fps: '10'", "fps: '11'"),
+        lambda text: text[:-2] + "x\n",
+    ],
+    ids=["cut", "empty", "list", "no YAML", "a field less", "another value", "another checksum"],
+)
+def test_a_damaged_manifest_is_refused(place, keys, cache, damage):
+    path = cache / "manifest.yaml"
+    text = path.read_text()
+    path.write_text(damage(text))
+    assert path.read_text() != text
+    refused(place, r"manifest\.yaml: damaged.*preprocess\.py .*--overwrite", keys)
+
+
+@pytest.mark.parametrize("changes", [{"format": 2}, {"more": 1}])
+def test_a_manifest_of_another_format_is_refused(place, keys, cache, changes):
+    path = cache / "manifest.yaml"
+    save_sealed_yaml(path, {**load_sealed_yaml(path), **changes})
+    refused(place, r"manifest\.yaml: not a manifest of format 3; .*preprocess\.py .*--over", keys)
+
+
+def test_other_folders_beside_the_caches_are_no_matter(place, keys, cache):
+    shutil.copytree(cache, cache.with_name("nframes_5 (copy)"))
+    assert open_inputs(PnPConfig(**keys)).cache.folder.name == "nframes_5"
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "used", "said"),
+    [
+        (3, 3, ""),
+        (40, 5, r"40 asked for, the cache holds 5 \(for more, run: python preprocess.py"),
+    ],
+)
+def test_a_cache_of_another_number_of_frames_serves(place, keys, caplog, n_frames, used, said):
+    inputs = open_inputs(PnPConfig(**{**keys, "n_frames": n_frames}))
+    assert inputs.n_frames == used
+    assert re.search(said, caplog.text) if said else not caplog.text
+
+
+def test_the_longest_cache_serves_where_none_has_the_number_asked_for(place, keys, tiny_model):
+    invert(place / "clip.mp4", place / "latents", tiny_model, n_frames=2)
+    for n_frames, served in ((2, "nframes_2"), (3, "nframes_5"), (9, "nframes_5")):
+        config = PnPConfig(**{**keys, "n_frames": n_frames})
+        assert open_inputs(config).cache.folder.name == served
+
+
+def test_a_short_clip_is_said_to_have_no_more(place, keys, tiny_model, caplog):
+    invert(place / "clip.mp4", place / "latents", tiny_model, n_frames=40, overwrite="")
+    caplog.clear()
+    open_inputs(PnPConfig(**{**keys, "n_frames": 40}))
+    assert "40 asked for, the cache holds 5 (the clip has no more)" in caplog.text
+
+
+def test_the_clip_itself_need_not_be_there(place, keys, caplog):
+    caplog.set_level(logging.WARNING)
+    (place / "clip.mp4").unlink()
+    open_inputs(PnPConfig(**keys))
+    assert "data_path: clip.mp4 is not there to compare" in caplog.text
+
+
+# ---------------------------------------------------------------- the checkpoint
+
+
+def test_a_checkpoint_that_cannot_be_found_is_refused(place, keys):
+    for key in ("nowhere", "no-such-owner/no-such-model"):
+        expected = rf"{key}: no such folder, and the Hugging Face hub .*model_key in a config"
+        refused(place, expected, {**keys, "model_key": key}, error=MissingFileError)
+    keys["model_key"] = "no/such/one"
+    refused(place, "no/such/one: no such folder, and not a hub id", keys)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_a_checkpoint_that_lacks_a_file_is_refused(place, keys, tiny_model, name):
+    copy = shutil.copytree(tiny_model, place / "half")
+    (copy / name).unlink()
+    expected = f"half: not a whole .* checkpoint in diffusers' format: {name} is missing"
+    refused(place, expected, {**keys, "model_key": "half"}, error=MissingFileError)
+
+
+def test_pnp_alone_refuses_a_unet_without_its_layers(place, keys, cache, tiny_model):
+    """Three decoder blocks, as an SDXL-like UNet has."""
+    copy = shutil.copytree(tiny_model, place / "short")
+    settings = json.loads((copy / "unet" / "config.json").read_text())
+    for name in ("down_block_types", "up_block_types", "block_out_channels", "attention_head_dim"):
+        settings[name] = settings[name][:3]
+    (copy / "unet" / "config.json").write_text(json.dumps(settings))
+    manifest = load_sealed_yaml(cache / "manifest.yaml")
+    manifest["model_revision"] = checkpoint_revision(copy)
+    save_sealed_yaml(cache / "manifest.yaml", manifest)
+    keys["model_key"] = "short"
+    expected = r"short: its UNet has no up_blocks\.3\..*\(\d of the layers that PnP injects into"
+    refused(place, expected, keys)
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        run_tokenflow_sdedit.main(["--config", str(write_config(place, keys))])

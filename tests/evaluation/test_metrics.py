@@ -1,0 +1,360 @@
+"""Each measure against cases worked out by hand, and against the libraries' own answers."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure
+from transformers import (
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from scripts.shapes.metrics import true_motion
+from scripts.shapes.metrics import warp_error as shapes_warp_error
+from scripts.shapes.world import random_scene, render_clip
+from tests.evaluation.test_motion import panned, texture, uniform
+from tokenflow.diffusion import models as diffusion
+from tokenflow.evaluation.metrics import (
+    ClipEmbedder,
+    DinoKeys,
+    clip_directional,
+    clip_frame_consistency,
+    clip_score,
+    model_folder,
+    psnr,
+    ssim,
+    ssim_map,
+    structure_distance,
+    warp_error,
+)
+from tokenflow.evaluation.motion import Motion
+from util import MissingFileError, UserError
+
+CPU = torch.device("cpu")
+JUDGE = str(Path(__file__).resolve().parents[2] / "models" / "tiny" / "judge")
+
+
+def moving(n_pairs: int, dx: float, dy: float, height: int, width: int) -> Motion:
+    """Uniform motion by (dx, dy) a frame; what comes from outside is not visible."""
+    x, y = torch.arange(width) - dx, torch.arange(height)[:, None] - dy
+    visible = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    flow = uniform(n_pairs, -dx, -dy, height, width)
+    return Motion(flow, visible[None].repeat(n_pairs, 1, 1))
+
+
+STILL = moving(3, 0, 0, 32, 48)
+
+
+# ---------------------------------------------------------------- warp error
+
+
+def test_a_still_video_under_no_motion_has_no_error() -> None:
+    frames = np.repeat(texture(32, 48)[None], 4, axis=0)
+    assert warp_error(frames, STILL) == 0
+
+
+@pytest.mark.parametrize("step", [(3, -2), (-5, 4)])
+def test_a_whole_pixel_translation_has_no_error(step) -> None:
+    frames = panned(4, step)
+    assert warp_error(frames, moving(3, *step, 64, 80)) == 0
+
+
+def test_a_translation_by_part_of_a_pixel_has_that_of_interpolation() -> None:
+    whole = texture(64, 400).astype(np.float64)
+    frames = [(1 - a) * whole[:, 40 - s : 120 - s] + a * whole[:, 39 - s : 119 - s]
+              for s, a in ((0, 0), (2, 0.5), (5, 0))]  # moves right by 2.5 pixels  # fmt: skip
+    frames = np.stack(frames).round().astype(np.uint8)
+    error = warp_error(frames, moving(2, 2.5, 0, 64, 80))
+    assert 0 < error < 0.15
+    assert warp_error(frames, moving(2, 0, 0, 64, 80)) > 20 * error
+
+
+@pytest.mark.parametrize("step", [(3, -2), (-5, 4)])
+def test_the_wrong_sign_is_a_large_error(step) -> None:
+    """Flow that points to where things go, and flow with its axes swapped."""
+    frames = panned(4, step)
+    right = moving(3, *step, 64, 80)
+    assert warp_error(frames, Motion(-right.flow, right.visible)) > 5
+    assert warp_error(frames, Motion(right.flow.flip(1), right.visible)) > 5
+
+
+def test_the_wrong_sign_of_a_rendered_clip_s_truth_is_a_large_error() -> None:
+    clip = render_clip(random_scene(4, n_objects=1), 4, 128)
+    true = true_motion(clip)
+    error = warp_error(clip.frames, true)
+    assert error < 0.5
+    assert warp_error(clip.frames, Motion(-true.flow, true.visible)) > 10 * error
+
+
+def test_flicker_is_its_square() -> None:
+    """By 51 of 255 at every second frame: 0.2^2 in each pair. By channel: a third of that."""
+    frames = np.repeat(texture(32, 48)[None] // 2, 4, axis=0)
+    flicker = frames.copy()
+    flicker[1::2] += 51
+    assert warp_error(flicker, STILL) == pytest.approx(1e3 * 0.2**2, rel=1e-12)
+    flash = frames.copy()
+    flash[1] += 51  # in two pairs of three
+    assert warp_error(flash, STILL) == pytest.approx(1e3 * 0.2**2 * 2 / 3, rel=1e-12)
+    red = frames.copy()
+    red[1::2, ..., 0] += 51
+    assert warp_error(red, STILL) == pytest.approx(1e3 * 0.2**2 / 3, rel=1e-12)
+
+
+def test_flicker_of_a_moving_clip_is_its_square_too() -> None:
+    frames = panned(4, (3, -2)) // 2
+    frames[1::2] += 51
+    assert warp_error(frames, moving(3, 3, -2, 64, 80)) == pytest.approx(40, rel=1e-12)
+
+
+def test_hidden_pixels_do_not_count() -> None:
+    frames = np.repeat(texture(32, 48)[None] // 2, 4, axis=0)
+    frames[1, :, 24:] += 100
+    frames[1, :, :24] += 51
+    visible = STILL.visible.clone()
+    visible[:2, :, 24:] = False
+    hidden = Motion(STILL.flow, visible)
+    assert warp_error(frames, hidden) == pytest.approx(1e3 * 0.2**2 * 2 / 3, rel=1e-12)
+    assert warp_error(frames, STILL) > 60
+
+
+def test_pairs_weigh_the_same_however_much_is_visible() -> None:
+    frames = np.zeros((3, 32, 48, 3), np.uint8)
+    frames[1:] = 51
+    visible = torch.ones(2, 32, 48, dtype=torch.bool)
+    visible[0, 1:] = False  # the pair with the change: one row
+    motion = Motion(torch.zeros(2, 2, 32, 48), visible)
+    assert warp_error(frames, motion) == pytest.approx(1e3 * 0.2**2 / 2, rel=1e-12)
+    visible[0] = False  # nothing left of it: the other pair alone
+    assert warp_error(frames, Motion(motion.flow, visible)) == 0
+
+
+def test_where_nothing_is_visible_there_is_no_error() -> None:
+    frames = np.zeros((4, 32, 48, 3), np.uint8)
+    assert warp_error(frames, Motion(STILL.flow, torch.zeros_like(STILL.visible))) is None
+    assert warp_error(frames[:1], STILL) is None
+
+
+def test_the_shapes_worlds_warp_error_is_this_one() -> None:
+    clip = render_clip(random_scene(5, n_objects=2), 4, 64)
+    noisy = np.clip(clip.frames + np.random.default_rng(0).normal(0, 9, clip.frames.shape), 0, 255)
+    noisy = noisy.astype(np.uint8)
+    error = shapes_warp_error(noisy, clip)
+    assert error == warp_error(noisy, true_motion(clip)) > 1
+    assert shapes_warp_error(noisy[:3], clip) != error
+
+
+# ---------------------------------------------------------------- PSNR and SSIM
+
+
+@pytest.fixture
+def pair():
+    """A clip, the same with noise, and a mask."""
+    source = panned(3, (2, 1), 40, 48)
+    noise = np.random.default_rng(0).normal(0, 12, source.shape)
+    mask = np.zeros(source.shape[:3], bool)
+    mask[:, 10:30, 8:20] = True
+    return np.clip(source + noise, 0, 255).astype(np.uint8), source, mask
+
+
+def test_psnr_is_that_of_the_reconstruction(pair) -> None:
+    frames, source, mask = pair
+    assert psnr(frames, source) == pytest.approx(diffusion.psnr(frames, source), rel=1e-6)
+    inside = psnr(frames, source, mask)
+    assert inside == pytest.approx(diffusion.psnr(frames[mask], source[mask]), rel=1e-6)
+    assert psnr(source, source) == pytest.approx(diffusion.psnr(source, source))
+
+
+def test_psnr_of_a_known_error_inside_and_outside_a_mask(pair) -> None:
+    _, source, mask = pair
+    source = source // 2
+    frames = source.copy()
+    frames[mask] += 51
+    frames[~mask] += 5
+    assert psnr(frames, source, mask) == pytest.approx(-20 * np.log10(0.2))
+    assert psnr(frames, source, ~mask) == pytest.approx(20 * np.log10(51))
+    assert psnr(frames, source, np.zeros_like(mask)) is None
+
+
+def test_ssim_of_flat_pictures_is_its_formula() -> None:
+    """Without variance, what is left is (2ab + c1) / (a^2 + b^2 + c1)."""
+    a, b, c1 = 100 / 255, 160 / 255, 0.01**2
+    frames, source = (np.full((9, 20, 24, 3), value, np.uint8) for value in (100, 160))
+    expected = (2 * a * b + c1) / (a**2 + b**2 + c1)
+    whole, inside, outside = ssim(frames, source)
+    assert whole == pytest.approx(expected, rel=1e-9)
+    assert inside is None
+    assert outside is None
+
+
+def test_ssim_inside_and_outside_a_mask(pair) -> None:
+    _, source, _ = pair
+    frames = source.copy()
+    frames[:, :, :20] = 255 - frames[:, :, :20]
+    mask = np.zeros(source.shape[:3], bool)
+    mask[:, :, :14] = True  # further from the edge than half a window
+    _, inside, _ = ssim(frames, source, mask)
+    mask[:] = False
+    mask[:, :, :26] = True
+    whole, _, outside = ssim(frames, source, mask)
+    assert inside < 0
+    assert outside == pytest.approx(1)
+    assert inside < whole < outside
+    assert ssim(frames, source, np.zeros_like(mask))[1:] == (None, pytest.approx(whole))
+    assert ssim(frames, source, np.ones_like(mask))[1:] == (pytest.approx(whole), None)
+
+
+def test_ssim_is_torchmetrics(pair) -> None:
+    frames, source, mask = pair
+    frames[-1] = 255 - frames[-1]
+    whole, inside, outside = ssim(frames, source, mask)
+    tensors = [torch.from_numpy(c).permute(0, 3, 1, 2).double() / 255 for c in (frames, source)]
+    theirs, map_ = structural_similarity_index_measure(
+        *tensors, data_range=1.0, return_full_image=True
+    )
+    assert whole == pytest.approx(float(theirs), rel=1e-6)
+    map_ = map_.mean(dim=1).numpy()
+    assert inside == pytest.approx(map_[mask].mean(), rel=1e-6)
+    assert outside == pytest.approx(map_[~mask].mean(), rel=1e-6)
+    np.testing.assert_allclose(ssim_map(frames[0], source[0]), map_[0], atol=1e-6)
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return ClipEmbedder(model_folder(JUDGE, "clip_model"), CPU)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Ten frames, more than a chunk."""
+    clips = [render_clip(random_scene(seed), 5, (48, 80)).frames for seed in (0, 1)]
+    return np.concatenate(clips)
+
+
+def test_the_cosine_is_transformers_own(clip, pictures) -> None:
+    prompts = ["a red star on a blue background", "a ring"]
+    model = CLIPModel.from_pretrained(JUDGE).float().eval()
+    tokens = CLIPTokenizer.from_pretrained(JUDGE)(prompts, padding=True, return_tensors="pt")
+    pixels = CLIPImageProcessor.from_pretrained(JUDGE)(list(pictures), return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**tokens, **pixels).logits_per_image
+        theirs = logits / model.logit_scale.exp()
+    frames = clip.embed_frames(pictures)
+    for i, prompt in enumerate(prompts):
+        ours = frames @ clip.embed_text(prompt)
+        torch.testing.assert_close(ours, theirs[:, i], rtol=1e-5, atol=1e-5)
+        score = clip_score(frames, clip.embed_text(prompt))
+        assert score == pytest.approx(float(theirs[:, i].mean()), abs=1e-5)
+    assert theirs.std() > 0.05
+
+
+def test_a_prompt_too_long_is_cut_with_a_warning(clip, caplog) -> None:
+    long = "a red star on a blue background and " * 9
+    with caplog.at_level(logging.WARNING):
+        cut = clip.embed_text(long)
+    assert "CLIP reads 32 of its" in caplog.text
+    caplog.clear()
+    clip.embed_text("a red star")
+    assert "CLIP reads" not in caplog.text
+    ids = clip.tokenizer(long, truncation=True, max_length=32).input_ids
+    assert len(ids) == 32
+    assert cut.isfinite().all()
+
+
+def test_frame_consistency_is_of_consecutive_frames() -> None:
+    x, y = torch.eye(2)
+    diagonal = (x + y) / 2**0.5
+    assert clip_frame_consistency(torch.stack([x, x, x])) == 1
+    assert clip_frame_consistency(torch.stack([x, diagonal, y])) == pytest.approx(0.5**0.5)
+    assert clip_frame_consistency(torch.stack([x, y, y, y])) == pytest.approx(2 / 3)
+    assert clip_frame_consistency(x[None]) is None
+
+
+def test_direction_is_from_source_to_edit() -> None:
+    x, y, z = torch.eye(3)
+    edited, source = torch.stack([y, z]), torch.stack([x, x])
+    assert clip_directional(edited, source, y, x) == pytest.approx((1 + 0.5) / 2)
+    assert clip_directional(source, edited, y, x) == pytest.approx((-1 - 0.5) / 2)
+    assert clip_directional(source, source, y, x) == 0
+    assert clip_directional(edited, source, y, y) is None
+
+
+def test_a_clip_that_cannot_be_had_says_how_to_do_without(tmp_path) -> None:
+    advice = r"--clip_model FOLDER names a copy, --clip_model none leaves the measure out"
+    with pytest.raises(MissingFileError, match=advice):
+        model_folder("no such/folder", "clip_model")
+    with pytest.raises(MissingFileError, match=advice):
+        model_folder(str(tmp_path), "clip_model")
+
+
+def test_a_model_of_another_kind_is_refused() -> None:
+    with pytest.raises(UserError, match="its model_type is clip, expected vit"):
+        DinoKeys(model_folder(JUDGE, "dino_model"), CPU)
+
+
+# ---------------------------------------------------------------- DINO
+
+
+@pytest.fixture(scope="module")
+def vit_folder(tmp_path_factory):
+    """A small random ViT."""
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        image_size=32, patch_size=8, initializer_range=0.3,
+    )  # fmt: skip
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_keys_are_those_of_the_last_layer(vit_folder, pictures) -> None:
+    keys = DinoKeys(vit_folder, CPU)(pictures)
+    assert keys.shape == (10, 1 + 16, 24)
+    model = ViTModel.from_pretrained(vit_folder, add_pooling_layer=False).eval()
+    pixels = ViTImageProcessor.from_pretrained(vit_folder)(list(pictures), return_tensors="pt")
+    with torch.inference_mode():
+        before_last = model(**pixels, output_hidden_states=True).hidden_states[-2]
+    weights = model.state_dict()
+    (weight,) = (v for k, v in weights.items() if ".2." in k and _is_key(k, "weight"))
+    (bias,) = (v for k, v in weights.items() if ".2." in k and _is_key(k, "bias"))
+    (norm,) = (m for n, m in model.named_modules() if ".2." in f".{n}" and "norm_before" in n)
+    with torch.inference_mode():
+        expected = F.linear(norm(before_last), weight, bias)
+    torch.testing.assert_close(keys, expected, rtol=1e-4, atol=1e-4)
+
+
+def _is_key(name: str, parameter: str) -> bool:
+    return name.endswith((f".key.{parameter}", f".k_proj.{parameter}"))
+
+
+def test_structure_is_the_self_similarity_of_keys() -> None:
+    """Neither a common turn of all keys nor their lengths matter; what does is worked out."""
+    x, y = torch.eye(2)
+    one = torch.stack([x, x])[None]
+    other = torch.stack([x, y])[None]  # similarities 1 0 0 1 instead of 1 1 1 1
+    assert structure_distance(one, one) == 0
+    assert structure_distance(one, 3 * one.flip(-1)) == pytest.approx(0, abs=1e-12)
+    assert structure_distance(other, one) == pytest.approx(0.5)
+    both, ones = torch.cat([one, other]), torch.cat([one, one])
+    assert structure_distance(both, ones) == pytest.approx(0.25)
+
+
+def test_structure_distance_grows_with_the_change(vit_folder, pictures) -> None:
+    dino = DinoKeys(vit_folder, CPU)
+    keys = dino(pictures)
+    noisy = np.clip(pictures + np.random.default_rng(0).normal(0, 4, pictures.shape), 0, 255)
+    near, far = dino(noisy.astype(np.uint8)), dino(pictures[::-1].copy())
+    assert structure_distance(keys, keys) == 0
+    assert 0 < structure_distance(near, keys) < structure_distance(far, keys)

@@ -1,0 +1,538 @@
+"""Several processes on one clip give what one gives, to rounding; and end together when one fails.
+
+They are forked from this one, which has one thread, so that nothing is imported again.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import preprocess
+import run_tokenflow_controlnet
+import run_tokenflow_pnp
+import run_tokenflow_sdedit
+from run_tokenflow_controlnet import ControlNetConfig
+from run_tokenflow_pnp import PnPConfig
+from run_tokenflow_sdedit import SDEditConfig
+from tests.editing.test_loop import relative_error
+from tests.helpers import HEIGHT, WIDTH, contents, make_clip
+from tokenflow.cache import build as cache_maker
+from tokenflow.cache.options import arguments
+from tokenflow.cache.source_cache import open_cache, read_manifest
+from tokenflow.diffusion.models import load_stable_diffusion, resolve_device
+from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.loop import EditSession
+from tokenflow.ops.distributed import ALONE, Team, start_team
+from tokenflow.storage.video import load_frames
+from tokenflow_utils import keyframe_windows, windows_of
+from util import UserError, load_tensors, load_yaml, save_tensors, save_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SAME = 1e-5  # relative error, float32
+FORK = multiprocessing.get_context("fork")
+TOO_LONG = 300  # seconds
+N_FRAMES, STEPS = 5, 2  # two processes have 3 and 2 frames, three have 2, 2 and 1
+slow = pytest.mark.slow
+
+
+def in_processes(size, work, folder):
+    """Runs work(team) in `size` processes; returns their exit statuses and the dicts of tensors."""
+    folder.mkdir(parents=True)
+    processes = [FORK.Process(target=member, args=(i, size, work, folder)) for i in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TOO_LONG)
+        process.kill()  # one that hangs
+        process.join()
+    files = [folder / f"{rank}.safetensors" for rank in range(size)]
+    return [p.exitcode for p in processes], [load_tensors(f) for f in files if f.exists()]
+
+
+def member(rank, size, work, folder):
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=size)
+    save_tensors(folder / f"{rank}.safetensors", work(Team(rank, size, rank)))
+    dist.destroy_process_group()
+
+
+def succeed(size, work, folder):
+    """What every process found, when all of them have succeeded."""
+    statuses, found = in_processes(size, work, folder)
+    assert statuses == [0] * size
+    return found
+
+
+def options(clip, folder, model, **changes):
+    settings = {
+        "data_path": clip,
+        "save_dir": folder,
+        "model_key": model,
+        "n_frames": N_FRAMES,
+        "H": HEIGHT,
+        "W": WIDTH,
+        "steps": 4 * STEPS,
+        "save_steps": STEPS,
+        "interval": 2,
+        "device": "cpu",
+        "inversion_prompt": "a disc on a wall",
+        "batch_size": 2,
+    }
+    return preprocess.parse_args(arguments(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return make_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", N_FRAMES)
+
+
+@pytest.fixture(scope="module")
+def cache(clip, tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    return preprocess.preprocess(options(clip, folder, tiny_model))
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model):
+    return load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def keys(clip, cache, tiny_model, tmp_path_factory):
+    return {
+        "data_path": str(clip),
+        "latents_path": str(cache.parents[3]),
+        "output_path": str(tmp_path_factory.mktemp("results")),
+        "model_key": str(tiny_model),
+        "n_inversion_steps": 4 * STEPS,
+        "n_timesteps": STEPS,
+        "n_frames": N_FRAMES,
+        "prompt": "a green star",
+        "negative_prompt": "ugly",
+        "batch_size": 2,  # three keyframes
+        "device": "cpu",
+    }
+
+
+# ---------------------------------------------------------------- edits
+
+TECHNIQUES = {
+    "pnp": (PnPConfig, run_tokenflow_pnp.plan),
+    "sdedit": (SDEditConfig, run_tokenflow_sdedit.plan),
+    "controlnet": (
+        ControlNetConfig,
+        lambda session: run_tokenflow_controlnet.plan(
+            session, run_tokenflow_controlnet.control_settings(session.config)
+        ),
+    ),
+}
+EDITS = {
+    "pnp": {},
+    "sdedit": {"technique": "sdedit", "use_ddim_noise": False},
+    "controlnet": {"technique": "controlnet"},
+    "live": {"source_features": "live"},
+    "released": {"propagation": "released"},
+    "extended attention": {"consistency": "extended_attention"},
+    "first frame": {"consistency": "first_frame"},
+    "per frame": {"consistency": "none"},
+    "flow": {"correspondence": "flow"},
+    # fewer things than processes
+    "one keyframe": {"batch_size": N_FRAMES},
+    "two keyframes": {"batch_size": 3},
+    "two frames": {"n_frames": 2},
+    "one frame": {"n_frames": 1},
+    "one frame by itself": {"n_frames": 1, "consistency": "none"},
+    "two frames in extended attention": {"n_frames": 2, "consistency": "extended_attention"},
+    # and what changes the passes
+    "fixed keyframes": {"keyframes": "fixed"},
+    "no guidance": {"guidance_scale": 1.0},
+    "small chunks": {"chunk_size": 1},
+    "windows": {"batch_size": 1, "max_keyframes": 4, "chunk_size": 2},
+    "nothing injected": {"pnp_attn_t": 0.0, "pnp_f_t": 0.0, "source_features": "live"},
+}
+QUICK = {
+    2: list(EDITS)[:9],
+    3: ["pnp", "live", "extended attention", "two keyframes", "two frames"],
+}
+
+
+def edit(keys, models, team=ALONE, technique="pnp", **changes):
+    """A session and the latents that it edited; ControlNet's has its small ControlNet."""
+    config, plan = TECHNIQUES[technique]
+    if technique == "controlnet":
+        changes["controlnet_key"] = f"{keys['model_key']}/controlnet"
+    session = EditSession(open_inputs(config(**{**keys, **changes}), team), models)
+    return session, session.edit_latents(plan(session))
+
+
+@pytest.fixture(scope="module")
+def alone(keys, models):
+    """The edits of one process, each made once."""
+    return functools.cache(lambda name: edit(keys, models, **EDITS[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=() if name in QUICK[size] else slow)
+        for size in QUICK
+        for name in EDITS
+    ],
+)
+def test_an_edit_of_several_processes_is_that_of_one(keys, models, alone, tmp_path, name, size):
+    def work(team):
+        session, latents = edit(keys, models, team, **EDITS[name])
+        return {"latents": latents, "forwards": torch.tensor(session.image_forwards)}
+
+    session, expected = alone(name)
+    found = succeed(size, work, tmp_path / "team")
+    assert all(torch.equal(one["latents"], found[0]["latents"]) for one in found)
+    assert relative_error(found[0]["latents"], expected.double()) < SAME
+    # Of keyframes that are fewer than the processes, some are computed twice.
+    k = session.config.n_frames
+    if session.config.consistency == "tokenflow":
+        k = -(-k // session.config.batch_size)
+    joint = session.config.consistency in ("tokenflow", "extended_attention")
+    if k >= size or not joint:
+        assert found[0]["forwards"] == session.image_forwards
+    else:
+        assert found[0]["forwards"] > session.image_forwards
+
+
+def test_the_edits_differ(alone):
+    """So that what is tested above is not one edit again and again."""
+    names = [name for name in QUICK[2] if EDITS[name].get("technique") != "sdedit"]
+    different = [name for name in names if name != "live"]
+    for a, b in itertools.combinations(different, 2):
+        assert relative_error(alone(a)[1], alone(b)[1].double()) > 1e-4, f"{a} = {b}"
+
+
+def test_a_result_is_written_once_and_then_found(keys, tmp_path):
+    config = PnPConfig(**{**keys, "output_path": str(tmp_path / "several")})
+
+    def work(team):
+        folder = run_tokenflow_pnp.edit(config, team=team)
+        before = contents(folder)
+        assert run_tokenflow_pnp.edit(config, team=team) == folder
+        assert contents(folder) == before
+        return {}
+
+    succeed(2, work, tmp_path / "team")
+    (folder,) = (tmp_path / "several").glob("pnp/*/*")
+    single = run_tokenflow_pnp.edit(PnPConfig(**{**keys, "output_path": str(tmp_path / "one")}))
+    latents = [load_tensors(f / "edited_latents.safetensors")["latents"] for f in (folder, single)]
+    assert relative_error(latents[0], latents[1].double()) < SAME
+    frames = [load_frames(f / "frames", N_FRAMES).astype(int) for f in (folder, single)]
+    assert np.abs(frames[0] - frames[1]).max() <= 1
+    run, run_of_one = (load_yaml(f / "run.yaml") for f in (folder, single))
+    assert (run["processes"], run_of_one["processes"]) == (2, 1)
+    assert run["image_forwards"] == run_of_one["image_forwards"]
+
+
+# ---------------------------------------------------------------- preprocess
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, {}),
+        pytest.param(3, {"inversion_tol": 0.001, "inversion_iters": 3}, marks=slow),
+        pytest.param(3, {"n_frames": 2, "sd_version": "ControlNet"}, marks=slow),
+    ],
+)
+def test_a_cache_of_several_processes_is_that_of_one(clip, tiny_model, tmp_path, size, changes):
+    if "sd_version" in changes:
+        changes = {**changes, "control": "canny", "controlnet_key": tiny_model / "controlnet"}
+    args = options(clip, tmp_path / "several", tiny_model, **changes)
+
+    def work(team):
+        folder = preprocess.preprocess(args, team=team)
+        before = contents(folder)
+        assert preprocess.preprocess(args, team=team) == folder  # and finds it made
+        assert contents(folder) == before
+        return {}
+
+    succeed(size, work, tmp_path / "team")
+    single = preprocess.preprocess(options(clip, tmp_path / "one", tiny_model, **changes))
+    several = tmp_path / "several" / single.relative_to(tmp_path / "one")
+    assert set(contents(several)) == set(contents(single))
+    names = sorted(single.rglob("*.safetensors"))
+    assert len(names) == 1 + len(read_manifest(single).timesteps) + STEPS
+    for path in names:
+        found, expected = load_tensors(several / path.relative_to(single)), load_tensors(path)
+        assert found.keys() == expected.keys()
+        for name, x in expected.items():
+            if x.is_floating_point():
+                assert relative_error(found[name], x.double()) < SAME, f"{path}: {name}"
+            else:
+                assert torch.equal(found[name], x), f"{path}: {name}"
+    ours, theirs = read_manifest(several), read_manifest(single)
+    assert ours.image_forwards == theirs.image_forwards
+    assert ours.psnr == pytest.approx(theirs.psnr, abs=0.01)
+    features = [load_yaml(f / "features" / "manifest.yaml") for f in (several, single)]
+    assert features[0]["image_forwards"] == features[1]["image_forwards"]
+    open_cache(several)  # whose files are those of its manifest
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+def dies_at(call, number):
+    """A function whose process is gone at its call of this number, counted from 1."""
+    calls = itertools.count(1)
+
+    def dying(*args, **options):
+        if next(calls) == number:
+            os._exit(9)
+        return call(*args, **options)
+
+    return dying
+
+
+def test_a_cache_that_two_processes_began_is_gone_on_with_by_three(clip, tiny_model, tmp_path):
+    changes = {"inversion_tol": 0.001, "inversion_iters": 3}
+    args = options(clip, tmp_path / "several", tiny_model, **changes)
+
+    def begin(team):
+        if team.is_main:  # after the clean latents and those of a timestep
+            cache_maker.save_latents = dies_at(cache_maker.save_latents, 3)
+        with pytest.raises(UserError, match="another process of this run has ended"):
+            preprocess.preprocess(args, team=team)
+        return {}
+
+    def go_on(team):
+        cache_maker.encode_frames = None  # which is behind
+        preprocess.preprocess(args, team=team)
+        return {}
+
+    assert in_processes(2, begin, tmp_path / "two")[0] == [9, 0]
+    succeed(3, go_on, tmp_path / "three")
+    single = preprocess.preprocess(options(clip, tmp_path / "one", tiny_model, **changes))
+    several = tmp_path / "several" / single.relative_to(tmp_path / "one")
+    for path in single.rglob("latents/*.safetensors"):
+        found = load_tensors(several / path.relative_to(single))["latents"]
+        assert relative_error(found, load_tensors(path)["latents"].double()) < SAME, path
+    assert read_manifest(several).image_forwards == read_manifest(single).image_forwards
+
+
+def test_an_edit_that_two_processes_began_is_gone_on_with_by_three(keys, tmp_path):
+    settings = {**keys, "checkpoint_every": 1}
+    config = PnPConfig(**{**settings, "output_path": str(tmp_path / "several")})
+
+    def begin(team):
+        if team.is_main:  # one step is saved
+            EditSession._checkpoint = dies_at(EditSession._checkpoint, 2)
+        with pytest.raises(UserError, match="another process of this run has ended"):
+            run_tokenflow_pnp.edit(config, team=team)
+        return {}
+
+    def go_on(team):
+        run_tokenflow_pnp.edit(config, team=team)
+        return {}
+
+    assert in_processes(2, begin, tmp_path / "two")[0] == [9, 0]
+    succeed(3, go_on, tmp_path / "three")
+    (folder,) = (tmp_path / "several").glob("pnp/*/*")
+    single = run_tokenflow_pnp.edit(PnPConfig(**{**settings, "output_path": str(tmp_path / "one")}))
+    latents = [load_tensors(f / "edited_latents.safetensors")["latents"] for f in (folder, single)]
+    assert relative_error(latents[0], latents[1].double()) < SAME
+    runs = [load_yaml(f / "run.yaml") for f in (folder, single)]
+    assert runs[0]["image_forwards"] == runs[1]["image_forwards"]
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_what_all_processes_refuse_is_said_by_one(keys, tmp_path, capfd):
+    config = PnPConfig(**{**keys, "latents_path": str(tmp_path / "nowhere")})
+
+    def work(team):
+        with pytest.raises(UserError, match="no cache for this clip"):
+            run_tokenflow_pnp.edit(config, team=team)
+        return {}
+
+    # The other one ends with status 0: the launcher waits for the one that says why.
+    statuses, found = in_processes(2, work, tmp_path / "team")
+    assert statuses == [0, 0]
+    assert len(found) == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_one_process_refuses_ends_all(keys, tmp_path):
+    def work(team):
+        with team.together():
+            if team.rank == 1:
+                raise UserError("only here")
+        pytest.fail("went on")
+
+    statuses, found = in_processes(3, work, tmp_path / "team")
+    assert statuses == [0, 1, 0]
+    assert not found
+
+
+def test_a_process_that_is_lost_in_the_middle_ends_the_others(keys, models, tmp_path):
+    def work(team):
+        session = EditSession(open_inputs(PnPConfig(**keys), team), models)
+        plan = run_tokenflow_pnp.plan(session)
+        if team.rank == 1:
+            session.models.unet.mid_block.register_forward_hook(lambda *args: os._exit(9))
+        with pytest.raises(UserError, match="another process of this run has ended"):
+            session.edit_latents(plan)
+        return {}
+
+    statuses, _ = in_processes(2, work, tmp_path / "team")
+    assert statuses == [0, 9]
+
+
+def test_processes_that_see_different_caches_do_not_start(keys, models, tmp_path):
+    def work(team):
+        session = EditSession(open_inputs(PnPConfig(**keys), team), models)
+        if team.rank == 1:
+            session.config = replace(session.config, source_features="live")
+        session.edit_latents(run_tokenflow_pnp.plan(session))
+        pytest.fail("went on")
+
+    statuses, found = in_processes(2, work, tmp_path / "team")
+    assert statuses == [0, 1]
+    assert not found
+
+
+# ---------------------------------------------------------------- small parts
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 16])
+def test_shares_are_even_and_whole(n, size):
+    shares = [Team(rank, size, rank).share(n) for rank in range(size)]
+    assert torch.cat([share.numbers for share in shares]).tolist() == list(range(n))
+    lengths = [len(share.numbers) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+    assert lengths == [len(part) for part in torch.arange(n).tensor_split(size)]
+    for rank in range(size):
+        joint = Team(rank, size, rank).share_jointly(max(n, 1)).numbers.tolist()
+        assert joint == (shares[rank].numbers.tolist() if n >= size else [rank % max(n, 1)])
+
+
+def test_what_is_gathered_is_what_was_taken(tmp_path):
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+
+    def work(team):
+        for n, dtype in itertools.product((0, 1, 2, 5), dtypes):
+            whole = torch.arange(2 * n * 3).reshape(2, n, 3).to(dtype)
+            share = team.share(n)
+            assert torch.equal(share.gather(share.take(whole, dim=1), dim=1), whole)
+        whole = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+        share = team.share_jointly(2)
+        assert torch.equal(share.gather(share.take(whole)), whole)
+        assert team.of_all(10 * team.rank) == [0, 10, 20]
+        assert team.agree({"rank": [team.rank], "text": "é"}) == {"rank": [0], "text": "é"}
+        return {}
+
+    succeed(3, work, tmp_path / "team")
+
+
+def test_one_process_alone_shares_nothing():
+    x = torch.randn(3, 2)
+    share = ALONE.share(3)
+    assert share.take(x) is x
+    assert share.gather(x) is x
+    assert ALONE.agree(x) is x
+    assert ALONE.of_all(4) == [4]
+    with pytest.raises(UserError, match="as it is"), ALONE.together():
+        raise UserError("as it is")
+
+
+@pytest.mark.parametrize(("k", "bound", "at_once"), [(7, None, None), (7, None, 2), (9, 4, 1)])
+def test_windows_of_all_processes_are_those_of_one(k, bound, at_once):
+    whole = keyframe_windows(k, bound, at_once)
+    seen = {}
+    for rank in range(3):
+        own = Team(rank, 3, rank).share(k).own
+        for window in windows_of(whole, own):
+            for query in range(own.start + window.queries.start, own.start + window.queries.stop):
+                assert query not in seen
+                seen[query] = window.seen
+    assert list(seen) == list(range(k))
+    for window in whole:
+        for query in range(window.queries.start, window.queries.stop):
+            assert seen[query] is window.seen
+
+
+def test_each_process_takes_its_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    team = Team(rank=7, size=8, local_rank=3)  # the last of two machines'
+    for name in ("auto", "cuda"):
+        assert resolve_device(name, team) == torch.device("cuda:3")
+        assert resolve_device(name).index is None
+    assert resolve_device("cpu", team) == torch.device("cpu")
+    with pytest.raises(UserError, match="cuda:1 cannot be shared by 8 processes"):
+        resolve_device("cuda:1", team)
+    with pytest.raises(UserError, match="cuda:4 was asked for, but torch sees 4"):
+        resolve_device("cuda", Team(rank=4, size=8, local_rank=4))
+
+
+def test_a_compiled_unet_is_refused_before_a_model_loads(keys):
+    with pytest.raises(UserError, match="compile: true, but 2 processes"):
+        open_inputs(PnPConfig(**keys, compile=True), Team(0, 2))
+
+
+def test_the_launcher_says_who_is_there(monkeypatch):
+    for name in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    with start_team() as team:
+        assert team is ALONE
+    # accelerate launch --cpu --num_processes 2
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with pytest.raises(UserError, match="--multi_gpu --num_processes N"), start_team():
+        pytest.fail("went on")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def launch(processes, script, *words):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
+    return subprocess.run(
+        [*launcher, ROOT / script, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@slow
+def test_the_command_line(clip, tiny_model, keys, tmp_path):
+    small = {"data_path": clip, "save_dir": tmp_path / "latents", "model_key": tiny_model}
+    small |= {"n_frames": N_FRAMES, "H": HEIGHT, "W": WIDTH, "interval": 2, "device": "cpu"}
+    small |= {"steps": 4 * STEPS, "save_steps": STEPS, "inversion_prompt": "a disc on a wall"}
+    done = launch(2, "preprocess.py", *arguments(small))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cache: ") == 1
+    assert done.stderr.count("reconstruction: ") == 1
+    config = keys | {"latents_path": str(tmp_path / "latents")}
+    config |= {"output_path": str(tmp_path / "results")}
+    save_yaml(tmp_path / "config.yaml", config)
+    words = ["--config", tmp_path / "config.yaml"]
+    done = launch(2, "run_tokenflow_pnp.py", *words)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.removeprefix("result: ").strip())
+    assert load_yaml(folder / "run.yaml")["processes"] == 2
+    single = run_tokenflow_pnp.edit(PnPConfig(**{**config, "output_path": str(tmp_path / "one")}))
+    latents = [load_tensors(f / "edited_latents.safetensors")["latents"] for f in (folder, single)]
+    assert relative_error(latents[0], latents[1].double()) < SAME
+    # What is wrong is said once.
+    done = launch(2, "run_tokenflow_pnp.py", *words, "--set", "n_frames=0")
+    assert done.returncode != 0
+    assert done.stderr.count("error: --set n_frames: expected at least 1") == 1

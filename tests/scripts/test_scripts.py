@@ -1,0 +1,455 @@
+"""The run scripts from the command line to the result, on the tiny model."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import preprocess
+import run_tokenflow_controlnet
+import run_tokenflow_pnp
+import run_tokenflow_sdedit
+from run_tokenflow_controlnet import ControlNetConfig
+from run_tokenflow_pnp import PnPConfig
+from run_tokenflow_sdedit import SDEditConfig
+from scripts.shapes.world import SAMPLES, random_scene
+from tests.helpers import (
+    HEIGHT,
+    WIDTH,
+    arguments,
+    contents,
+    invert,
+    make_clip,
+    make_image_folder,
+    no_model_may_load,
+    video_facts,
+)
+from tokenflow.cache.source_cache import open_cache
+from tokenflow.editing import loop as editing
+from tokenflow.storage.video import load_frames
+from util import UserError, load_config, load_tensors, load_yaml, sha256_file
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {
+    "pnp": (run_tokenflow_pnp, PnPConfig),
+    "sdedit": (run_tokenflow_sdedit, SDEditConfig),
+    "controlnet": (run_tokenflow_controlnet, ControlNetConfig),
+}
+FPS = Fraction(30000, 1001)
+N_FRAMES = 5
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory):
+    """A folder with a clip and its cache."""
+    folder = tmp_path_factory.mktemp("place")
+    invert(make_clip(folder / "star.mp4", N_FRAMES, fps=FPS), folder / "latents", tiny_model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(place, tiny_model):
+    """A configuration without an output path."""
+    return {
+        "data_path": str(place / "star.mp4"),
+        "latents_path": str(place / "latents"),
+        "prompt": "A shiny, golden star!",
+        "model_key": str(tiny_model),
+        "n_inversion_steps": 10,
+        "n_timesteps": 5,
+        "n_frames": N_FRAMES,
+        "batch_size": 3,
+        "device": "cpu",
+    }
+
+
+def edit(technique, values, folder, *argv):
+    """Run a script on a config file written to `folder`; returns the file."""
+    if technique == "controlnet":
+        values = {"controlnet_key": str(Path(values["model_key"]) / "controlnet"), **values}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    SCRIPTS[technique][0].main(["--config", str(path), *argv])
+    return path
+
+
+def only_result(output):
+    """The folder of the one result under an output path."""
+    (config,) = output.glob("*/*/*/config.yaml")
+    return config.parent
+
+
+@pytest.fixture(scope="module")
+def results(settings, tmp_path_factory):
+    """Each technique's output folder and the configuration that it was made from."""
+    made = {}
+    for technique, (_, config_class) in SCRIPTS.items():
+        folder = tmp_path_factory.mktemp(technique)
+        values = {**settings, "output_path": str(folder / "out")}
+        path = edit(technique, values, folder)
+        made[technique] = folder / "out", load_config(config_class, path), path
+    return made
+
+
+# ---------------------------------------------------------------- a result
+
+
+@pytest.mark.parametrize("technique", SCRIPTS)
+def test_a_result_is_what_the_design_says(results, technique):
+    output, _, _ = results[technique]
+    folder = only_result(output)
+    above, name = folder.relative_to(output).parent.as_posix(), folder.name
+    assert above == f"{technique}/star"
+    slug, _, digest = name.rpartition("-")
+    assert slug == "a-shiny-golden-star"
+    assert len(digest) == 8
+    assert set(digest) <= set("0123456789abcdef")
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == {
+        "edited.mp4",
+        "side_by_side.mp4",
+        "edited_latents.safetensors",
+        "config.yaml",
+        "run.yaml",
+        "frames",
+        *(f"frames/0000{i}.png" for i in range(N_FRAMES)),
+    }
+    assert [path.name for path in folder.parent.iterdir()] == [name]  # nothing half-made beside it
+
+
+@pytest.mark.parametrize("technique", SCRIPTS)
+def test_videos_have_all_frames_at_the_clip_s_rate(results, technique):
+    folder = only_result(results[technique][0])
+    assert video_facts(folder / "edited.mp4") == (N_FRAMES, FPS, (HEIGHT, WIDTH))
+    assert video_facts(folder / "side_by_side.mp4") == (N_FRAMES, FPS, (HEIGHT, 2 * WIDTH))
+    latents = load_tensors(folder / "edited_latents.safetensors")["latents"]
+    assert latents.shape == (N_FRAMES, 4, HEIGHT // 8, WIDTH // 8)
+
+
+def test_the_edit_changes_the_clip_and_techniques_differ(results, place):
+    frames = {name: load_frames(only_result(out) / "frames") for name, (out, *_) in results.items()}
+    frames["source"] = load_frames(next(place.rglob("nframes_5")) / "frames")
+    names = sorted(frames)
+    for i, one in enumerate(names):
+        for other in names[:i]:
+            assert np.abs(frames[one].astype(int) - frames[other]).mean() > 0.5, (one, other)
+
+
+@pytest.mark.parametrize("technique", SCRIPTS)
+def test_the_saved_config_makes_the_same_result(results, technique, monkeypatch):
+    output, config, _ = results[technique]
+    saved = only_result(output) / "config.yaml"
+    assert load_config(type(config), saved) == config
+    assert list(load_yaml(saved)) == [field.name for field in dataclasses.fields(config)]
+    monkeypatch.setattr(editing, "load_stable_diffusion", no_model_may_load)
+    SCRIPTS[technique][0].main(["--config_path", str(saved)])  # finds it made
+
+
+@pytest.mark.parametrize("technique", SCRIPTS)
+def test_the_run_record_says_how_it_went(results, place, technique):
+    run = load_yaml(only_result(results[technique][0]) / "run.yaml")
+    cache = next(place.rglob("nframes_5"))
+    assert run["technique"] == technique
+    assert run["cache"] == str(cache)
+    assert run["cache_sha256"] == open_cache(cache).sha256
+    assert (run["n_frames"], run["dtype"]) == (N_FRAMES, "float32")
+    assert run["device"].startswith("cpu")
+    assert set(run["seconds"]) == {"load", "edit", "decode", "write"}
+    assert all(seconds >= 0 for seconds in run["seconds"].values())
+    assert run["peak_memory_bytes"] > 1 << 20
+    assert {"python", "torch", "diffusers"} <= set(run["versions"])
+
+
+# ---------------------------------------------------------------- a second run
+
+
+def test_a_finished_result_is_skipped_and_overwritten_on_demand(
+    results, settings, tmp_path, monkeypatch, capsys
+):
+    output, _, path = results["sdedit"]
+    before = contents(output)
+    with monkeypatch.context() as patch:
+        patch.setattr(editing, "load_stable_diffusion", no_model_may_load)
+        run_tokenflow_sdedit.main(["--config", str(path)])
+        assert contents(output) == before
+        assert f"result: {only_result(output)}\n" in capsys.readouterr().out
+        with pytest.raises(pytest.fail.Exception):
+            run_tokenflow_sdedit.main(["--config", str(path), "--overwrite"])
+        with pytest.raises(pytest.fail.Exception):  # other settings are another result
+            run_tokenflow_sdedit.main(["--config", str(path), "--set", "start=0.5"])
+    copy = tmp_path / "out"
+    shutil.copytree(output, copy)
+    (only_result(copy) / "frames" / "00000.png").unlink()
+    latents = only_result(copy) / "edited_latents.safetensors"
+    old = sha256_file(latents)
+    run_tokenflow_sdedit.main(
+        ["--config", str(path), "--set", f"output_path={copy}", "--overwrite"]
+    )
+    assert contents(copy).keys() == before.keys()
+    assert sha256_file(latents) == old
+
+
+def test_a_result_of_another_cache_is_made_anew(settings, place, tiny_model, tmp_path, monkeypatch):
+    values = {**settings, "output_path": str(tmp_path / "out"), "start": 0.2}
+    values["latents_path"] = str(shutil.copytree(place / "latents", tmp_path / "latents"))
+    path = edit("sdedit", values, tmp_path)
+    invert(place / "star.mp4", tmp_path / "latents", tiny_model, inversion_iters=2, overwrite="")
+    monkeypatch.setattr(editing, "load_stable_diffusion", no_model_may_load)
+    with pytest.raises(pytest.fail.Exception):
+        run_tokenflow_sdedit.main(["--config", str(path)])
+
+
+def test_an_interrupted_edit_leaves_no_result(settings, tmp_path, monkeypatch):
+    values = {**settings, "output_path": str(tmp_path / "out"), "start": 0.2}
+    with monkeypatch.context() as patch:
+        patch.setattr(editing, "save_tensors", lambda *args: 1 / 0)  # frames are there by then
+        with pytest.raises(ZeroDivisionError):
+            edit("sdedit", values, tmp_path)
+    parent = tmp_path / "out" / "sdedit" / "star"
+    assert all(path.name.startswith(".") for path in parent.iterdir())
+    edit("sdedit", values, tmp_path)
+    assert [path.name for path in parent.iterdir()] == [only_result(tmp_path / "out").name]
+
+
+@pytest.mark.parametrize("fps", [12, 23.976023976023978, 0.5])
+def test_another_frame_rate_on_demand(settings, tmp_path, fps):
+    values = {**settings, "output_path": str(tmp_path / "out"), "start": 0.2, "fps": fps}
+    edit("sdedit", values, tmp_path)
+    count, rate, _ = video_facts(only_result(tmp_path / "out") / "edited.mp4")
+    assert count == N_FRAMES
+    assert float(rate) == pytest.approx(fps, rel=1e-5)
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "../../x",
+        "/etc/passwd",
+        "two\nlines\r\n--overwrite",
+        "a tab \t, a bell \a and a next line \x85",
+        "\N{WOLF FACE} \N{ZERO WIDTH JOINER} \u202e \x1b[31m",
+        "wolf " * 2000,
+        "",
+        "CON: ~/$HOME `x` '\"",
+    ],
+    ids=range(8),
+)
+def test_a_hostile_prompt_stays_in_the_output_folder(settings, place, tmp_path, prompt):
+    keys = {"output_path": str(tmp_path / "out"), "prompt": prompt, "negative_prompt": prompt}
+    before = contents(place)
+    edit("sdedit", {**settings, **keys, "n_frames": 1, "start": 0.2}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "out"]
+    assert contents(place) == before
+    folder = only_result(tmp_path / "out")
+    assert folder.parent == tmp_path / "out" / "sdedit" / "star"
+    assert set(folder.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert len(folder.name) < 64
+    assert load_config(SDEditConfig, folder / "config.yaml").prompt == prompt
+
+
+@pytest.mark.parametrize("key", ["prompt", "negative_prompt", "data_path", "output_path"])
+def test_a_nul_is_refused(settings, tmp_path, key):
+    with pytest.raises(UserError, match=f"{key}: 'a.x00b' holds a NUL character"):
+        edit("sdedit", {**settings, key: "a\0b"}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a [b]*? {c} #1 % & ; $(x) `y` ' \" \\ <img src=x>",
+        "\N{WOLF FACE} \u72fc \u0630\u0626\u0628 \N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}",
+        "-rf ~ ..",
+    ],
+    ids=("signs", "alphabets", "dashes"),
+)
+def test_a_hostile_clip_name_is_a_folder_in_the_cache_and_in_the_results(
+    settings, tiny_model, tmp_path, name
+):
+    (tmp_path / "work").mkdir()
+    clip = make_clip(tmp_path / "clips" / f"{name}.mp4", n_frames=1)
+    cache = invert(clip, tmp_path / "work" / "latents", tiny_model, n_frames=1)
+    assert cache == tmp_path / "work" / "latents" / "sd_2.1" / name / "steps_10" / "nframes_1"
+    keys = {
+        "data_path": str(clip),
+        "latents_path": str(tmp_path / "work" / "latents"),
+        "output_path": str(tmp_path / "work" / "out"),
+    }
+    edit("sdedit", {**settings, **keys, "n_frames": 1, "start": 0.2}, tmp_path / "work")
+    folder = only_result(tmp_path / "work" / "out")
+    assert folder.parent == tmp_path / "work" / "out" / "sdedit" / name
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")}
+    assert there == {f"clips/{name}.mp4", "work/config.yaml", "work/latents", "work/out"}
+
+
+def test_a_fresh_checkout_has_the_folder_of_caches():
+    assert (ROOT / "latents" / ".gitkeep").is_file()
+
+
+# ---------------------------------------------------------------- the released files
+
+RELEASED = {
+    "pnp": """\
+seed: 1
+device: 'cuda'
+output_path: 'tokenflow-results'
+data_path: 'data/woman-running'
+latents_path: 'latents' # should be the same as 'save_dir' arg used in preprocess
+n_inversion_steps: 500 # for retrieving the latents of the inversion
+n_frames: 40
+sd_version: '2.1'
+guidance_scale: 7.5
+n_timesteps: 50
+prompt: "a marble sculpture of a woman running, Venus de Milo"
+negative_prompt: "ugly, blurry, low res, unrealistic, unaesthetic"
+batch_size: 8
+pnp_attn_t: 0.5
+pnp_f_t: 0.8
+""",
+    "sdedit": """\
+seed: 1
+device: 'cuda'
+output_path: 'tokenflow-results'
+data_path: 'data/wolf-part'
+latents_path: 'latents'
+n_inversion_steps: 100
+n_frames: 40
+sd_version: '2.1'
+guidance_scale: 7.5
+n_timesteps: 50
+prompt: "a shiny silver robotic wolf, futuristic"
+negative_prompt: "ugly, blurry, low res, unrealistic, unaesthetic"
+batch_size: 8
+start: 0.9
+use_ddim_noise: True
+""",
+}
+
+
+@pytest.mark.parametrize("technique", RELEASED)
+def test_a_released_config_runs_unchanged(technique, tiny_model, tmp_path, monkeypatch):
+    """With nothing but the device and the model overridden on the command line."""
+    monkeypatch.chdir(tmp_path)
+    keys = yaml.safe_load(RELEASED[technique])
+    make_image_folder(tmp_path / keys["data_path"], n_frames=2)
+    preprocess.main(
+        arguments({
+            "data_path": keys["data_path"],
+            "H": 16,  # the released scripts know no smaller size than 512; the cache decides
+            "W": 16,
+            "steps": keys["n_inversion_steps"],
+            "recon_steps": 1,
+            "model_key": tiny_model,
+            "device": "cpu",
+        })
+    )  # fmt: skip
+    Path("config.yaml").write_text(RELEASED[technique])
+    script, config_class = SCRIPTS[technique]
+    script.main(
+        ["--config_path", "config.yaml", "--device", "cpu", "--set", f"model_key={tiny_model}"]
+    )
+    folder = only_result(tmp_path / "tokenflow-results")
+    assert folder.parent.relative_to(tmp_path) == Path(
+        "tokenflow-results", technique, Path(keys["data_path"]).name
+    )
+    assert video_facts(folder / "edited.mp4") == (2, Fraction(24), (16, 16))
+    used = dataclasses.asdict(load_config(config_class, folder / "config.yaml"))
+    assert used == used | keys | {"device": "cpu", "model_key": str(tiny_model)}
+
+
+# ---------------------------------------------------------------- configs/
+
+
+@pytest.mark.parametrize("technique", SCRIPTS)
+def test_the_commented_config_is_the_defaults(technique):
+    _, config_class = SCRIPTS[technique]
+    path = ROOT / "configs" / f"config_{technique}.yaml"
+    config = load_config(config_class, path)
+    fields = {field.name: field.default for field in dataclasses.fields(config_class)}
+    written = load_yaml(path)
+    assert written.keys() == fields.keys()
+    chosen = {"data_path", "prompt", "negative_prompt"}
+    if technique == "controlnet":
+        chosen.add("sd_version")
+    assert {name for name in fields if getattr(config, name) != fields[name]} == chosen
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for script in SCRIPTS
+        for path in sorted((ROOT / "configs").glob(f"[!c]*_{script}*.yaml"))
+    ],
+    ids=lambda path: path.stem,
+)
+def test_the_configs_of_the_bundled_clips_load(path):
+    technique = next(name for name in SCRIPTS if name in path.stem)
+    config = load_config(SCRIPTS[technique][1], path)
+    caption = random_scene(*SAMPLES[Path(config.data_path).stem]).caption
+    assert config.sd_version == "tiny"
+    assert config.negative_prompt in ("", caption)
+    assert config.prompt != caption
+    assert len(config.prompt.split()) in range(len(caption.split()), len(caption.split()) + 2)
+
+
+# ---------------------------------------------------------------- as programs
+
+
+@pytest.mark.parametrize("script", [preprocess, *(script for script, _ in SCRIPTS.values())])
+def test_help_is_printed(script, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.main(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert "usage: " in shown
+    assert "--device" in shown
+
+
+PROGRAMS = {
+    "preprocess.py": ["--data_path", "nowhere.mp4"],
+    "run_tokenflow_pnp.py": ["--config", "nowhere.yaml"],
+    "run_tokenflow_sdedit.py": ["--set", "start=2"],
+    "run_tokenflow_controlnet.py": ["--set", "latents_path=nowhere", "--device", "cpu"],
+}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Each program with a bad input: (exit status, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("programs")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    before = contents(folder)
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, str(ROOT / name), *argv],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, argv in PROGRAMS.items()
+    }
+    done = {}
+    for name, process in running.items():
+        out, err = process.communicate(timeout=120)
+        done[name] = process.returncode, out, err
+    assert contents(folder) == before
+    return done
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_bad_input_ends_a_program_with_one_line(programs, name):
+    status, out, err = programs[name]
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert any(value.partition("=")[2] in line for value in PROGRAMS[name])

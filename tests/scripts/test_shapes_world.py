@@ -1,0 +1,652 @@
+"""The world of shapes: its pictures and captions, and the ground truth that comes with them."""
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from scripts.shapes import world as shapes_world
+from scripts.shapes.world import (
+    BACKGROUNDS,
+    COLORS,
+    FILLS,
+    HUES,
+    N_WAVES,
+    SHAPES,
+    Motion,
+    Scene,
+    ShapeObject,
+    optical_flow,
+    random_scene,
+    render,
+    render_clip,
+)
+from tests.helpers import video_facts
+from tokenflow.storage.video import read_clip
+from util import UserError
+
+SIZE = 64
+STILL = Motion((0.0, 0.0))
+FLAT = np.zeros((N_WAVES, 4), np.float32)
+# Soft waves in several directions, so that no place of a background looks like another.
+WAVY = np.array([[(-1) ** k * 0.5 * k, 0.4 + 0.3 * k, k, 0.07] for k in range(N_WAVES)], np.float32)
+# From the frame's centre, where four pixels meet, to the centre of the pixel (32, 32).
+HALF_PIXEL = (0.5 / SIZE, 0.5 / SIZE)
+
+
+def a_thing(**changes: object) -> ShapeObject:
+    """A plain red circle in the middle of the frame that does not move, but for the changes."""
+    values = {"shape": "circle", "fill": "plain", "color": "red", "rgb": HUES["red"]}
+    values |= {"center": (0.0, 0.0), "radius": 0.25, "angle": 0.0, "motion": STILL}
+    return ShapeObject(**(values | changes))
+
+
+def a_scene(
+    *objects: ShapeObject,
+    rgb: tuple[float, float, float] = (0.4, 0.4, 0.4),
+    texture: np.ndarray = FLAT,
+    pan: tuple[float, float] = (0.0, 0.0),
+) -> Scene:
+    return Scene(objects, "gray", rgb, texture, Motion(pan))
+
+
+def polar(radii: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """Points (v, u) at angles from straight up, clockwise; (k, 2)."""
+    return np.stack([-radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
+def outlines(shape: str) -> list[np.ndarray]:
+    """A shape as polygons of points (v, u) where its radius is 1; the second is a hole."""
+    if shape in ("circle", "ring"):
+        turn = np.linspace(0, 2 * np.pi, 720, endpoint=False)
+        radii = {"circle": (0.9,), "ring": (0.94, 0.42)}[shape]
+        return [polar(np.full(720, radius), turn) for radius in radii]
+    corners = {"square": 4, "triangle": 3, "star": 10}[shape]
+    turn = np.arange(corners) * 2 * np.pi / corners
+    if shape == "square":
+        return [polar(np.full(4, 0.72 * 2**0.5), turn + np.pi / 4)]
+    return [polar(np.where(np.arange(corners) % 2 & (shape == "star"), 0.48, 1.0), turn)]
+
+
+def area(shape: str) -> float:
+    """Of a shape of radius 1, by the shoelace formula."""
+    areas = [
+        0.5 * abs(np.sum(p[:, 0] * np.roll(p[:, 1], -1) - p[:, 1] * np.roll(p[:, 0], -1)))
+        for p in outlines(shape)
+    ]
+    return areas[0] - sum(areas[1:])
+
+
+def distances(thing: ShapeObject, time: float, size: tuple[int, int]) -> np.ndarray:
+    """OpenCV's distance from each pixel's centre to the posed outlines, in pixels, positive inside.
+
+    Independent of the code under test, but for the names of the shapes: (H, W).
+    """
+    height, width = size
+    radius = thing.radius * math.exp(thing.motion.growth * time)
+    angle = thing.angle + thing.motion.turn * time
+    center = [c + t * time for c, t in zip(thing.center, thing.motion.travel, strict=True)]
+    found = []
+    for points in outlines(thing.shape):
+        v, u = points.T
+        y = center[0] + radius * (math.cos(angle) * v + math.sin(angle) * u)
+        x = center[1] + radius * (math.cos(angle) * u - math.sin(angle) * v)
+        pixels = np.stack([x, y], axis=1) * min(size) + (width / 2 - 0.5, height / 2 - 0.5)
+        polygon = pixels.astype(np.float32)
+        found.append(
+            [
+                [cv2.pointPolygonTest(polygon, (float(i), float(j)), True) for i in range(width)]
+                for j in range(height)
+            ]
+        )
+    body, *holes = np.array(found)
+    return np.minimum(body, -holes[0]) if holes else body
+
+
+def coverage(thing: ShapeObject, size: int, time: float = 0.0) -> np.ndarray:
+    """The share of each pixel that hides what is behind: from pictures before black and white."""
+    black, white = (
+        render(a_scene(thing, rgb=(level,) * 3), time, (size, size))[0][..., 0].astype(float)
+        for level in (0.0, 1.0)
+    )
+    return 1 - (white - black) / 255
+
+
+def warp(frame: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """Fetch for each pixel what the frame shows where the flow leads."""
+    height, width = flow.shape[:2]
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    x, y = x + flow[..., 0], y + flow[..., 1]
+    return cv2.remap(frame, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def hue_of(rgb: np.ndarray) -> str:
+    """The name of the colour whose hue is nearest; gray if there is hardly any."""
+    tint = np.asarray(rgb) - np.mean(rgb)
+    if np.abs(tint).max() < 0.05:
+        return "gray"
+    pure = {name: np.array(value) - np.mean(value) for name, value in HUES.items()}
+    return max(pure, key=lambda name: tint @ pure[name] / np.linalg.norm(pure[name]))
+
+
+# ---------------------------------------------------------------- scenes from seeds
+
+
+def test_a_seed_gives_the_same_pixels_again_and_another_gives_others() -> None:
+    first, again, other = (render_clip(random_scene(seed), 3, 32) for seed in (5, 5, 6))
+    assert np.array_equal(first.frames, again.frames)
+    assert np.array_equal(first.masks, again.masks)
+    assert np.abs(first.frames.astype(float) - other.frames).mean() > 5
+
+
+def test_a_seed_of_several_numbers_depends_on_each() -> None:
+    rendered = [render(random_scene(seed), 0, (32, 32))[0] for seed in ((1, 2), (1, 3), (2, 2))]
+    assert np.array_equal(rendered[0], render(random_scene((1, 2)), 0, (32, 32))[0])
+    assert not np.array_equal(rendered[0], rendered[1])
+    assert not np.array_equal(rendered[0], rendered[2])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_scene_looks_the_same_at_another_size(seed: int) -> None:
+    scene = random_scene(seed)
+    small = render_clip(scene, 2, 64).frames.astype(float)
+    large = render_clip(scene, 2, 128).frames.reshape(2, 64, 2, 64, 2, 3).mean((2, 4))
+    assert np.abs(small - large).mean() < 0.6
+    assert np.abs(small - large).max() < 48  # at corners, where anti-aliasing is approximate
+    assert np.abs(small - np.roll(large, 1, axis=2)).mean() > 1.2  # the bound sees one pixel
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_scene_is_the_same_at_another_number_of_frames(seed: int) -> None:
+    scene = random_scene(seed)
+    five, nine = render_clip(scene, 5, 32), render_clip(scene, 9, 32)
+    assert five.times == (0, 0.25, 0.5, 0.75, 1)
+    assert np.array_equal(five.frames, nine.frames[::2])
+    assert np.array_equal(five.masks, nine.masks[::2])
+    assert not np.array_equal(nine.frames[0], nine.frames[-1])
+    assert np.array_equal(render_clip(scene, 1, 32).frames[0], five.frames[0])
+
+
+def test_seeds_draw_every_attribute() -> None:
+    scenes = [random_scene(seed) for seed in range(300)]
+    things = [thing for scene in scenes for thing in scene.objects]
+    assert {thing.shape for thing in things} == set(SHAPES)
+    assert {thing.fill for thing in things} == set(FILLS)
+    assert {thing.color for thing in things} == set(COLORS)
+    assert {scene.background for scene in scenes} == set(BACKGROUNDS)
+    assert 0.08 < np.mean([len(scene.objects) == 2 for scene in scenes]) < 0.25
+
+
+@pytest.mark.parametrize("n_objects", [1, 2])
+def test_the_number_of_objects_can_be_asked_for(n_objects: int) -> None:
+    for seed in range(40):
+        scene = random_scene(seed, n_objects)
+        assert len(scene.objects) == n_objects
+        assert set(np.unique(render(scene, 0, (32, 32))[1])) == set(range(n_objects + 1))
+
+
+@pytest.mark.parametrize("n_objects", [1, 2])
+def test_random_objects_stay_inside_the_frame(n_objects: int) -> None:
+    reach = {shape: np.concatenate(outlines(shape)) for shape in SHAPES}
+    seen = []
+    for seed in range(400):
+        for thing in random_scene(seed, n_objects).objects:
+            for time in np.linspace(0, 1, 5):
+                center, radius, angle = thing.pose(time)
+                v, u = reach[thing.shape].T * radius
+                y = center[0] + math.cos(angle) * v + math.sin(angle) * u
+                x = center[1] + math.cos(angle) * u - math.sin(angle) * v
+                seen.append(max(np.abs(y).max(), np.abs(x).max()))
+    assert max(seen) < 0.5
+    assert max(seen) > 0.4  # they come near: the bound above is not met by tiny objects
+
+
+def test_random_objects_differ_in_colour_from_the_background_and_each_other() -> None:
+    for seed in range(200):
+        scene = random_scene(seed, 2)
+        names = [scene.background, *(thing.color for thing in scene.objects)]
+        assert len(set(names)) == 3
+        colors = np.array([scene.background_rgb, *(thing.rgb for thing in scene.objects)])
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert np.abs(colors[i] - colors[j]).max() > 0.15, scene.caption
+
+
+def test_random_pictures_show_the_colours_that_their_captions_name() -> None:
+    for seed in range(60):
+        scene = random_scene(seed)
+        frame, mask = render(scene, 0, (48, 48))
+        assert hue_of(np.median(frame[mask == 0], axis=0) / 255) == scene.background
+        for number, thing in enumerate(scene.objects, start=1):
+            assert hue_of(np.median(frame[mask == number], axis=0) / 255) == thing.color
+
+
+# ---------------------------------------------------------------- captions
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_caption_says_every_attribute_but_not_plain(shape: str, fill: str) -> None:
+    caption = a_scene(a_thing(shape=shape, fill=fill, color="teal")).caption
+    words = f"{fill} teal" if fill != "plain" else "teal"
+    assert caption == f"a {words} {shape} on a gray background"
+
+
+@pytest.mark.parametrize("color", COLORS)
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_a_caption_says_both_colours(color: str, background: str) -> None:
+    scene = Scene((a_thing(color=color),), background, (0.5, 0.5, 0.5), FLAT, STILL)
+    assert scene.caption == f"a {color} circle on a {background} background"
+
+
+def test_a_caption_says_both_objects_in_order() -> None:
+    first = a_thing(shape="star", fill="dotted", color="yellow")
+    second = a_thing(shape="ring", color="blue")
+    assert a_scene(first, second).caption == (
+        "a dotted yellow star and a blue ring on a gray background"
+    )
+    assert a_scene(second, first).caption == (
+        "a blue ring and a dotted yellow star on a gray background"
+    )
+
+
+# ---------------------------------------------------------------- pictures and masks
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [(48, 48), (36, 60), (60, 36)])
+def test_the_mask_is_the_outline_that_opencv_fills(shape: str, size: tuple[int, int]) -> None:
+    motion = Motion((0.1, -0.15), turn=0.7, growth=-0.3)
+    thing = a_thing(shape=shape, center=(-0.06, 0.08), radius=0.35, angle=-0.2, motion=motion)
+    for time in (0.0, 0.6):
+        mask = render(a_scene(thing), time, size)[1]
+        distance = distances(thing, time, size)
+        clear = np.abs(distance) > 0.01  # the circles are polygons there
+        assert clear.mean() > 0.95
+        assert np.array_equal(mask[clear] == 1, distance[clear] > 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("angle", [0.0, 0.3])
+def test_mask_and_coverage_have_the_area_of_the_shape(shape: str, angle: float) -> None:
+    thing = a_thing(shape=shape, angle=angle, radius=0.4)
+    expected = area(shape) * 0.4**2
+    assert render(a_scene(thing), 0, (128, 128))[1].mean() == pytest.approx(expected, rel=0.03)
+    assert coverage(thing, 128).mean() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("circle", math.pi * 0.9**2),
+        ("ring", math.pi * (0.94**2 - 0.42**2)),
+        ("square", 1.44**2),
+        ("triangle", 0.75 * math.sqrt(3)),
+        ("star", 5 * 0.48 * math.sin(math.pi / 5)),
+    ],
+)
+def test_the_reference_s_areas_are_the_analytic_ones(shape: str, expected: float) -> None:
+    assert area(shape) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_edges_are_anti_aliased_and_the_mask_is_where_half_is_covered(shape: str) -> None:
+    thing = a_thing(shape=shape, radius=0.35, angle=0.2, center=(0.02, -0.03))
+    covered = coverage(thing, SIZE)
+    mask = render(a_scene(thing), 0, (SIZE, SIZE))[1] == 1
+    partly = (covered > 0.1) & (covered < 0.9)
+    # A band about as wide as a pixel along the outline, and nowhere else.
+    distance = distances(thing, 0, (SIZE, SIZE))
+    assert partly.sum() > 0.5 * (np.abs(distance) < 0.5).sum()
+    assert np.abs(distance[partly]).max() < 1.3
+    assert np.array_equal(covered[distance > 1] > 0.99, np.ones((distance > 1).sum(), bool))
+    assert covered[distance < -1.3].max() < 0.01
+    clear = np.abs(covered - 0.5) > 0.01
+    assert np.array_equal(mask[clear], covered[clear] > 0.5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_object_s_colour_is_in_its_mask_and_the_background_outside(shape: str) -> None:
+    thing = a_thing(shape=shape, radius=0.4, rgb=(0.8, 0.0, 0.0))
+    frame, mask = render(a_scene(thing, rgb=(0.0, 0.2, 0.4)), 0, (SIZE, SIZE))
+    distance = distances(thing, 0, (SIZE, SIZE))
+    inside, outside = distance > 1, distance < -1.3
+    assert np.array_equal(mask[inside], np.ones(inside.sum()))
+    assert np.array_equal(mask[outside], np.zeros(outside.sum()))
+    assert np.all(frame[outside] == (0, 51, 102))
+    assert np.all(frame[inside][:, 1:] == 0)
+    # The light on an object is within 8 % of 1.
+    assert frame[inside][:, 0].min() > 0.92 * 204 - 1
+    assert frame[inside][:, 0].max() < 1.08 * 204 + 1
+
+
+@pytest.mark.parametrize(
+    ("fill", "share"),
+    [("plain", 0.0), ("striped", 0.5), ("dotted", 0.441), ("checkered", 0.5)],
+)
+def test_a_fill_s_second_tone_has_its_share_of_a_square(fill: str, share: float) -> None:
+    """The dots: nine of radius 0.19, less the twelve segments beyond the edges at 0.72."""
+    thing = a_thing(shape="square", fill=fill, rgb=(1.0, 0.0, 0.0), radius=0.6)
+    frame, mask = render(a_scene(thing), 0, (128, 128))
+    second = frame[mask == 1][:, 1] > 128 * shapes_world.TINT
+    assert second.mean() == pytest.approx(share, abs=0.015)
+
+
+def test_stripes_run_from_top_to_bottom_of_an_upright_object() -> None:
+    thing = a_thing(shape="square", fill="striped", rgb=(1.0, 0.0, 0.0), radius=0.625)
+    frame, mask = render(a_scene(thing), 0, (SIZE, SIZE))  # stripes of 12 pixels
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    second = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, 1] > 80
+    assert np.array_equal(second, np.broadcast_to(second[:1], second.shape))
+    assert second[0].tolist() == np.repeat([False, True] * 3, [5, 12, 12, 12, 12, 5]).tolist()
+
+
+def test_a_later_object_hides_an_earlier_one() -> None:
+    below = a_thing(shape="square", radius=0.4)
+    above = a_thing(radius=0.2, center=(0.0, 0.2), color="blue", rgb=(0.0, 0.0, 0.9))
+    frame, mask = render(a_scene(below, above), 0, (SIZE, SIZE))
+    alone = [render(a_scene(thing), 0, (SIZE, SIZE))[1] == 1 for thing in (below, above)]
+    assert (alone[0] & alone[1]).sum() > 100
+    assert np.array_equal(mask == 2, alone[1])
+    assert np.array_equal(mask == 1, alone[0] & ~alone[1])
+    assert frame[32, 44].argmax() == 2
+    assert frame[32, 20].argmax() == 0
+
+
+def test_an_object_partly_or_wholly_outside_is_cut_at_the_frame() -> None:
+    half = render(a_scene(a_thing(center=(0.0, 0.5))), 0, (SIZE, SIZE))[1]
+    assert half.mean() == pytest.approx(0.5 * area("circle") * 0.25**2, rel=0.03)
+    frame, mask = render(a_scene(a_thing(center=(0.0, 0.9))), 0, (SIZE, SIZE))
+    assert not mask.any()
+    assert np.all(frame == 102)
+
+
+@pytest.mark.parametrize("size", [(48, 80), (80, 48)])
+def test_a_wider_or_higher_frame_shows_more_of_the_same_scene(size: tuple[int, int]) -> None:
+    scene = random_scene(3)
+    clip, square = render_clip(scene, 2, size), render_clip(scene, 2, 48)
+    assert clip.frames.shape == (2, *size, 3)
+    assert clip.masks.shape == (2, *size)
+    top, left = (size[0] - 48) // 2, (size[1] - 48) // 2
+    middle = np.s_[:, top : top + 48, left : left + 48]
+    assert np.abs(clip.frames[middle].astype(int) - square.frames).max() <= 1
+    assert np.array_equal(clip.masks[middle], square.masks)
+    # What was not in the square is background that goes on, neither padding nor a seam.
+    assert clip.frames.std((1, 2)).min() > 1
+    assert not clip.masks[:, 0].any()
+
+
+# ---------------------------------------------------------------- flow
+
+
+@pytest.mark.parametrize("seed", [0, 3, 11])
+def test_between_equal_times_nothing_flows_and_all_is_visible(seed: int) -> None:
+    clip = render_clip(random_scene(seed), 3, 48)
+    for i in range(3):
+        flow, visible = clip.flow(i, i)
+        assert flow.shape == (48, 48, 2)
+        assert (flow.dtype, visible.dtype) == (np.float32, bool)
+        assert np.abs(flow).max() < 1e-4
+        assert visible.all()
+
+
+@pytest.mark.parametrize(
+    ("motion", "offset", "expected"),
+    [
+        (Motion((0.0, 0.25)), (0, 0), (16, 0)),  # to the right is +dx
+        (Motion((0.0, 0.25)), (-5, 7), (16, 0)),
+        (Motion((-0.125, 0.0)), (0, 0), (0, -8)),  # up is -dy
+        (Motion((0.0, 0.0), turn=math.pi / 2), (0, 0), (0, 0)),
+        (Motion((0.0, 0.0), turn=math.pi / 2), (0, 8), (-8, 8)),  # clockwise: right goes down
+        (Motion((0.0, 0.0), turn=math.pi / 2), (-8, 0), (8, 8)),  # and up goes right
+        (Motion((0.0, 0.0), turn=math.pi), (3, -5), (10, -6)),
+        (Motion((0.0, 0.0), growth=math.log(1.5)), (4, -6), (-3, 2)),  # away from the centre
+        (Motion((0.0, 0.0), growth=-math.log(2)), (4, -6), (3, -2)),
+        (Motion((0.125, 0.25), math.pi / 2, math.log(2)), (0, 4), (16 - 4, 8 + 8)),
+    ],
+)
+def test_an_object_flows_as_computed_by_hand(
+    motion: Motion, offset: tuple[int, int], expected: tuple[float, float]
+) -> None:
+    thing = a_thing(center=HALF_PIXEL, angle=0.3, motion=motion)
+    # The background's pan is nothing to the object.
+    flow, _ = optical_flow(a_scene(thing, pan=(0.2, 0.1)), 0, 1, (SIZE, SIZE))
+    assert flow[32 + offset[0], 32 + offset[1]] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_background_flows_with_the_pan_and_not_with_the_object() -> None:
+    thing = a_thing(motion=Motion((0.1, 0.1), turn=1.0, growth=0.3))
+    scene = a_scene(thing, pan=(0.125, -0.25))
+    mask = render(scene, 0, (SIZE, SIZE))[1]
+    flow, _ = optical_flow(scene, 0, 1, (SIZE, SIZE))
+    assert np.abs(flow[mask == 0] - (-16, 8)).max() < 1e-3
+    assert np.abs(flow[mask == 1] - (-16, 8)).max() > 10
+
+
+def test_a_flow_is_in_proportion_to_the_time_and_turns_with_its_direction() -> None:
+    scene = a_scene(a_thing(motion=Motion((0.0, 0.25))), pan=(0.125, 0.0))
+    clip = render_clip(scene, 5, SIZE)
+    for start, end, share in ((0, 4, 1.0), (0, 2, 0.5), (1, 2, 0.25), (3, 1, -0.5), (4, 0, -1.0)):
+        flow, _ = clip.flow(start, end)
+        mask = clip.masks[start]
+        assert np.abs(flow[mask == 1] - (16 * share, 0)).max() < 1e-3
+        assert np.abs(flow[mask == 0] - (0, 8 * share)).max() < 1e-3
+
+
+def test_the_length_of_a_flow_is_in_pixels_of_a_frame_that_is_not_square() -> None:
+    scene = a_scene(a_thing(center=(0.0, -0.4), motion=Motion((0.125, 0.5))), pan=(-0.25, 0.125))
+    for size in ((48, 80), (80, 48)):
+        flow, visible = optical_flow(scene, 0, 1, size)
+        mask = render(scene, 0, size)[1]
+        assert flow.shape == (*size, 2)
+        assert visible.shape == size
+        assert np.abs(flow[mask == 1] - (24, 6)).max() < 1e-3
+        assert np.abs(flow[mask == 0] - (6, -12)).max() < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("pair", [(0, 1), (1, 0)])
+def test_warping_one_frame_by_the_flow_gives_the_other(seed: int, pair: tuple[int, int]) -> None:
+    clip = render_clip(random_scene(seed), 2, 80 if seed % 2 else (64, 96))
+    start, end = pair
+    flow, visible = clip.flow(start, end)
+    source, target = (clip.frames[i].astype(np.float32) for i in (end, start))
+
+    def error(flow: np.ndarray) -> float:
+        return np.abs(warp(source, flow) - target)[visible].mean()
+
+    assert visible.mean() > 0.25
+    assert np.median(np.abs(warp(source, flow) - target)[visible]) < 1
+    assert error(flow) < 5
+    assert error(-flow) > 8 * error(flow)
+    assert error(flow[..., ::-1]) > 4 * error(flow)  # (dy, dx) is another flow
+    assert error(0 * flow) > 4 * error(flow)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize(
+    "motion",
+    [
+        Motion((0.0, 0.2)),
+        Motion((0.0, 0.0), turn=0.9),
+        Motion((0.0, 0.0), growth=0.2),
+        Motion((-0.1, 0.1), turn=-0.8, growth=-0.3),
+    ],
+    ids=["travel", "turn", "growth", "all"],
+)
+def test_what_is_on_an_object_moves_with_it(fill: str, motion: Motion) -> None:
+    """Fill and light too, inside of the outline, where nothing but the object is seen."""
+    place = {"center": (0.0, -0.1), "radius": 0.35, "angle": 0.1}
+    thing = a_thing(shape="star", fill=fill, motion=motion, **place)
+    clip = render_clip(a_scene(thing, texture=WAVY, pan=(0.1, 0.2)), 2, 128)
+    flow, visible = clip.flow(0, 1)
+    inside = cv2.erode(clip.masks[0], np.ones((7, 7), np.uint8)) == 1
+    error = np.abs(warp(clip.frames[1].astype(np.float32), flow) - clip.frames[0])[inside]
+    assert inside.sum() > 500
+    assert visible[inside].all()
+    assert np.median(error) < 1
+    # Only the edges of a fill are resampled differently; plain, there are none.
+    assert error.mean() < (0.6 if fill == "plain" else 8)
+
+
+def test_the_background_s_texture_moves_with_the_pan() -> None:
+    clip = render_clip(a_scene(texture=WAVY, pan=(0.1, -0.2)), 2, SIZE)
+    flow, visible = clip.flow(0, 1)
+    source, target = clip.frames[1].astype(np.float32), clip.frames[0].astype(np.float32)
+    assert np.abs(warp(source, flow) - target)[visible].mean() < 0.6
+    assert np.abs(source - target)[visible].mean() > 6
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_there_and_back_again_is_where_it_began(seed: int) -> None:
+    clip = render_clip(random_scene(seed), 2, (64, 80))
+    there, visible = clip.flow(0, 1)
+    back = warp(clip.flow(1, 0)[0], there)
+    # Interpolating between the flows of two layers makes a third: keep off the outlines.
+    layers = [cv2.erode((clip.masks[1] == k).astype(np.uint8), np.ones((3, 3))) for k in range(3)]
+    landing = np.stack([warp(layer.astype(np.float32), there) for layer in layers]).max(0)
+    height, width = visible.shape
+    y, x = np.mgrid[:height, :width]
+    y, x = y + there[..., 1], x + there[..., 0]
+    inside = (y > 0) & (y < height - 1) & (x > 0) & (x < width - 1)
+    checked = visible & (landing > 0.999) & inside
+    assert checked.sum() > 0.7 * visible.sum()
+    assert np.linalg.norm(there + back, axis=-1)[checked].max() < 0.1
+    assert np.linalg.norm(there - back, axis=-1)[checked].mean() > 2
+
+
+# ---------------------------------------------------------------- what is hidden
+
+
+def test_what_a_moving_object_covers_is_not_visible() -> None:
+    thing = a_thing(shape="star", center=(0.0, -0.2), motion=Motion((0.05, 0.3), turn=0.5))
+    clip = render_clip(a_scene(thing, texture=WAVY), 2, SIZE)
+    for start, end in ((0, 1), (1, 0)):
+        _, visible = clip.flow(start, end)
+        behind = clip.masks[start] == 0
+        covered = behind & (clip.masks[end] == 1)
+        assert covered.sum() > 100
+        assert np.array_equal(~visible[behind], covered[behind])
+        assert visible[~behind].all()
+
+
+def test_what_leaves_the_frame_is_not_visible() -> None:
+    _, visible = optical_flow(a_scene(pan=(0.25, -0.125)), 0, 1, (48, 80))
+    expected = np.zeros((48, 80), bool)
+    expected[:36, 6:] = True  # 12 rows leave below and 6 columns at the left
+    assert np.array_equal(visible, expected)
+
+
+def test_the_part_of_an_object_that_leaves_the_frame_is_not_visible() -> None:
+    scene = a_scene(a_thing(shape="square", motion=Motion((0.0, 0.5))))
+    mask = render(scene, 0, (SIZE, SIZE))[1] == 1
+    _, visible = optical_flow(scene, 0, 1, (SIZE, SIZE))
+    left = np.arange(SIZE) < SIZE // 2  # the other half is 32 pixels too far to the right
+    assert (mask & left).sum() == (mask & ~left).sum() > 100
+    assert np.array_equal(visible[mask], np.broadcast_to(left, mask.shape)[mask])
+
+
+def test_an_earlier_object_goes_behind_a_later_one() -> None:
+    still = a_thing(shape="square", center=(0.0, 0.2), radius=0.2, color="blue")
+    moving = a_thing(center=(0.0, -0.2), radius=0.2, motion=Motion((0.0, 0.375)))
+    size = (SIZE, SIZE)
+    alone = render(a_scene(still), 0, size)[1] == 1
+    mask = render(a_scene(moving), 0, size)[1] == 1
+    # The circle moves by 24 whole pixels.
+    arrived = np.roll(mask, 24, axis=1)
+    assert (arrived & alone).sum() > 100
+
+    _, behind = optical_flow(a_scene(moving, still), 0, 1, size)
+    assert np.array_equal(behind[mask], ~np.roll(alone, -24, axis=1)[mask])
+    assert behind[alone].all()
+
+    _, before = optical_flow(a_scene(still, moving), 0, 1, size)
+    assert before[mask].all()
+    assert np.array_equal(before[alone], ~arrived[alone])
+
+
+def test_the_background_is_visible_through_a_ring() -> None:
+    thing = a_thing(shape="ring", center=(0.0, -0.1), radius=0.3, motion=Motion((0.0, 0.1)))
+    _, visible = optical_flow(a_scene(thing), 0, 1, (SIZE, SIZE))
+    mask = render(a_scene(thing), 0, (SIZE, SIZE))[1]
+    assert mask[32, 29] == 0  # in the hole at both times
+    assert visible[32, 29]
+    assert mask[32, 23] == 0  # in the hole at first, below the ring at last
+    assert not visible[32, 23]
+
+
+# ---------------------------------------------------------------- errors and the command line
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "size", "message"),
+    [
+        (0, 64, "frames: expected at least 1, got 0"),
+        (-3, 64, "frames: expected at least 1, got -3"),
+        (2, 15, "size: expected at least 16, got 15"),
+        (2, (15, 64), "size: expected at least 16, got 15"),
+        (2, (64, 8), "size: expected at least 16, got 8"),
+    ],
+)
+def test_too_few_frames_or_pixels_are_refused(
+    n_frames: int, size: int | tuple[int, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        render_clip(random_scene(0), n_frames, size)
+
+
+def test_the_smallest_clip_is_rendered() -> None:
+    clip = render_clip(random_scene(0), 1, 16)
+    assert clip.frames.shape == (1, 16, 16, 3)
+    assert clip.times == (0,)
+    assert clip.masks.any()
+
+
+def test_the_command_line_writes_a_clip_and_says_its_caption(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "folder" / "clip.mp4"
+    options = {"--seed": 7, "--objects": 2, "--frames": 3, "--size": 48, "--fps": 12}
+    words = [str(word) for pair in options.items() for word in pair]
+    shapes_world.main([str(path), *words])
+    scene = random_scene(7, 2)
+    assert capsys.readouterr().out == f"{path}: {scene.caption}\n"
+    assert video_facts(path) == (3, Fraction(12), (48, 48))
+    frames = read_clip(path, 3, size=(48, 48)).frames
+    # What H.264 leaves of it at half the resolution of colours.
+    assert np.abs(frames.astype(float) - render_clip(scene, 3, 48).frames).mean() < 6
+
+
+def test_the_command_line_draws_the_number_of_objects_from_the_seed_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = next(seed for seed in range(100) if len(random_scene(seed).objects) == 2)
+    for seed in (pair, 0):
+        path = tmp_path / f"{seed}.mp4"
+        shapes_world.main([str(path), "--seed", str(seed), "--frames", "1", "--size", "16"])
+        assert capsys.readouterr().out == f"{path}: {random_scene(seed).caption}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "OUT.mp4"),
+        (["c.mp4", "--frames", "0"], "frames: expected at least 1, got 0"),
+        (["c.mp4", "--size", "14"], "size: expected at least 16, got 14"),
+        (["c.mp4", "--size", "33"], "--size: video needs an even size, got 33"),
+        (["c.mp4", "--fps", "0"], "--fps: expected at least 1, got 0"),
+        (["c.mp4", "--seed", "-1"], "--seed: expected at least 0, got -1"),
+        (["c.mp4", "--objects", "3"], "--objects: invalid choice: 3"),
+        (["c.mp4", "--frames", "many"], "--frames: invalid int value: 'many'"),
+        (["c.avi"], "c.avi: expected a name that ends with .mp4"),
+    ],
+)
+def test_bad_options_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        shapes_world.main(arguments)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,164 @@
+"""The training of the small model: every part runs, goes on where it was, and writes what loads."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionControlNetPipeline
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from scripts.shapes.world import random_scene
+from scripts.tiny_model import train as train_tiny
+from scripts.tiny_model import trainer as training
+from tokenflow.diffusion.checkpoints import check_controlnet_fits
+from tokenflow.diffusion.models import encode_prompts, load_stable_diffusion
+from util import UserError, load_tensors, save_tensors
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `train_tiny.py all` leaves after a few steps of each part: model/ and work/."""
+    folder = tmp_path_factory.mktemp("train")
+    run(folder, "all")
+    return folder
+
+
+def run(folder: Path, part: str) -> None:
+    folders = ["--model", str(folder / "model"), "--work", str(folder / "work")]
+    train_tiny.main([part, "--budget", "smoke", "--device", "cpu", *folders])
+
+
+def test_the_model_loads_as_a_stable_diffusion_with_its_controlnet(trained):
+    model = trained / "model"
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(
+        model,
+        controlnet=train_tiny.ControlNetModel.from_pretrained(model / "controlnet"),
+        safety_checker=None,
+    )
+    assert len(pipe.unet.attn_processors) == 32
+    check_controlnet_fits(model, str(model / "controlnet"))
+    text = encode_prompts(
+        load_stable_diffusion(model, torch.device("cpu"), torch.float32),
+        [random_scene(0).caption, ""],
+    )
+    assert text.shape == (2, train_tiny.MAX_TOKENS, train_tiny.WIDTH)
+
+
+def test_the_judge_loads_as_a_clip_model(trained):
+    judge = trained / "model" / "judge"
+    model = CLIPModel.from_pretrained(judge)
+    pixels = CLIPImageProcessor.from_pretrained(judge)(
+        images=[torch.zeros(3, 100, 100)], return_tensors="pt"
+    ).pixel_values
+    tokens = CLIPTokenizer.from_pretrained(judge)(["a red star"], return_tensors="pt").input_ids
+    assert model.float()(input_ids=tokens, pixel_values=pixels).logits_per_image.shape == (1, 1)
+
+
+def test_each_part_leaves_its_state_losses_and_a_sheet(trained):
+    for part in ("vae", "unet_small", "unet", "controlnet"):
+        folder = trained / "work" / part
+        assert (folder / "state.safetensors").is_file()
+        assert (folder / "sheet_000004.png").is_file()
+        assert "loss" in (folder / "log.csv").read_text()
+
+
+def test_the_judge_s_sheet_says_what_it_found(trained):
+    folder = trained / "work" / "judge"
+    assert (folder / "sheet_000004.png").is_file()
+    assert len((folder / "sheet_000004.txt").read_text().splitlines()) == 16
+
+
+def test_a_finished_training_is_not_repeated(trained):
+    made = [*(trained / "work").rglob("*.npy"), *(trained / "work").rglob("state.safetensors")]
+    made += (trained / "work").glob("latents_*")
+    before = {path: path.stat().st_mtime_ns for path in made}
+    assert len(made) == 9
+    weights = {path: path.read_bytes() for path in (trained / "model").rglob("*.safetensors")}
+    run(trained, "all")
+    assert {path: path.stat().st_mtime_ns for path in made} == before
+    assert weights == {path: path.read_bytes() for path in weights}
+
+
+def test_an_interrupted_part_ends_as_one_in_one_piece(trained, tmp_path, monkeypatch):
+    """In the middle of the UNet's second stage, which begins with what the first has learnt."""
+    for part in ("pictures", "vae"):
+        run(tmp_path, part)
+    steps = iter(range(6))
+    draw = train_tiny.NoisyLatents.draw
+
+    def interrupted(batches, generator):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return draw(batches, generator)
+
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    with monkeypatch.context() as context:
+        context.setattr(train_tiny.NoisyLatents, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "unet")
+    assert not (tmp_path / "model" / "unet").exists()
+    run(tmp_path, "unet")
+    name = Path("model", "unet", "diffusion_pytorch_model.safetensors")
+    assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_what_comes_of_other_weights_is_not_gone_on_with(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    weights = tmp_path / "copy/model/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_tensors(weights)
+    save_tensors(weights, {name: tensor + 1 for name, tensor in tensors.items()})
+    with pytest.raises(UserError, match="controlnet: was trained with another unet; remove"):
+        run(tmp_path / "copy", "controlnet")
+
+
+@pytest.mark.parametrize(("part", "missing"), [("unet", "vae"), ("controlnet", "unet")])
+def test_a_part_asks_for_those_before_it(part, missing, tmp_path):
+    run(tmp_path, "pictures")
+    with pytest.raises(UserError, match=f"{missing}: missing; run `train_tiny.py {missing}` first"):
+        run(tmp_path, part)
+
+
+@pytest.mark.parametrize("option", ["--seed=-1", "--sheet_every=0"])
+def test_numbers_out_of_range_are_refused(option):
+    with pytest.raises(UserError, match="expected at least"):
+        train_tiny.main(["all", option])
+
+
+def test_every_word_of_a_caption_is_one_token(trained):
+    tokenizer = CLIPTokenizer.from_pretrained(trained / "model" / "tokenizer")
+    for seed in range(200):
+        caption = random_scene(seed).caption
+        assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2
+
+
+def test_pictures_that_are_missing_are_asked_for(tmp_path):
+    with pytest.raises(UserError, match="missing; run `train_tiny"):
+        run(tmp_path, "vae")
+
+
+def test_a_batch_of_the_judge_is_of_few_groups_of_look_alikes():
+    groups = train_tiny._look_alikes(300)
+    assert sorted(torch.cat(groups).tolist()) == list(range(300))
+    drawn = train_tiny._draw_alike(groups, 64, torch.Generator().manual_seed(0)).tolist()
+    assert len(drawn) == 64
+    scenes = [random_scene(number) for number in set(drawn)]
+    pairs = {(scene.background, scene.objects[0].color) for scene in scenes}
+    assert 1 < len(pairs) <= train_tiny.GROUPS
+    assert len({scene.objects[0].shape for scene in scenes}) == 5
+
+
+def test_the_judge_s_pictures_are_moved_round():
+    pictures = torch.rand(20, 3, train_tiny.JUDGE_SIZE, train_tiny.JUDGE_SIZE)
+    moved = train_tiny._shifted(pictures, torch.Generator().manual_seed(0))
+    shifts = range(-train_tiny.PATCH, train_tiny.PATCH + 1)
+    found = [
+        next(
+            by
+            for by in itertools.product(shifts, shifts)
+            if torch.equal(picture.roll(by, (1, 2)), other)
+        )
+        for picture, other in zip(pictures, moved, strict=True)
+    ]
+    assert len(set(found)) > 10

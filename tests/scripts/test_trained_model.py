@@ -1,0 +1,96 @@
+"""The small trained model of models/tiny: a quick part of scripts/tiny_model/check.py."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.shapes.world import SAMPLE_FRAMES, SAMPLES, random_scene, render_clip
+from scripts.tiny_model import check as check_tiny
+from tokenflow.diffusion.checkpoints import CONTROLNETS, check_controlnet_fits, model_key_for
+from tokenflow.diffusion.models import psnr
+from tokenflow.storage.video import read_clip
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = Path(model_key_for("tiny"))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+SEED = 3_000_000  # neither trained on nor shipped as a sample
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    """These tensors are large enough to share between threads, unlike the other tests'."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(CORES)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """What the script writes about two clips and five pictures."""
+    folder = tmp_path_factory.mktemp("check_tiny")
+    options = {"clips": 2, "pictures": 5, "seed": SEED, "work": folder, "device": "cpu"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    check_tiny.main(["--quick", *words, "--json", str(folder / "check.json")])
+    return json.loads((folder / "check.json").read_text())
+
+
+def test_all_of_the_model_is_there_and_small():
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".bin", ".ckpt", ".pt", ".pkl")]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    parts = {path.parent.name for path in weights}
+    assert parts == {"unet", "vae", "text_encoder", "controlnet", "judge"}
+    assert sum(path.stat().st_size for path in weights) <= 40e6
+
+
+def test_the_controlnet_fits_the_unet():
+    check_controlnet_fits(MODEL, CONTROLNETS["tiny", "canny"])
+
+
+def test_text_to_image_follows_the_caption(figures):
+    assert figures["color_accuracy"] >= 0.9
+    assert figures["background_accuracy"] >= 0.9
+    assert figures["shape_accuracy"] >= 0.7
+
+
+def test_measurement_and_judge_are_right_about_ground_truth(figures):
+    assert min(figures["measurement"].values()) == 1
+    for name in ("color_accuracy", "background_accuracy", "fill_accuracy"):
+        assert figures["judge"][name] >= 0.9, name
+
+
+def test_clips_survive_the_vae_and_the_inversion(figures):
+    for clip in figures["clips"]:
+        assert clip["vae_psnr"] > 30
+        assert clip["inversion_iters_5_psnr"] > clip["inversion_vae_psnr"] - 0.5
+        assert clip["inversion_psnr"] > 20  # plain, in 10 steps
+        assert clip["inversion_iters_5_psnr"] > clip["inversion_psnr"]
+
+
+def test_the_colour_asked_for_is_there_and_the_background_stays(figures):
+    assert figures["edit_color_success"] >= 0.9
+    for clip in figures["clips"]:
+        assert clip["background_psnr"] > 20
+
+
+def test_tokenflow_flickers_less_than_the_same_edit_frame_by_frame(figures):
+    error = figures["warp_error"]
+    assert error["source"] < error["vae"] < error["tokenflow"] < error["per_frame"]
+    assert error["tokenflow"] < error["extended_attention"] < error["per_frame"]
+
+
+def test_the_edits_differ(figures):
+    assert len(set(np.round(list(figures["warp_error"].values()), 6))) == 6
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_sample_clips_are_what_the_world_renders(name):
+    clip = read_clip(ROOT / "data" / f"{name}.mp4", 100, size=(256, 256))
+    rendered = render_clip(random_scene(*SAMPLES[name]), SAMPLE_FRAMES, 256)
+    assert clip.frames.shape == rendered.frames.shape
+    assert psnr(clip.frames, rendered.frames) > 30

@@ -1,0 +1,190 @@
+"""The loop that edits are timed against: three branches in one batch, attention spelled out.
+
+As the published code has it, each forward of the UNet holds the source, the unconditional and the
+conditional branch of its frames, attention is an explicit softmax(Q K^T) V, one head after the
+other, and correspondences are the arg-max of a whole matrix of cosine similarities, all in the
+model's dtype. What it computes is the edit of `consistency: tokenflow`, `propagation: paper`, so
+that its latents can be compared with the project's. Nothing but benchmark.py runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tokenflow.diffusion.models import CLEAN, ddim_step, encode_prompts
+from tokenflow.editing.loop import EditPlan, EditSession, plan_steps
+from tokenflow_utils import (
+    ATTENTION_LAYERS,
+    FEATURE_LAYER,
+    Neighbours,
+    neighbours,
+    self_attention_layers,
+)
+from util import UserError
+
+BRANCHES = 3  # source, unconditional, conditional
+
+
+@dataclass
+class _State:
+    """What the loop tells the layers; kept: a layer's source tokens and outputs of keyframes."""
+
+    inject_attention: bool = False
+    inject_features: bool = False
+    near: Neighbours | None = None  # of a chunk's frames; None on keyframes
+    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class _ThreeBranchAttention:
+    """The processor of one self-attention layer."""
+
+    def __init__(self, layer: str, state: _State) -> None:
+        self.layer, self.state = layer, state
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's output, (3 * m, L, c), for its input tokens of that shape."""
+        tokens = hidden_states.unflatten(0, (BRANCHES, -1))  # (3, m, L, c)
+        if self.state.near is None:
+            output = self._keyframes(attn, tokens)
+            self.state.kept[self.layer] = tokens[0], output
+        else:
+            output = self._chunk(attn, tokens)
+        return output.flatten(0, 1)
+
+    def _keyframes(self, attn: Attention, tokens: Tensor) -> Tensor:
+        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+        if self.state.inject_attention and self.layer in ATTENTION_LAYERS:
+            query, key = query[:1].expand_as(query), key[:1].expand_as(key)
+        source = explicit_attention(query[0], key[0], value[0], attn.heads)  # a frame by itself
+        # The edited branches: all keyframes as one long sequence, (2, k * L, c).
+        joint = (x[1:].flatten(1, 2) for x in (query, key, value))
+        edited = explicit_attention(*joint, attn.heads).unflatten(1, tokens.shape[1:3])
+        return attn.to_out[0](torch.cat([source[None], edited]))
+
+    def _chunk(self, attn: Attention, tokens: Tensor) -> Tensor:
+        source, near = tokens[0], self.state.near
+        alone = explicit_attention(
+            attn.to_q(source), attn.to_k(source), attn.to_v(source), attn.heads
+        )
+        keyframe_tokens, base = self.state.kept[self.layer]
+        blended = torch.zeros_like(tokens[1:])
+        weight = near.weight.to(tokens)[:, None, None]
+        for keyframes, share in ((near.previous, 1 - weight), (near.next, weight)):
+            match = most_similar(source, keyframe_tokens[keyframes])  # (m, L)
+            index = match[None, :, :, None].expand_as(blended)
+            blended += share * base[1:, keyframes].gather(2, index)
+        return torch.cat([attn.to_out[0](alone)[None], blended])
+
+
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V, head by head; (b, L, c), (b, L', c) and (b, L', c)."""
+    outputs = []
+    for q, k, v in zip(*(x.chunk(heads, dim=-1) for x in (query, key, value)), strict=True):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (b, L, L')
+        outputs.append(scores.softmax(dim=-1) @ v)
+    return torch.cat(outputs, dim=-1)
+
+
+def most_similar(tokens: Tensor, others: Tensor) -> Tensor:
+    """The place in others, (m, L', c), that is most like each of tokens, (m, L, c): (m, L)."""
+    unit, others = (x / x.norm(dim=-1, keepdim=True) for x in (tokens, others))
+    return (unit @ others.transpose(-1, -2)).argmax(dim=-1)
+
+
+@torch.inference_mode()
+def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
+    """The denoising loop: from the plan's start to clean edited latents, (n, 4, h, w).
+
+    Args:
+        session: that `check` does not refuse.
+    """
+    config, models, cache = session.config, session.models, session.cache
+    n_frames = len(session.frames)
+    schedule = models.schedule
+    texts = [cache.manifest.inversion_prompt, config.negative_prompt, config.prompt]
+    texts = encode_prompts(models, texts)
+    chunks = torch.arange(n_frames).split(session.chunk_size)
+
+    def predict(x: Tensor, source: Tensor, t: int, frames: Tensor) -> Tensor:
+        """The guided noise of some frames, (m, 4, h, w) float32 on the models' device."""
+        edited = x[frames].to(models.device)
+        batch = torch.cat([source[frames].to(models.device), edited, edited]).to(models.dtype)
+        text = texts.repeat_interleave(len(frames), dim=0)
+        found = models.unet(batch, t, encoder_hidden_states=text, return_dict=False)[0].float()
+        _, uncond, cond = found.chunk(BRANCHES)
+        guided = uncond + config.guidance_scale * (cond - uncond)
+        if schedule.prediction_type == "v_prediction":
+            alpha, sigma = schedule.level(t)
+            guided = alpha * guided + sigma * edited
+        return guided
+
+    x, state = plan.start, _State()
+    with _patch(models.unet, state):
+        steps = zip(plan_steps(config, plan, n_frames), [*plan.timesteps[1:], CLEAN], strict=True)
+        for step, t_next in tqdm(list(steps), desc="edit", unit="step"):
+            t = step.t
+            source = cache.latents(t, n_frames)
+            state.inject_attention, state.inject_features = step.attention, step.features
+            state.near = None
+            predict(x, source, t, step.keyframes)
+            eps = []
+            for chunk in chunks:
+                state.near = neighbours(chunk, step.keyframes, config.blend).to(models.device)
+                eps.append(predict(x, source, t, chunk).cpu())
+            x = ddim_step(x, torch.cat(eps), schedule.level(t), schedule.level(t_next))
+    return x
+
+
+def check(session: EditSession, plan: EditPlan) -> None:
+    """Refuses what the loop does not do.
+
+    Raises:
+        UserError: naming it.
+    """
+    config = session.config
+    only = {
+        "consistency": "tokenflow",
+        "propagation": "paper",
+        "correspondence": "nn",
+        "max_keyframes": None,
+    }
+    for key, value in only.items():
+        if getattr(config, key) != value:
+            raise UserError(f"three_branch: {key}: {getattr(config, key)}, expected {value}")
+    if config.guidance_scale == 1:
+        raise UserError("three_branch: guidance_scale: 1 leaves a branch out, expected another")
+    if plan.control is not None or session.models.takes_depth or session.cache.manifest.control:
+        raise UserError("three_branch: takes neither a ControlNet nor a depth model")
+
+
+@contextmanager
+def _patch(unet: UNet2DConditionModel, state: _State) -> Iterator[None]:
+    original = unet.attn_processors
+    ours = {layer: _ThreeBranchAttention(layer, state) for layer in self_attention_layers(unet)}
+
+    def inject(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return (
+            output.chunk(BRANCHES)[0].repeat(BRANCHES, 1, 1, 1) if state.inject_features else None
+        )
+
+    hook = unet.get_submodule(FEATURE_LAYER).register_forward_hook(inject)
+    try:
+        unet.set_attn_processor({**original, **ours})
+        yield
+    finally:
+        hook.remove()
+        unet.set_attn_processor(dict(original))

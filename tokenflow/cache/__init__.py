@@ -1,0 +1,1 @@
+"""The source cache that preprocess.py builds."""

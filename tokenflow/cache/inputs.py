@@ -1,0 +1,161 @@
+"""What preprocess.py is asked for, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tokenflow.cache.source_cache import Manifest, cache_folder
+from tokenflow.cache.source_features import FeatureSettings
+from tokenflow.diffusion.checkpoints import (
+    check_controlnet_fits,
+    checkpoint_folder,
+    checkpoint_revision,
+    controlnet_key_for,
+    load_unet_skeleton,
+    model_key_for,
+    single_model_folder,
+)
+from tokenflow.diffusion.conditions import ControlSettings
+from tokenflow.diffusion.inversion import InversionTimesteps, inversion_timesteps
+from tokenflow.diffusion.models import NoiseSchedule, resolve_device, resolve_dtype
+from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.ops.profiling import Stopwatch
+from tokenflow.storage.video import Clip, clip_name, read_clip, resolve_clip, source_sha256
+from util import UserError, check_writable
+
+
+@dataclass(frozen=True)
+class PreprocessInputs:
+    """A checked command line with what it refers to.
+
+    Attributes:
+        manifest: the cache's, but for the figures of its making.
+        folder: the cache's.
+        features: what the cached features shall be made for, if there shall be any.
+        allow_pickle: whether models may be loaded from pickled weights.
+        read_seconds: what reading the clip took.
+    """
+
+    clip: Clip
+    checkpoint: Path
+    timesteps: InversionTimesteps
+    device: torch.device
+    dtype: torch.dtype
+    manifest: Manifest
+    folder: Path
+    features: FeatureSettings | None
+    read_seconds: float
+    team: Team = ALONE  # the processes that make this cache together
+    allow_pickle: bool = False
+
+
+def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInputs:
+    """Reads the clip, and checks all that can go wrong before a model is loaded.
+
+    Raises:
+        UserError: naming what is missing or does not fit, and what mends it.
+    """
+    device = resolve_device(args.device, team)
+    dtype = resolve_dtype(args.dtype, device)
+    source = resolve_clip(args.data_path)
+    sha256 = source_sha256(source)
+    watch = Stopwatch(device)
+    with watch("read"):
+        clip = read_clip(
+            source,
+            args.n_frames,
+            start=args.frame_start,
+            stride=args.frame_stride,
+            size=(args.H, args.W) if args.H else None,
+            fit=args.fit,
+            fps=args.fps,
+        )
+    if source_sha256(source) != sha256:  # its frames would go by the name of others
+        raise UserError(f"{source}: changed while it was read; run the same command again")
+    model_key = model_key_for(args.sd_version, args.model_key)
+    checkpoint = checkpoint_folder(model_key, args.allow_pickle)
+    schedule = NoiseSchedule.of_checkpoint(checkpoint)
+    timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
+    control, depth_model = _conditions(args, checkpoint)
+    n_frames, height, width, _ = clip.frames.shape
+    manifest = Manifest(
+        clip=clip_name(source),
+        source_name=source.name,
+        source_sha256=sha256,
+        frame_start=args.frame_start,
+        frame_stride=args.frame_stride,
+        n_frames=n_frames,
+        frames_asked=args.n_frames,
+        height=height,
+        width=width,
+        fit=args.fit,
+        fps=str(clip.fps),
+        sd_version=args.sd_version,
+        model_key=model_key,
+        model_revision=checkpoint_revision(checkpoint),
+        inversion_prompt=args.inversion_prompt,
+        steps=args.steps,
+        save_steps=args.save_steps,
+        inversion_iters=args.inversion_iters,
+        inversion_tol=args.inversion_tol,
+        recon_steps=args.recon_steps,
+        timesteps=timesteps.saved,
+        dtype=str(dtype).removeprefix("torch."),
+        control=control,
+        depth_model=depth_model,
+    )
+    folder = cache_folder(args.save_dir, args.sd_version, manifest.clip, args.steps, n_frames)
+    check_writable(folder, "--save_dir")
+    return PreprocessInputs(
+        clip=clip,
+        checkpoint=checkpoint,
+        timesteps=timesteps,
+        device=device,
+        dtype=dtype,
+        manifest=manifest,
+        folder=folder,
+        features=_feature_settings(args, manifest) if args.cache_features else None,
+        read_seconds=watch.seconds["read"],
+        team=team,
+        allow_pickle=args.allow_pickle,
+    )
+
+
+def _feature_settings(args: argparse.Namespace, manifest: Manifest) -> FeatureSettings:
+    return FeatureSettings(
+        n_frames=manifest.n_frames,
+        interval=args.interval,
+        keyframe_seed=args.keyframe_seed,
+        n_timesteps=manifest.save_steps,
+        attention_steps=int(manifest.save_steps * args.pnp_attn_t),
+        feature_steps=int(manifest.save_steps * args.pnp_f_t),
+        dtype=manifest.dtype,
+        save_tokens=args.save_tokens,
+    )
+
+
+def _conditions(
+    args: argparse.Namespace, checkpoint: Path
+) -> tuple[ControlSettings | None, str | None]:
+    """The inversion's ControlNet (with --sd_version ControlNet) and depth estimator, if any."""
+    in_channels = load_unet_skeleton(checkpoint).config.in_channels
+    if in_channels not in (4, 5):
+        raise UserError(
+            f"{checkpoint}: its UNet takes {in_channels} channels, expected 4, or 5 with depth; an "
+            "inpainting or upscaling checkpoint cannot be inverted"
+        )
+    control = None
+    if args.sd_version == "ControlNet":
+        key = controlnet_key_for(args.sd_version, args.control, args.controlnet_key)
+        check_controlnet_fits(checkpoint, key, args.allow_pickle)
+        control = ControlSettings(
+            args.control, key, args.controlnet_scale, args.canny_low, args.canny_high
+        )
+    if in_channels == 5 or (control is not None and control.kind == "depth"):
+        single_model_folder(args.depth_model, "depth_model", args.allow_pickle)
+        return control, args.depth_model
+    return control, None

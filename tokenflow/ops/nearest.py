@@ -1,0 +1,211 @@
+"""Nearest neighbours of source tokens (Eq. 5 of TokenFlow), where the time of a live edit goes.
+
+For m frames of L tokens and keyframes of L' tokens, a layer takes 2 * L * L' * c floating-point
+operations for each frame and neighbour, and would take L * L' similarities of memory. Here the
+product is computed tile by tile, and of each tile only the largest similarity and its place are
+kept: by a Triton kernel on CUDA (nearest_triton.py), else by PyTorch.
+
+The similarity is the cosine, except that queries are not normalised: their length scales all
+similarities of a query alike, and does not move the largest.
+
+Symbols: m frames, k keyframes, L and L' tokens of a frame and of a keyframe, c channels, j
+neighbours of a frame.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+log = logging.getLogger("tokenflow")
+
+# Similarities of a tile. On the CPU it stays in the caches: 2 MiB in float32; 4 MiB where products
+# are long, because reading the keys once for more queries gains more there. On a GPU it is large
+# enough to fill it, 64 MiB. With few keys, more than CPU_QUERIES at once only leave the cache.
+TILE_KEYS = 4096
+CPU_TILE, CPU_TILE_LONG, GPU_TILE = 1 << 19, 1 << 20, 1 << 24
+CPU_QUERIES = 1024
+LONG_PRODUCT = 128  # channels
+# Below this number of keys PyTorch's arg-max over a whole row takes less time than two levels.
+FEW_KEYS = 128
+
+
+def nearest_tokens(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Tensor:
+    """For each token of each frame, the most similar token (cosine) of each of its keyframes.
+
+    A custom operator of PyTorch (`tokenflow::nearest_tokens`): torch.compile keeps it as one node,
+    and `FlopCounterMode` counts its product. It has no gradient.
+
+    Args:
+        tokens: (m, L, c), of any floating dtype; similarities are summed in float32.
+        keyframe_tokens: (k, L', c), the same dtype and device.
+        which: (m, j) int64 in 0..k-1, the keyframes that each frame is compared with. One that a
+            frame names twice is compared once.
+
+    Returns:
+        (m, j, L) int64 in 0..L'-1; of equally similar tokens, the first.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
+
+    Source: Eq. 5.
+    """
+    if tokens.shape[-1] != keyframe_tokens.shape[-1] or len(which) != len(tokens):
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)}, keyframe_tokens {tuple(keyframe_tokens.shape)} and "
+            f"which {tuple(which.shape)}, expected (m, L, c), (k, L', c) and (m, j)"
+        )
+    return torch.ops.tokenflow.nearest_tokens(tokens, keyframe_tokens, which)
+
+
+@torch.library.custom_op("tokenflow::nearest_tokens", mutates_args=())
+def _nearest_tokens(
+    tokens: torch.Tensor, keyframe_tokens: torch.Tensor, which: torch.Tensor
+) -> torch.Tensor:
+    if tokens.device.type == "cuda" and _triton_works(tokens.device, tokens.dtype):
+        from tokenflow.ops import nearest_triton
+
+        return nearest_triton.nearest_tokens(tokens, keyframe_tokens, which)
+    return nearest_tokens_pytorch(tokens, keyframe_tokens, which)
+
+
+@_nearest_tokens.register_fake
+def _(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Tensor:
+    return which.new_empty((*which.shape, tokens.shape[1]))
+
+
+@register_flop_formula(torch.ops.tokenflow.nearest_tokens)
+def nearest_tokens_flop(tokens_shape, keyframe_tokens_shape, which_shape, *_, **__) -> int:
+    """2 * m * j * L * L' * c: what naming no keyframe twice costs."""
+    (m, length, channels), keys, j = tokens_shape, keyframe_tokens_shape[1], which_shape[1]
+    return 2 * m * j * length * keys * channels
+
+
+@cache
+def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton is installed and can build a kernel for this; if not, the log says so once.
+
+    Not every build of PyTorch brings Triton, and Triton needs a C compiler and Python's headers.
+    For GPUs before compute capability 8.0 it uses no matrix units, and PyTorch does.
+    """
+    if find_spec("triton") is None:
+        log.info("nearest neighbours are computed by PyTorch: Triton is not installed")
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        log.info("nearest neighbours are computed by PyTorch: the GPU is too old for Triton")
+        return False
+    from triton.errors import TritonError
+
+    from tokenflow.ops import nearest_triton
+
+    probe = torch.ones(1, 1, 1, device=device, dtype=dtype)
+    try:
+        nearest_triton.nearest_tokens(probe, probe, torch.zeros_like(probe[0], dtype=torch.long))
+    except (
+        TritonError, RuntimeError, OSError, subprocess.CalledProcessError,
+    ) as error:  # fmt: skip
+        log.warning(
+            "nearest neighbours are computed by PyTorch, which is slower: Triton builds no kernel "
+            "here (%s)",
+            str(error).splitlines()[0],
+        )
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# With PyTorch
+
+
+def nearest_tokens_pytorch(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Tensor:
+    """`nearest_tokens` on any device: one tiled product for each keyframe that is named.
+
+    On CUDA it waits for `which`.
+    """
+    length = tokens.shape[1]
+    found = torch.empty((*which.shape, length), dtype=torch.long, device=tokens.device)
+    for keyframe, slots in _users(which).items():
+        keys = normalised(keyframe_tokens[keyframe])
+        frames = list(slots)
+        queries = tokens[frames] if len(frames) < len(tokens) else tokens
+        rows = _nearest_rows(queries.flatten(0, 1).float(), keys).unflatten(0, (-1, length))
+        for row, frame in zip(rows, frames, strict=True):
+            for slot in slots[frame]:
+                found[frame, slot] = row
+    return found
+
+
+def normalised(tokens: Tensor) -> Tensor:
+    """Tokens (..., c) at length 1, float32; a token of zeros stays one.
+
+    In half precision most similarities of neighbouring frames round to the same few numbers.
+    """
+    return tokens.float() * inverse_norms(tokens)[..., None]
+
+
+def inverse_norms(tokens: Tensor) -> Tensor:
+    """1 / |token| of tokens (..., c), float32, and a finite number for a token of zeros."""
+    norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
+    return norms.clamp_min(1e-12).reciprocal()
+
+
+def _users(which: Tensor) -> dict[int, dict[int, list[int]]]:
+    """Of each keyframe that is named: the frames that name it, ascending, and in which slots."""
+    users: dict[int, dict[int, list[int]]] = {}
+    for frame, keyframes in enumerate(which.tolist()):
+        for slot, keyframe in enumerate(keyframes):
+            users.setdefault(keyframe, {}).setdefault(frame, []).append(slot)
+    return {keyframe: dict(sorted(slots.items())) for keyframe, slots in users.items()}
+
+
+def _nearest_rows(queries: Tensor, keys: Tensor) -> Tensor:
+    """The row of keys (L', c) with the largest product with each of queries (n, c): (n,) int64."""
+    if len(keys) <= FEW_KEYS:
+        return (queries @ keys.T).argmax(dim=1)
+    tile_keys = min(len(keys), TILE_KEYS)
+    block = round(tile_keys**0.5)
+    blocks = -(-tile_keys // block)
+    bound, most_queries = GPU_TILE, len(queries)
+    if queries.device.type == "cpu":
+        bound = CPU_TILE_LONG if queries.shape[1] >= LONG_PRODUCT else CPU_TILE
+        most_queries = min(most_queries, CPU_QUERIES)
+    tile_queries = min(most_queries, bound // (blocks * block))
+    memory = queries.new_empty(blocks * block * tile_queries)
+
+    found = []
+    for some_queries in queries.split(tile_queries):
+        tile = memory[: blocks * block * len(some_queries)].view(blocks, block, len(some_queries))
+        best, nearest = _best_of_tile(some_queries, keys[:tile_keys], tile)
+        for start in range(tile_keys, len(keys), tile_keys):
+            value, place = _best_of_tile(some_queries, keys[start : start + tile_keys], tile)
+            better = value > best  # not >=: of equals, the first
+            nearest = torch.where(better, place + start, nearest)
+            best = torch.where(better, value, best)
+        found.append(nearest)
+    return torch.cat(found)
+
+
+def _best_of_tile(queries: Tensor, keys: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest product of each query with a few keys, and the key's row, both (n,).
+
+    PyTorch's arg-max on the CPU looks at one number at a time, but its maximum at a vector's worth.
+    So the maximum of each block of keys is taken first, then the best block, then its best row.
+
+    Args:
+        queries: (n, c).
+        keys: (L', c).
+        tile: (blocks, block, n), memory to work in, blocks * block >= L'.
+    """
+    _, block, n = tile.shape
+    products = tile.view(-1, n)
+    torch.mm(keys, queries.T, out=products[: len(keys)])  # keys first: neighbours in memory are
+    products[len(keys) :] = -torch.inf  # queries, which the maxima are vectorised over
+    best, best_block = tile.amax(dim=1).max(dim=0)
+    rows = tile.gather(0, best_block.expand(1, block, n))[0].argmax(dim=0)
+    return best, best_block * block + rows
