@@ -5,7 +5,6 @@ python preprocess.py --data_path clip.mp4 --inversion_prompt "a woman running"
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from tokenflow.cache.build import CacheMaker
 from tokenflow.cache.inputs import PreprocessInputs, open_inputs
-from tokenflow.cache.options import DEFAULTS, parse_args
+from tokenflow.cache.options import PreprocessOptions, default, parse_args
 from tokenflow.cache.source_cache import (
     FEATURES,
     FORMAT,
@@ -194,7 +193,7 @@ def make_cache(
 
 
 def preprocess(
-    args: argparse.Namespace,
+    args: PreprocessOptions,
     load: Loader | None = None,
     wait: bool = True,
     team: Team = ALONE,
@@ -243,7 +242,7 @@ def preprocess(
                 make_features(inputs, args.batch_size, models, watch)
         if team.is_main:
             (inputs.folder / OVERWRITING).unlink(missing_ok=True)
-    if args.steps != DEFAULTS["steps"]:
+    if args.steps != default("steps"):
         log.info("edits find this cache with --set n_inversion_steps=%d", args.steps)
     return inputs.folder
 

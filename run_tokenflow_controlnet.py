@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from tokenflow.diffusion.checkpoints import (
-    DEPTH_ESTIMATOR,
     check_controlnet_fits,
     controlnet_key_for,
     single_model_folder,
 )
 from tokenflow.diffusion.conditions import Control, ControlSettings, draw_control, estimate_depth
+from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR
 from tokenflow.diffusion.models import Loader
 from tokenflow.editing.inputs import EditConfig, open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script

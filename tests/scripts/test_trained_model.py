@@ -10,7 +10,8 @@ import torch
 
 from scripts.shapes.world import SAMPLE_FRAMES, SAMPLES, random_scene, render_clip
 from scripts.tiny_model import check as check_tiny
-from tokenflow.diffusion.checkpoints import CONTROLNETS, check_controlnet_fits, model_key_for
+from tokenflow.diffusion.checkpoints import check_controlnet_fits, model_key_for
+from tokenflow.diffusion.model_names import CONTROLNETS
 from tokenflow.diffusion.models import psnr
 from tokenflow.storage.video import read_clip
 

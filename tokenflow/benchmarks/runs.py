@@ -27,8 +27,9 @@ from tokenflow.benchmarks import three_branch
 from tokenflow.benchmarks.meters import Meter
 from tokenflow.cache.options import FAST
 from tokenflow.cache.source_cache import CLEAN_LATENTS, FORMAT, open_cache
-from tokenflow.diffusion.checkpoints import MODELS, checkpoint_folder, checkpoint_revision
+from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
 from tokenflow.diffusion.inversion import reconstruct
+from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import (
     StableDiffusion,
     decode_latents,

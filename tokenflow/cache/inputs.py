@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from tokenflow.cache.options import PreprocessOptions
 from tokenflow.cache.source_cache import Manifest, cache_folder
 from tokenflow.cache.source_features import FeatureSettings
 from tokenflow.diffusion.checkpoints import (
@@ -53,7 +53,7 @@ class PreprocessInputs:
     allow_pickle: bool = False
 
 
-def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInputs:
+def open_inputs(args: PreprocessOptions, team: Team = ALONE) -> PreprocessInputs:
     """Reads the clip, and checks all that can go wrong before a model is loaded.
 
     Raises:
@@ -125,7 +125,7 @@ def open_inputs(args: argparse.Namespace, team: Team = ALONE) -> PreprocessInput
     )
 
 
-def _feature_settings(args: argparse.Namespace, manifest: Manifest) -> FeatureSettings:
+def _feature_settings(args: PreprocessOptions, manifest: Manifest) -> FeatureSettings:
     return FeatureSettings(
         n_frames=manifest.n_frames,
         interval=args.interval,
@@ -139,7 +139,7 @@ def _feature_settings(args: argparse.Namespace, manifest: Manifest) -> FeatureSe
 
 
 def _conditions(
-    args: argparse.Namespace, checkpoint: Path
+    args: PreprocessOptions, checkpoint: Path
 ) -> tuple[ControlSettings | None, str | None]:
     """The inversion's ControlNet (with --sd_version ControlNet) and depth estimator, if any."""
     in_channels = load_unet_skeleton(checkpoint).config.in_channels

@@ -12,16 +12,16 @@ from typing import TypeVar
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
-from tokenflow.cache.options import FEATURE_DEFAULTS
+from tokenflow.cache.options import default
 from tokenflow.cache.source_cache import Manifest, SourceCache, find_cache, preprocess_command
 from tokenflow.cache.source_features import find_features
 from tokenflow.diffusion.checkpoints import (
-    MODELS,
     check_controlnet_fits,
     checkpoint_folder,
     checkpoint_revision,
     model_key_for,
 )
+from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import NoiseSchedule, resolve_device, resolve_dtype
 from tokenflow.ops.distributed import ALONE, Team
 from tokenflow.storage.video import MAX_FPS, MAX_SIDE, clip_name, resolve_clip, source_sha256
@@ -328,7 +328,7 @@ def _preprocess_command(config: EditConfig, settings: dict[str, object]) -> str:
     features = {
         option: getattr(config, key)
         for key, option in FEATURE_OPTIONS.items()
-        if getattr(config, key, FEATURE_DEFAULTS[option]) != FEATURE_DEFAULTS[option]
+        if getattr(config, key, default(option)) != default(option)
     }
     return preprocess_command(**{**named, **settings, **features})
 
