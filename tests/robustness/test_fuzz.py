@@ -34,7 +34,7 @@ import run_tokenflow_controlnet
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 from tests.helpers import HEIGHT, WIDTH, invert, make_clip
-from tokenflow.cache import options as preprocess_options
+from tokenflow.cache.options import PreprocessOptions
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import result_folder
 from tokenflow.storage import video
@@ -324,8 +324,8 @@ def try_every_key(place):
 
 # ---------------------------------------------------------------- the command line of preprocess
 
-OPTIONS = re.findall(r'add\("(--\w+)"', Path(preprocess_options.__file__).read_text())
-OPTIONS = sorted(set(OPTIONS) - {"--save_dir", "--cache_features", "--overwrite"})
+OPTIONS = set(PreprocessOptions.model_fields) - {"save_dir", "cache_features", "overwrite"}
+OPTIONS = [f"--{name}" for name in sorted(OPTIONS)]
 WORDS = st.lists(
     st.one_of(
         st.tuples(
