@@ -1,7 +1,7 @@
 # make demo     set up, then edit a clip with the small model and say where the result is
-# make test     set up, then run the tests
+# make test     set up, then run the tests on all cores
 # make faults   set up, then the long forms: kills, damage, full disks, signals; an hour or more
-# make lint     set up, then check the style
+# make lint     set up, then check the style and the layers of imports
 # make setup    only the environment, .venv
 # make clean    remove what the demo made and nothing else; .venv stays
 
@@ -24,7 +24,8 @@ demo: $(READY)
 	$(PY) -m scripts.demo
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal -m "not slow and not browser"
+	$(PY) -m pytest -m "browser and not slow"
 
 faults: $(READY)
 	$(PY) -m pytest -m slow -s tests
@@ -32,6 +33,7 @@ faults: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 clean:
 	rm -rf latents/demo tokenflow-results/demo tokenflow-results/demo.png

@@ -1,5 +1,6 @@
 """Random SD-shaped checkpoints, made once per test session."""
 
+import os
 from pathlib import Path
 
 import cv2
@@ -11,8 +12,16 @@ from scripts.tiny_model.make_random import make_depth_model, make_model
 # The tests' tensors are too small to share between threads: waiting for them costs more than it
 # saves, above all on a busy machine.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 # Some tests fork: OpenCV's threads would not be there in the child, and be waited for.
 cv2.setNumThreads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
 
 
 @pytest.fixture(scope="session")
