@@ -11,14 +11,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, schedule
 
 import preprocess
 import run_tokenflow_pnp
@@ -26,21 +26,18 @@ import run_tokenflow_sdedit
 from tokenflow.benchmarks import three_branch
 from tokenflow.benchmarks.meters import Meter
 from tokenflow.cache.options import FAST
-from tokenflow.cache.source_cache import CLEAN_LATENTS, FORMAT, open_cache
+from tokenflow.cache.source_cache import FORMAT
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
-from tokenflow.diffusion.inversion import reconstruct
 from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import (
     StableDiffusion,
-    decode_latents,
     load_stable_diffusion,
-    make_denoiser,
-    psnr,
     resolve_device,
     resolve_dtype,
 )
 from tokenflow.editing.inputs import FEATURE_OPTIONS, EditConfig, open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession, result_folder
+from tokenflow.storage.schema import Model
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
 from tokenflow.storage.work_dir import Workplace, replacing_folder
 from util import UserError, load_config, save_yaml
@@ -58,10 +55,9 @@ TECHNIQUES = {
     "sdedit": (run_tokenflow_sdedit, run_tokenflow_sdedit.SDEditConfig),
 }
 SOURCE_PROMPT = "a red star on a yellow background"
-RECONSTRUCTION_BATCH = 8  # of the reconstruction whose PSNR is taken, which is not timed
 PROMPT = "a blue star on a yellow background"
 
-# What a setting of the edit is made of: keys of its config.
+# The keys of the edit's config that a named setting changes.
 EDIT_SETTINGS: dict[str, tuple[str, ...]] = {
     "tokenflow": (),
     "three_branch": (),
@@ -74,89 +70,116 @@ EDIT_SETTINGS: dict[str, tuple[str, ...]] = {
     "released": ("propagation=released",),
     "flow": ("correspondence=flow",),
 }
-FAST_ITERATIONS = ("--inversion_iters", f"{FAST['inversion_iters']}")
-# And of preprocess: its options; {steps} are the sampling steps, {n} the number in the name.
-PREPROCESS_SETTINGS: dict[str, tuple[str, ...]] = {
-    # --fast, in as many steps as are asked for; and without what ends a frame's iterations early.
-    "fast": ("--steps", "{steps}", *FAST_ITERATIONS, "--inversion_tol", f"{FAST['inversion_tol']}"),
-    "fast_no_stop": ("--steps", "{steps}", *FAST_ITERATIONS),
-    "plain{n}": ("--steps", "{n}", "--inversion_iters", "1", "--recon_steps", "{n}"),
-    "iters{n}": ("--steps", "{steps}", "--inversion_iters", "{n}"),
+ITERATIONS = f"--steps {{steps}} --inversion_iters {FAST['inversion_iters']}"
+# The options of preprocess.py: {steps} is the number of sampling steps, {n} that in the name.
+PREPROCESS_SETTINGS = {
+    "fast": f"{ITERATIONS} --inversion_tol {FAST['inversion_tol']}",
+    "fast_no_stop": ITERATIONS,
+    "plainN": "--steps {n} --inversion_iters 1 --recon_steps {n}",
+    "itersN": "--steps {steps} --inversion_iters {n}",
 }
+
+
+class Options(Model):
+    """benchmark.py's command line, without what its modes add."""
+
+    model: str = Field(
+        "tiny",
+        description="a folder in diffusers' format, a name of preprocess.py's --sd_version, or one "
+        f"that is written to --work: {', '.join(RANDOM_MODELS)}",
+    )
+    data_path: str = Field(
+        str(ROOT / "data" / "star.mp4"), description="a clip; too short, it plays back and forth"
+    )
+    frames: int = Field(16, ge=1, description="of the clip")
+    size: str = Field("256", description="pixels, as a number or HEIGHTxWIDTH")
+    steps: int = Field(50, ge=1, description="sampling steps")
+    technique: Literal["pnp", "sdedit"] = Field("pnp", description="of edits")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="auto is float16 on CUDA, float32 elsewhere"
+    )
+    inversion: str = Field("fast", description="preprocess setting of the cache that is edited")
+    work: str = Field("latents/benchmark", description="for models, clips, caches and results")
+    warm_up: int = Field(1, ge=0, description="runs before the timed ones")
+    repeats: int = Field(3, ge=1, description="timed runs, or pairs of them")
+    memory_limit: float | None = Field(
+        None, gt=0, description="GiB of a GPU's memory that may be taken, as if there were no more"
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _check_size(cls, size: str) -> str:
+        if not re.fullmatch(r"\d+(x\d+)?", size):
+            raise ValueError(f"{size}, expected a number of pixels, or HEIGHTxWIDTH")
+        return size
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is run: a checkpoint, a clip and the options that all settings share.
+    """What is run: the options, and what they resolve to.
 
     Attributes:
-        inversion: the preprocess setting whose cache is edited.
         overrides: key=value of the edit's config.
         preprocess_options: words of preprocess.py's command line.
     """
 
+    options: Options
     checkpoint: Path
     clip: Path
-    frames: int
     height: int
     width: int
-    steps: int
-    technique: str
     device: torch.device
     dtype: torch.dtype
-    work: Path
-    inversion: str
-    overrides: tuple[str, ...] = ()
-    preprocess_options: tuple[str, ...] = ()
+    overrides: Sequence[str] = ()
+    preprocess_options: Sequence[str] = ()
 
     def load(self) -> StableDiffusion:
         return load_stable_diffusion(self.checkpoint, self.device, self.dtype)
+
+    @property
+    def work(self) -> Path:
+        return Path(self.options.work)
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
 
-def open_bench(args: argparse.Namespace) -> Bench:
-    """Makes what benchmark.py's command line asks for and is not there: a model, a longer clip.
+def open_bench(
+    options: Options, overrides: Sequence[str] = (), preprocess_options: Sequence[str] = ()
+) -> Bench:
+    """Prepares what the options name: writes a random model or a longer clip if needed.
 
     Raises:
         UserError: naming the option that cannot be met.
     """
-    size = re.fullmatch(r"(\d+)(?:x(\d+))?", args.size)
-    if not size:
-        raise UserError(f"--size: {args.size}, expected a number of pixels, or HEIGHTxWIDTH")
-    device = resolve_device(args.device)
-    work = Path(args.work)
+    height, _, width = options.size.partition("x")
+    device = resolve_device(options.device)
     bench = Bench(
-        checkpoint=model_folder(args.model, work),
-        clip=clip_of(Path(args.data_path), args.frames, work),
-        frames=args.frames,
-        height=int(size[1]),
-        width=int(size[2] or size[1]),
-        steps=args.steps,
-        technique=args.technique,
+        options,
+        checkpoint=model_folder(options.model, Path(options.work)),
+        clip=clip_of(Path(options.data_path), options.frames, Path(options.work)),
+        height=int(height),
+        width=int(width or height),
         device=device,
-        dtype=resolve_dtype(args.dtype, device),
-        work=work,
-        inversion=args.inversion or "fast",
-        overrides=tuple(args.set),
-        preprocess_options=tuple(args.preprocess_options),
+        dtype=resolve_dtype(options.dtype, device),
+        overrides=overrides,
+        preprocess_options=preprocess_options,
     )
-    preprocess_args(bench, bench.inversion)  # refuses what preprocess would, before a model loads
+    preprocess_args(bench, options.inversion)  # refuses what preprocess would
     return bench
 
 
 def model_folder(name: str, work: Path) -> Path:
-    """The checkpoint of `--model`: a folder, one of the table, or a random one that is made."""
+    """The checkpoint of `--model`: a folder, one of the table, or a random one that is written."""
     if name in RANDOM_MODELS:
         folder = work / "models" / name
         if not (folder / "model_index.json").is_file():
-            log.info("making %s in %s", name, folder)
+            log.info("writing %s to %s", name, folder)
             # In a process of its own, whose memory is not this one's.
-            maker = [sys.executable, "-m", "scripts.tiny_model.make_random"]
-            command = [*maker, str(folder.absolute()), *RANDOM_MODELS[name]]
-            subprocess.run(command, check=True, cwd=ROOT)
+            command = [sys.executable, "-m", "scripts.tiny_model.make_random", folder.resolve()]
+            subprocess.run([*command, *RANDOM_MODELS[name]], check=True, cwd=ROOT)
         return folder
     if name not in MODELS and not Path(name).is_dir():
         known = ", ".join([*RANDOM_MODELS, *MODELS])
@@ -165,7 +188,7 @@ def model_folder(name: str, work: Path) -> Path:
 
 
 def clip_of(source: Path, n_frames: int, work: Path) -> Path:
-    """The clip itself if it is long enough, else one that plays it back and forth, in `work`."""
+    """The clip itself if it is long enough, else one in `work` that plays it back and forth."""
     source = resolve_clip(source)
     native = read_clip(source, 1).native_size
     clip = read_clip(source, n_frames, size=native)
@@ -182,12 +205,37 @@ def clip_of(source: Path, n_frames: int, work: Path) -> Path:
 def back_and_forth(length: int, n_frames: int) -> list[int]:
     """n_frames indices 0, 1, ..., length - 1, length - 2, ..., 1, 0, 1, ..."""
     there = list(range(length))
-    period = there + there[-2:0:-1]
-    return list(itertools.islice(itertools.cycle(period), n_frames))
+    return list(itertools.islice(itertools.cycle(there + there[-2:0:-1]), n_frames))
 
 
 # ---------------------------------------------------------------------------------------------
 # Settings
+
+
+def edit_overrides(name: str) -> list[str] | None:
+    """The config keys that a setting of the edit changes; None if it is no such setting.
+
+    Raises:
+        UserError: if a part of it, of those joined by +, is none.
+    """
+    overrides: list[str] = []
+    for i, part in enumerate(name.split("+")):
+        if part.startswith("attention:"):
+            overrides.append(f"attention_backend={part.removeprefix('attention:')}")
+        elif part in EDIT_SETTINGS or "=" in part:
+            overrides += EDIT_SETTINGS.get(part, [part])
+        elif i == 0:
+            return None
+        else:
+            raise UserError(f"{name}: {part} is no setting of an edit")
+    return overrides
+
+
+def preprocess_words(name: str, steps: int) -> list[str] | None:
+    """The options of a setting of preprocess; None if it is no such setting."""
+    kind, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
+    options = PREPROCESS_SETTINGS.get(kind + "N" if number else kind)
+    return options and options.format(steps=steps, n=number).split()
 
 
 def setting_kind(name: str) -> str:
@@ -196,40 +244,15 @@ def setting_kind(name: str) -> str:
     Raises:
         UserError: if it is neither.
     """
-    if _is_edit(name.split("+")[0]):
+    if edit_overrides(name) is not None:
         return "edit"
-    if _preprocess_match(name) is not None:
+    if preprocess_words(name, 1) is not None:
         return "preprocess"
     edits = ", ".join([*EDIT_SETTINGS, "attention:BACKEND", "key=value"])
-    others = ", ".join(key.replace("{n}", "N") for key in PREPROCESS_SETTINGS)
     raise UserError(
-        f"{name}: unknown setting; of an edit: {edits} (joined by +); of preprocess: {others}"
+        f"{name}: unknown setting; of an edit: {edits} (joined by +); of preprocess: "
+        f"{', '.join(PREPROCESS_SETTINGS)}"
     )
-
-
-def _is_edit(piece: str) -> bool:
-    return piece in EDIT_SETTINGS or piece.startswith("attention:") or "=" in piece
-
-
-def edit_overrides(name: str) -> list[str]:
-    """The keys of the config that a setting of the edit is made of; its parts are joined by +."""
-    overrides = []
-    for piece in name.split("+"):
-        if not _is_edit(piece):
-            raise UserError(f"{name}: {piece} is no setting of an edit")
-        if piece.startswith("attention:"):
-            overrides.append(f"attention_backend={piece.removeprefix('attention:')}")
-        else:
-            overrides += EDIT_SETTINGS.get(piece, [piece])
-    return overrides
-
-
-def _preprocess_match(name: str) -> tuple[tuple[str, ...], str] | None:
-    for key, options in PREPROCESS_SETTINGS.items():
-        found = re.fullmatch(key.replace("{n}", r"(\d+)"), name)
-        if found:
-            return options, found[1] if found.groups() else ""
-    return None
 
 
 def preprocess_args(bench: Bench, name: str) -> argparse.Namespace:
@@ -238,29 +261,33 @@ def preprocess_args(bench: Bench, name: str) -> argparse.Namespace:
     Raises:
         UserError: if there is no such setting, or preprocess.py refuses its options.
     """
-    found = _preprocess_match(name)
-    if found is None:
-        setting_kind(name)  # names what is known
+    if setting_kind(name) != "preprocess":
         raise UserError(f"{name}: is a setting of an edit, expected one of preprocess")
-    options, number = found
     words = ["--data_path", str(bench.clip), "--model_key", str(bench.checkpoint)]
-    words += ["--H", str(bench.height), "--W", str(bench.width), "--n_frames", str(bench.frames)]
+    words += [
+        "--H",
+        str(bench.height),
+        "--W",
+        str(bench.width),
+        "--n_frames",
+        str(bench.options.frames),
+    ]
     words += ["--device", str(bench.device), "--dtype", bench.dtype_name]
-    words += ["--inversion_prompt", SOURCE_PROMPT, "--save_steps", str(bench.steps)]
-    words += [word.format(steps=bench.steps, n=number) for word in options]
+    words += ["--inversion_prompt", SOURCE_PROMPT, "--save_steps", str(bench.options.steps)]
+    words += preprocess_words(name, bench.options.steps)
     for key, _, value in (override.partition("=") for override in bench.overrides):
         if key in FEATURE_OPTIONS:
             words += [f"--{FEATURE_OPTIONS[key]}", value]
     words += bench.preprocess_options
-    # A folder for each of these, since a cache's own name holds the clip and steps only.
-    made_of = json.dumps([words, checkpoint_revision(bench.checkpoint), FORMAT])
-    digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+    # One folder for each set of options: a cache's own name says only the clip and the steps.
+    options = json.dumps([words, checkpoint_revision(bench.checkpoint), FORMAT])
+    digest = hashlib.sha256(options.encode()).hexdigest()[:12]
     return preprocess.parse_args([*words, "--save_dir", str(bench.work / "caches" / digest)])
 
 
 def edit_config(bench: Bench, overrides: list[str]) -> EditConfig:
     """The edit's configuration, read as a run script reads it."""
-    cache = preprocess_args(bench, bench.inversion)
+    cache = preprocess_args(bench, bench.options.inversion)
     path = bench.work / "config.yaml"
     save_yaml(
         path,
@@ -270,15 +297,15 @@ def edit_config(bench: Bench, overrides: list[str]) -> EditConfig:
             "output_path": str(bench.work / "results"),
             "model_key": str(bench.checkpoint),
             "n_inversion_steps": cache.steps,
-            "n_timesteps": bench.steps,
-            "n_frames": bench.frames,
+            "n_timesteps": bench.options.steps,
+            "n_frames": bench.options.frames,
             "device": str(bench.device),
             "dtype": bench.dtype_name,
             "prompt": PROMPT,
             "negative_prompt": SOURCE_PROMPT,
         },
     )
-    return load_config(TECHNIQUES[bench.technique][1], path, [*bench.overrides, *overrides])
+    return load_config(TECHNIQUES[bench.options.technique][1], path, [*bench.overrides, *overrides])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,21 +317,16 @@ def run_preprocess(bench: Bench, models: StableDiffusion, count_flops: bool = Fa
 
     The stage "rest" is what no other stage times: writing the cache, and checksums.
     """
-    args = preprocess_args(bench, bench.inversion)
     meter = Meter(bench.device, count_flops)
     start = time.perf_counter()
-    with meter.watching(models.unet):
-        inputs = preprocess.open_inputs(args)
-        preprocess.make_cache(inputs, args.batch_size, models, meter)
-        if inputs.features is not None:
-            preprocess.make_features(inputs, args.batch_size, models, meter)
+    _build(bench, bench.options.inversion, models, meter)
     meter.add("rest", time.perf_counter() - start - sum(meter.seconds.values()))
     return meter
 
 
 def ensure_cache(bench: Bench, models: StableDiffusion) -> None:
-    """Makes the cache that is edited, if it is not there."""
-    args = preprocess_args(bench, bench.inversion)
+    """Builds the cache that is edited, unless it exists."""
+    args = preprocess_args(bench, bench.options.inversion)
     inputs = preprocess.open_inputs(args)
     if not preprocess.is_made(inputs):
         preprocess.make_cache(inputs, args.batch_size, models)
@@ -321,45 +343,44 @@ def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -
             inputs = open_inputs(config)
         session = EditSession(inputs, models, meter)
         edited = session.edit(make_plan(bench, session))
-        with replacing_folder(result_folder(inputs, bench.technique)) as folder:
-            session.save(edited, bench.technique, Workplace(folder))
+        with replacing_folder(result_folder(inputs, bench.options.technique)) as folder:
+            session.save(edited, bench.options.technique, Workplace(folder))
     return meter
 
 
 def make_plan(bench: Bench, session: EditSession) -> EditPlan:
     """What the technique does in a session."""
-    script = TECHNIQUES[bench.technique][0]
-    if bench.technique == "pnp":
+    script = TECHNIQUES[bench.options.technique][0]
+    if bench.options.technique == "pnp":
         script.check_injection_layers(session.inputs.checkpoint)
     return script.plan(session)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A setting of an edit, ready to run: `work()` gives its latents (n, 4, h, w)."""
+class PreparedEdit:
+    """An edit under a setting, ready to run: `loop(session, plan)` gives latents (n, 4, h, w)."""
 
     name: str
-    work: Callable[[], Tensor]
     session: EditSession
     plan: EditPlan
+    loop: Callable[[EditSession, EditPlan], Tensor]
 
-    @property
-    def models(self) -> StableDiffusion:
-        return self.session.models
+    def __call__(self) -> Tensor:
+        return self.loop(self.session, self.plan)
 
 
-def prepare_edit(bench: Bench, name: str, models: StableDiffusion) -> Prepared:
-    """Opens an edit under a setting; it shares the models, but for one that compiles its own."""
+def prepare_edit(bench: Bench, name: str, models: StableDiffusion) -> PreparedEdit:
+    """Opens an edit under a setting; it shares the models unless it compiles its own."""
     overrides = edit_overrides(name)
     config = edit_config(bench, overrides)
     if "compile=true" in overrides:
         models = bench.load()
     session = EditSession(open_inputs(config), models)
     plan = make_plan(bench, session)
-    if "three_branch" in name.split("+"):
-        three_branch.check(session, plan)
-        return Prepared(name, partial(three_branch.edit_latents, session, plan), session, plan)
-    return Prepared(name, partial(session.edit_latents, plan), session, plan)
+    if "three_branch" not in name.split("+"):
+        return PreparedEdit(name, session, plan, EditSession.edit_latents)
+    three_branch.check(session, plan)
+    return PreparedEdit(name, session, plan, three_branch.edit_latents)
 
 
 @dataclass(frozen=True)
@@ -375,94 +396,40 @@ class Timed:
     result: Tensor | Path
 
 
-def timed_edit(prepared: Prepared, device: torch.device) -> Timed:
+def timed_edit(edit: PreparedEdit) -> Timed:
     """Times the denoising loop.
 
     Raises:
         UserError: if the setting is `cached`, and the cached features did not serve it.
     """
-    meter = Meter(device)
-    with meter.watching(prepared.models.unet), meter("edit"):
-        latents = prepared.work()
-    if "cached" in prepared.name.split("+") and prepared.session.source_features != "cached":
-        raise UserError(f"{prepared.name}: the edit was computed live; the log says why")
-    return Timed(meter.seconds["edit"], meter.processor["edit"], meter.images["edit"], latents)
+    models = edit.session.models
+    meter = Meter(models.device)
+    with meter.watching(models.unet), meter("edit"):
+        latents = edit()
+    if "cached" in edit.name.split("+") and edit.session.source_features != "cached":
+        raise UserError(f"{edit.name}: the edit was computed live; the log says why")
+    return _timed(meter, ("edit",), latents)
 
 
 def timed_preprocess(bench: Bench, name: str, models: StableDiffusion) -> Timed:
-    """Times inversion and reconstruction, of latents; the VAE, reading and writing apart."""
-    args = preprocess_args(bench, name)
-    inputs = preprocess.open_inputs(args)
+    """Times inversion and reconstruction of latents, without the VAE, reading and writing."""
     meter = Meter(bench.device)
-    with meter.watching(models.unet):
-        preprocess.make_cache(inputs, args.batch_size, models, meter)
-    stages = "inversion", "reconstruction"
-    return Timed(
-        sum(meter.seconds[stage] for stage in stages),
-        sum(meter.processor[stage] for stage in stages),
-        sum(meter.images[stage] for stage in stages),
-        inputs.folder,
-    )
+    folder = _build(bench, name, models, meter, features=False)
+    return _timed(meter, ("inversion", "reconstruction"), folder)
 
 
-@torch.inference_mode()
-def reconstruction_psnr(bench: Bench, name: str, models: StableDiffusion, folder: Path) -> float:
-    """PSNR in dB of a cache's reconstruction, as its setting has it, against the VAE's own.
-
-    Raises:
-        UserError: if the cache does not hold the latents that reconstruction starts from.
-    """
+def _build(
+    bench: Bench, name: str, models: StableDiffusion, meter: Meter, features: bool = True
+) -> Path:
     args = preprocess_args(bench, name)
-    inputs = preprocess.open_inputs(args)
-    cache = open_cache(folder)
-    frames = cache.frames(bench.frames)
-    denoiser = make_denoiser(
-        models, frames, SOURCE_PROMPT, cache.manifest.control, cache.depth(bench.frames)
-    )
-    timesteps = inputs.timesteps.reconstruction
-    if timesteps[0] not in cache.manifest.timesteps:
-        raise UserError(f"{name}: the cache holds no latents at timestep {timesteps[0]}")
-    noisy = cache.latents(timesteps[0], bench.frames)
-    clean = cache.latents(CLEAN_LATENTS, bench.frames)
-    batch = RECONSTRUCTION_BATCH
-    found = decode_latents(models, reconstruct(denoiser, noisy, timesteps, batch), batch)
-    return psnr(found, decode_latents(models, clean, batch))
+    with meter.watching(models.unet):
+        inputs = preprocess.open_inputs(args)
+        preprocess.make_cache(inputs, args.batch_size, models, meter)
+        if features and inputs.features is not None:
+            preprocess.make_features(inputs, args.batch_size, models, meter)
+    return inputs.folder
 
 
-def profile_step(prepared: Prepared, device: torch.device, rows: int) -> str:
-    """The operators of an edit's second step that take most time, as a table.
-
-    Raises:
-        UserError: if the edit has one step only.
-    """
-    if len(prepared.plan.timesteps) < 2:
-        raise UserError("--profile: needs an edit of two steps at least, the first warms up")
-    activities, key = [ProfilerActivity.CPU], "self_cpu_time_total"
-    if device.type == "cuda":
-        activities, key = [*activities, ProfilerActivity.CUDA], "self_cuda_time_total"
-    seen: list[int] = []
-    # From one step's first call of the UNet to the next's; one step warms up.
-    with profile(
-        activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1)
-    ) as profiler:
-
-        def at_a_step(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-            t = int(args[1] if len(args) > 1 else kwargs["timestep"])
-            if t not in seen:
-                if seen:
-                    profiler.step()
-                seen.append(t)
-
-        hook = prepared.models.unet.register_forward_pre_hook(at_a_step, with_kwargs=True)
-        try:
-            prepared.work()
-        finally:
-            hook.remove()
-    return profiler.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=60)
-
-
-def facts(bench: Bench) -> dict[str, object]:
-    """What was run, as plain values for JSON."""
-    plain = asdict(bench)
-    kept = (int, tuple)
-    return {key: value if isinstance(value, kept) else str(value) for key, value in plain.items()}
+def _timed(meter: Meter, stages: tuple[str, ...], result: Tensor | Path) -> Timed:
+    counts = (meter.seconds, meter.processor, meter.images)
+    return Timed(*(sum(count[stage] for stage in stages) for count in counts), result)

@@ -1,10 +1,10 @@
 """The loop that edits are timed against: three branches in one batch, attention spelled out.
 
-As the published code has it, each forward of the UNet holds the source, the unconditional and the
-conditional branch of its frames, attention is an explicit softmax(Q K^T) V, one head after the
-other, and correspondences are the arg-max of a whole matrix of cosine similarities, all in the
-model's dtype. What it computes is the edit of `consistency: tokenflow`, `propagation: paper`, so
-that its latents can be compared with the project's. Nothing but benchmark.py runs it.
+As in the published code, each UNet forward holds the source, the unconditional and the conditional
+branch of its frames, attention is an explicit softmax(Q K^T) V, one head after the other, and
+correspondences are the arg-max of a whole matrix of cosine similarities, all in the model's dtype.
+It computes the edit of `consistency: tokenflow`, `propagation: paper`, so that its latents can be
+compared with the project's. Only benchmark.py runs it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ from tokenflow_utils import (
 from util import UserError
 
 BRANCHES = 3  # source, unconditional, conditional
+SERVED = {
+    "consistency": "tokenflow",
+    "propagation": "paper",
+    "correspondence": "nn",
+    "max_keyframes": None,
+}
 
 
 @dataclass
@@ -49,13 +55,7 @@ class _ThreeBranchAttention:
     def __init__(self, layer: str, state: _State) -> None:
         self.layer, self.state = layer, state
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         """The layer's output, (3 * m, L, c), for its input tokens of that shape."""
         tokens = hidden_states.unflatten(0, (BRANCHES, -1))  # (3, m, L, c)
         if self.state.near is None:
@@ -77,9 +77,7 @@ class _ThreeBranchAttention:
 
     def _chunk(self, attn: Attention, tokens: Tensor) -> Tensor:
         source, near = tokens[0], self.state.near
-        alone = explicit_attention(
-            attn.to_q(source), attn.to_k(source), attn.to_v(source), attn.heads
-        )
+        qkv = attn.to_q(source), attn.to_k(source), attn.to_v(source)
         keyframe_tokens, base = self.state.kept[self.layer]
         blended = torch.zeros_like(tokens[1:])
         weight = near.weight.to(tokens)[:, None, None]
@@ -87,7 +85,8 @@ class _ThreeBranchAttention:
             match = most_similar(source, keyframe_tokens[keyframes])  # (m, L)
             index = match[None, :, :, None].expand_as(blended)
             blended += share * base[1:, keyframes].gather(2, index)
-        return torch.cat([attn.to_out[0](alone)[None], blended])
+        alone = attn.to_out[0](explicit_attention(*qkv, attn.heads))
+        return torch.cat([alone[None], blended])
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -107,17 +106,15 @@ def most_similar(tokens: Tensor, others: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
-    """The denoising loop: from the plan's start to clean edited latents, (n, 4, h, w).
+    """The denoising loop, from the plan's start to clean edited latents, (n, 4, h, w).
 
     Args:
-        session: that `check` does not refuse.
+        session: one that `check` accepts.
     """
     config, models, cache = session.config, session.models, session.cache
-    n_frames = len(session.frames)
-    schedule = models.schedule
+    n_frames, schedule = len(session.frames), models.schedule
     texts = [cache.manifest.inversion_prompt, config.negative_prompt, config.prompt]
     texts = encode_prompts(models, texts)
-    chunks = torch.arange(n_frames).split(session.chunk_size)
 
     def predict(x: Tensor, source: Tensor, t: int, frames: Tensor) -> Tensor:
         """The guided noise of some frames, (m, 4, h, w) float32 on the models' device."""
@@ -136,16 +133,15 @@ def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
     with _patch(models.unet, state):
         steps = zip(plan_steps(config, plan, n_frames), [*plan.timesteps[1:], CLEAN], strict=True)
         for step, t_next in tqdm(list(steps), desc="edit", unit="step"):
-            t = step.t
-            source = cache.latents(t, n_frames)
+            source = cache.latents(step.t, n_frames)
             state.inject_attention, state.inject_features = step.attention, step.features
             state.near = None
-            predict(x, source, t, step.keyframes)
+            predict(x, source, step.t, step.keyframes)
             eps = []
-            for chunk in chunks:
+            for chunk in torch.arange(n_frames).split(session.chunk_size):
                 state.near = neighbours(chunk, step.keyframes, config.blend).to(models.device)
-                eps.append(predict(x, source, t, chunk).cpu())
-            x = ddim_step(x, torch.cat(eps), schedule.level(t), schedule.level(t_next))
+                eps.append(predict(x, source, step.t, chunk).cpu())
+            x = ddim_step(x, torch.cat(eps), schedule.level(step.t), schedule.level(t_next))
     return x
 
 
@@ -155,17 +151,11 @@ def check(session: EditSession, plan: EditPlan) -> None:
     Raises:
         UserError: naming it.
     """
-    config = session.config
-    only = {
-        "consistency": "tokenflow",
-        "propagation": "paper",
-        "correspondence": "nn",
-        "max_keyframes": None,
-    }
-    for key, value in only.items():
-        if getattr(config, key) != value:
-            raise UserError(f"three_branch: {key}: {getattr(config, key)}, expected {value}")
-    if config.guidance_scale == 1:
+    for key, value in SERVED.items():
+        found = getattr(session.config, key)
+        if found != value:
+            raise UserError(f"three_branch: {key}: {found}, expected {value}")
+    if session.config.guidance_scale == 1:
         raise UserError("three_branch: guidance_scale: 1 leaves a branch out, expected another")
     if plan.control is not None or session.models.takes_depth or session.cache.manifest.control:
         raise UserError("three_branch: takes neither a ControlNet nor a depth model")
@@ -177,9 +167,8 @@ def _patch(unet: UNet2DConditionModel, state: _State) -> Iterator[None]:
     ours = {layer: _ThreeBranchAttention(layer, state) for layer in self_attention_layers(unet)}
 
     def inject(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return (
-            output.chunk(BRANCHES)[0].repeat(BRANCHES, 1, 1, 1) if state.inject_features else None
-        )
+        injected = output.chunk(BRANCHES)[0].repeat(BRANCHES, 1, 1, 1)
+        return injected if state.inject_features else None
 
     hook = unet.get_submodule(FEATURE_LAYER).register_forward_hook(inject)
     try:
