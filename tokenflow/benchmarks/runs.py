@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -25,7 +24,7 @@ import run_tokenflow_pnp
 import run_tokenflow_sdedit
 from tokenflow.benchmarks import three_branch
 from tokenflow.benchmarks.meters import Meter
-from tokenflow.cache.options import FAST
+from tokenflow.cache.options import FAST, PreprocessOptions
 from tokenflow.cache.source_cache import FORMAT
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
 from tokenflow.diffusion.model_names import MODELS
@@ -255,7 +254,7 @@ def setting_kind(name: str) -> str:
     )
 
 
-def preprocess_args(bench: Bench, name: str) -> argparse.Namespace:
+def preprocess_args(bench: Bench, name: str) -> PreprocessOptions:
     """preprocess.py's command line for a setting.
 
     Raises:
