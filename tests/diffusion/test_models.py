@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tokenflow.diffusion import models as diffusion
 from tokenflow.diffusion.checkpoints import (
@@ -15,6 +16,7 @@ from tokenflow.diffusion.checkpoints import (
     controlnet_key_for,
 )
 from tokenflow.diffusion.conditions import (
+    Control,
     ControlSettings,
     canny_edges,
     depth_latents,
@@ -292,6 +294,15 @@ def test_a_nan_stops_the_run_and_names_the_step(tiny_model):
         denoiser(randn(1, 4, 8, 8), 501, torch.arange(1))
 
 
+def test_loading_leaves_the_models_as_diffusers_makes_them(models, tiny_model):
+    controlnet = load_controlnet(str(tiny_model / "controlnet"), models.device, models.dtype)
+    for model in (models.unet, controlnet):
+        assert {type(processor) for processor in model.attn_processors.values()} == {
+            AttnProcessor2_0
+        }
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
 # ---------------------------------------------------------------- text and pictures
 
 
@@ -304,6 +315,19 @@ def test_branches_are_independent(models):
         alone = Denoiser(models, text[branch : branch + 1])(x, 300, torch.arange(3))[0]
         assert torch.allclose(both[branch], alone, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 1e-4
+
+
+def test_a_controlnet_sees_each_branch_s_own_text(models, tiny_model):
+    controlnet = load_controlnet(str(tiny_model / "controlnet"), models.device, models.dtype)
+    control = Control(controlnet, torch.rand(3, 1, 48, 80))
+    text, x = encode_prompts(models, ["a red ball", "a green ball"]), randn(3, 4, 6, 10)
+    both = Denoiser(models, text, control=control)(x, 300, torch.arange(3))
+    for branch in range(2):
+        for frame in range(3):
+            alone = Denoiser(models, text[branch : branch + 1], control=control)
+            expected = alone(x[frame : frame + 1], 300, torch.tensor([frame]))[0, 0]
+            assert torch.allclose(both[branch, frame], expected, atol=1e-5)
+    assert (both - Denoiser(models, text)(x, 300, torch.arange(3))).abs().max() > 1e-4
 
 
 def test_every_image_of_every_branch_is_counted(models):

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import DPTForDepthEstimation, DPTImageProcessor
 
 from tokenflow.diffusion.checkpoints import frozen, load_model, single_model_folder
-from tokenflow.diffusion.prompt_attention import share_prompts
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ class Control:
         """What the ControlNet adds to the UNet, as keyword arguments of its forward.
 
         Args:
-            x: (B * m, c, h, w) latents of B branches, all frames of the first branch first.
-            text: (B, 77, c).
-            images: (B * m, 1, H, W), of the same frames.
+            x: (b, c, h, w) latents.
+            text: (b, 77, c) text embeddings.
+            images: (b, 1, H, W), of the same frames.
         """
         down, mid = self.controlnet(
             x,
@@ -75,7 +74,7 @@ def load_controlnet(
     """
     folder = single_model_folder(key, "controlnet_key", allow_pickle)
     model = load_model(ControlNetModel, folder, allow_pickle, torch_dtype=dtype)
-    return frozen(share_prompts(model), device)
+    return frozen(model, device)
 
 
 def draw_control(

@@ -27,7 +27,6 @@ from tokenflow.diffusion.conditions import (
     draw_control,
     load_controlnet,
 )
-from tokenflow.diffusion.prompt_attention import share_prompts
 from tokenflow.ops.distributed import ALONE, Team
 from util import UserError
 
@@ -148,7 +147,7 @@ def load_stable_diffusion(
         tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
         text_encoder=frozen(text_encoder, device),
         vae=frozen(vae, device),
-        unet=frozen(share_prompts(unet), device),
+        unet=frozen(unet, device),
         schedule=NoiseSchedule.of_checkpoint(folder),
         device=device,
         dtype=dtype,
@@ -373,14 +372,15 @@ class Denoiser:
         x = x.to(models.device, torch.float32)
         model_input = x if self.depth is None else torch.cat([x, self._of(self.depth, frames)], 1)
         model_input = model_input.to(models.dtype).repeat(self.branches, 1, 1, 1)  # (B*m, c, h, w)
+        text = self.text.repeat_interleave(m, dim=0)  # (B*m, 77, c)
         residuals = {}
         if self.control is not None:
             images = self._of(self.control.images, frames).repeat(self.branches, 1, 1, 1)
-            residuals = self.control.residuals(model_input, t, self.text, images)
+            residuals = self.control.residuals(model_input, t, text, images)
         # As a tensor: a compiled UNet would be compiled anew for every number.
         timestep = torch.tensor(t, device=models.device)
         prediction = models.unet(
-            model_input, timestep, encoder_hidden_states=self.text, return_dict=False, **residuals
+            model_input, timestep, encoder_hidden_states=text, return_dict=False, **residuals
         )[0]
         self.image_forwards += self.branches * m
         prediction = prediction.float().unflatten(0, (self.branches, m))
