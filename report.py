@@ -14,7 +14,7 @@ import os
 import re
 import reprlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from fractions import Fraction
@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tokenflow.cache.source_cache import MANIFEST, SourceCache, read_manifest
-from tokenflow.evaluation.inputs import method_name
+from tokenflow.cache.source_cache import SourceCache, read_manifest
+from tokenflow.editing.results import RESULT_FILES, Result, find_results, read_result
 from tokenflow.storage.video import READING, read_clip, save_video
 from tokenflow.storage.work_dir import replacing_folder
 from util import (
@@ -37,7 +37,6 @@ from util import (
     UserError,
     check_writable,
     command_line,
-    load_yaml,
     setup_logging,
     slug,
 )
@@ -47,8 +46,7 @@ log = logging.getLogger("tokenflow")
 PAGE = "report.html"
 PAGE_PARTS = Path(__file__).resolve().parent / "tokenflow" / "figures" / "page"
 GENERATOR = '<meta name="generator" content="tokenflow report.py">'
-PARTS_OF_A_RESULT = ("edited.mp4", "config.yaml", "run.yaml")
-LINKED = (*PARTS_OF_A_RESULT, "side_by_side.mp4", "frames")
+LINKED = (*RESULT_FILES, "side_by_side.mp4", "frames")
 POSTER_SIDE = 640
 NEAR = 3  # a link may climb so many folders from the report; farther files are only named
 
@@ -90,19 +88,6 @@ PLACES = ("data_path", "latents_path", "output_path")
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished result: its folder, and what config.yaml and run.yaml in it say."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    run: Mapping[str, Any]
-
-    @property
-    def prompt(self) -> str:
-        return plain(self.config.get("prompt", ""))
-
-
-@dataclass(frozen=True)
 class Group:
     """The results of one clip, and the caches that they were made from, where these still are."""
 
@@ -111,62 +96,27 @@ class Group:
     caches: tuple[SourceCache, ...]
 
 
-def find_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
-    """Find the finished results in or below some folders.
-
-    Hidden folders and links to folders are passed over; a result found twice counts once.
-
-    Args:
-        roots: the folders.
+def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
+    """Read all finished results in or below some folders.
 
     Returns:
-        the results, ordered by their folders' paths, and the number of folders that hold only a
-        part of a result, or one whose files cannot be read (which is warned of).
+        the results, ordered by their folders' paths, and the number of those that are unfinished
+        or cannot be read (which is warned of).
 
     Raises:
-        UserError: a root is not a folder, or no finished result is found.
+        UserError: a root is not a folder, or no result can be read.
     """
-    found: dict[str, Result] = {}
-    unfinished: set[str] = set()
-    for root in roots:
-        if not root.is_dir():
-            kind = "a file, not a folder" if root.exists() else "no such folder"
-            raise MissingFileError(f"{root}: {kind}")
-        for folder in _visible_folders(root):
-            real = os.path.realpath(folder)
-            there = [(folder / name).is_file() for name in PARTS_OF_A_RESULT]
-            if real in found or real in unfinished or not any(there):
-                continue
-            result = _read_result(Path(real)) if all(there) else None
-            if result is None:
-                unfinished.add(real)
-            else:
-                found[real] = result
-    if not found:
-        places = ", ".join(str(root) for root in roots)
-        also = f" ({len(unfinished)} unfinished)" if unfinished else ""
-        raise UserError(
-            f"{places}: no finished result{also}; one is a folder with {', '.join(LINKED[:3])},"
-            " as run_tokenflow_*.py write it"
-        )
-    return [found[real] for real in sorted(found)], len(unfinished)
-
-
-def _visible_folders(root: Path) -> Iterator[Path]:
-    """A folder and those below it, but for hidden ones and what lies inside of results."""
-    for place, names, files in os.walk(root):
-        yield Path(place)
-        whole = set(PARTS_OF_A_RESULT) <= set(files)
-        names[:] = [] if whole else sorted(n for n in names if not n.startswith("."))
-
-
-def _read_result(folder: Path) -> Result | None:
-    try:
-        probe_video(folder / "edited.mp4")
-        return Result(folder, load_yaml(folder / "config.yaml"), load_yaml(folder / "run.yaml"))
-    except UserError as error:
-        log.warning("left out: %s", error)
-        return None
+    finished, unfinished = find_results(roots)
+    results = []
+    for folder in sorted(map(Path.resolve, finished)):
+        try:
+            probe_video(folder / "edited.mp4")
+            results.append(read_result(folder))
+        except UserError as error:
+            log.warning("left out: %s", error)
+    if not results:
+        raise UserError(f"{', '.join(map(str, roots))}: no result that can be read")
+    return results, len(unfinished) + len(finished) - len(results)
 
 
 def read_rows(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -218,28 +168,12 @@ def _read_list(path: Path) -> list[Any]:
 
 
 def cache_of(result: Result) -> SourceCache | None:
-    """The cache that a result was made from; None, with a warning, if that is no longer there.
-
-    Its path may be relative to the folder in which the edit was run: it is looked for from the
-    current folder and from those above the result.
-    """
-    name, digest = result.run.get("cache"), result.run.get("cache_sha256")
-    if not isinstance(name, str) or not name or "\0" in name:
-        return None
-    folders = [base / name for base in (Path(), *result.folder.parents)]
-    folder = next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
-    if folder is None:
-        log.warning("%s: its source cache %s is not there", result.folder, name)
-        return None
+    """The cache that a result was made from; None, with a warning, if it is not there any more."""
     try:
-        cache = SourceCache(folder, read_manifest(folder))
+        return result.cache(lambda folder: SourceCache(folder, read_manifest(folder)))
     except UserError as error:
         log.warning("%s", error)
         return None
-    if digest not in (None, cache.sha256):
-        log.warning("%s: its source cache %s was made anew since", result.folder, folder)
-        return None
-    return cache
 
 
 def group_results(results: Iterable[Result]) -> list[Group]:
@@ -428,7 +362,7 @@ def clip_data(
         notes.append("The reconstruction is missing: its cache is no longer there.")
 
     differing = differing_settings([result.config for result in results])
-    prompts = list(dict.fromkeys(result.prompt for result in results))
+    prompts = list(dict.fromkeys(result.prompt or "" for result in results))
     edits = [
         edit_data(result, rows.get(os.path.realpath(result.folder)), differing, media, out)
         for result in results
@@ -461,13 +395,14 @@ def edit_data(
 ) -> dict[str, Any]:
     """What the page shows of a result; its video is taken in on the way."""
     row = row or {}
-    label = row.get("method") or method_name(result.config, result.run)
+    label = row.get("method") or result.method
     settings = [(plain(key), plain(value)) for key, value in result.config.items()]
-    video = media.add(result.folder / "edited.mp4", f"{result.folder.parent.name}-{result.prompt}")
+    name = f"{result.folder.parent.name}-{result.prompt or ''}"
+    video = media.add(result.folder / "edited.mp4", name)
     return {
         "label": plain(label),
         "video": asdict(video),
-        "prompt": result.prompt,
+        "prompt": result.prompt or "",
         "differing": [(key, value) for key, value in settings if key in differing],
         "metrics": metrics_of(result, row),
         "settings": settings,
@@ -492,12 +427,10 @@ def add_hints(edits: Sequence[dict[str, Any]]) -> None:
 
 def metrics_of(result: Result, row: Mapping[str, Any]) -> dict[str, float]:
     """A result's figures by key: of its row, its cost else of run.yaml; only those there are."""
-    seconds, n_frames = result.run.get("seconds"), result.run.get("n_frames")
-    known: dict[str, Any] = {"peak_memory_bytes": result.run.get("peak_memory_bytes")}
-    if isinstance(seconds, dict) and isinstance(n_frames, int) and n_frames > 0:
-        stages = [seconds.get(stage) for stage in ("edit", "decode", "write")]
-        if all(_is_number(stage) for stage in stages):
-            known["seconds_per_frame"] = sum(stages) / n_frames
+    known: dict[str, Any] = {
+        "peak_memory_bytes": result.run.get("peak_memory_bytes"),
+        "seconds_per_frame": result.seconds_per_frame,
+    }
     known |= {key: value for key, value in row.items() if value is not None}
     return {m.key: known[m.key] for m in METRICS if _is_number(known.get(m.key))}
 
@@ -610,7 +543,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging()
     args = parse_args(argv)
     rows = read_rows(args.metrics)
-    results, unfinished = find_results(args.results)
+    results, unfinished = readable_results(args.results)
     if unfinished:
         log.warning("left out %d unfinished or unreadable results", unfinished)
     unmatched = len(rows.keys() - {os.path.realpath(result.folder) for result in results})

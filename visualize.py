@@ -23,7 +23,7 @@ from tokenflow.diffusion.inversion import reconstruct
 from tokenflow.diffusion.models import decode_latents, psnr
 from tokenflow.editing.inputs import EditConfig
 from tokenflow.editing.loop import keyframes_of_steps
-from tokenflow.evaluation.inputs import TECHNIQUES, method_name
+from tokenflow.editing.results import TECHNIQUES, Result, read_result
 from tokenflow.figures.drawing import (
     captioned,
     displacements,
@@ -55,82 +55,14 @@ from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.storage.video import load_frames, save_video
 from util import (
     ArgumentParser,
-    MissingFileError,
     UserError,
     check_writable,
     command_line,
     load_config,
-    load_yaml,
     setup_logging,
 )
 
 CONFIGS = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
-
-# ---------------------------------------------------------------------------------------------
-# Results
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished result's folder, with what it says of itself."""
-
-    folder: Path
-    config: dict
-    run: dict
-
-    @property
-    def n_frames(self) -> int:
-        return self.run["n_frames"]
-
-    @property
-    def label(self) -> str:
-        """What made it, in a word or two."""
-        return method_name(self.config, self.run).replace(", ", "\n", 1)
-
-    def cache(self) -> SourceCache:
-        """The source cache that it was made from.
-
-        Raises:
-            UserError: if that is gone, damaged, or another by now.
-        """
-        folder = Path(self.run["cache"])
-        where = self.folder / "run.yaml"
-        if not folder.is_dir():
-            raise MissingFileError(
-                f"{where}: its cache {folder} is not there; make it again with preprocess.py, or "
-                "run this where the edit was run, if that is a path from there"
-            )
-        cache = open_cache(folder)
-        if cache.sha256 != self.run["cache_sha256"]:
-            raise UserError(
-                f"{where}: its cache {folder} was made anew since; make the result again too"
-            )
-        return cache
-
-
-def open_result(folder: Path) -> Result:
-    """Reads config.yaml and run.yaml of a result.
-
-    Raises:
-        UserError: if the folder is no result, or one of the keys needed is missing or mistyped.
-    """
-    found = []
-    for name, keys in (
-        ("config.yaml", {"prompt": str}),
-        ("run.yaml", {"technique": str, "cache": str, "cache_sha256": str, "n_frames": int}),
-    ):
-        path = folder / name
-        if not path.is_file():
-            raise MissingFileError(
-                f"{folder}: has no {name}; expected the folder of a finished result, as the "
-                "run_tokenflow scripts print it"
-            )
-        found.append(load_yaml(path))
-        for key, kind in keys.items():
-            if not isinstance(found[-1].get(key), kind):
-                raise UserError(f"{path}: {key}: is missing or not a {kind.__name__}")
-    return Result(folder, *found)
-
 
 # ---------------------------------------------------------------------------------------------
 # The figures
@@ -151,7 +83,7 @@ def draw_features(args: argparse.Namespace) -> list[Path]:
     Returns:
         the files: features.png, features_xt.png, features.mp4.
     """
-    edits = [open_result(folder) for folder in (args.per_frame, args.result) if folder]
+    edits = [read_result(folder) for folder in (args.per_frame, args.result) if folder]
     cache = edits[-1].cache()
     for other in edits[:-1]:
         _check_same_clip(other, cache)
@@ -184,11 +116,11 @@ def _feature_rows(
     models = view.load()
     tokens = [source_tokens(view, models, range(len(videos[0])))]
     for edit, frames in zip(edits, videos[1:], strict=True):
-        tokens.append(edit_tokens(view, models, frames, edit.config["prompt"]))
+        tokens.append(edit_tokens(view, models, frames, edit.prompt or ""))
     size = height, width = videos[0].shape[1:3]
     grid = token_grid((height // models.vae_factor, width // models.vae_factor), tokens[0].shape[1])
     colours, explained = feature_colours(tokens, grid, size)
-    labels = ["source", *(edit.label for edit in edits)]
+    labels = ["source", *(edit.method.replace(", ", "\n", 1) for edit in edits)]
     rows = [Row(*row) for row in zip(labels, videos, colours, strict=True)]
     return rows, (
         f"PCA of {view.describe(grid)}\n"
@@ -275,7 +207,7 @@ def draw_correspondence(args: argparse.Namespace) -> list[Path]:
         the file: correspondence.png.
     """
     if args.result is not None:
-        result = open_result(args.result)
+        result = read_result(args.result)
         cache, n_frames = result.cache(), result.n_frames
     else:
         cache = open_cache(args.cache)
@@ -355,8 +287,8 @@ def draw_keyframes(args: argparse.Namespace) -> list[Path]:
     Returns:
         the file: keyframes.png.
     """
-    result = open_result(args.result)
-    technique = result.run["technique"]
+    result = read_result(args.result)
+    technique = result.run.get("technique")
     if technique not in CONFIGS:
         raise UserError(f"{args.result}: a result of {technique}, which has no keyframes")
     config = load_config(CONFIGS[technique], args.result / "config.yaml")

@@ -18,19 +18,21 @@ from PIL import Image
 
 import evaluate
 import run_tokenflow_sdedit
-from evaluate import Evaluator, Protocol, parse_args
 from scripts.shapes.metrics import true_motion
 from scripts.shapes.world import random_scene, render_clip
 from tests.helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load
-from tokenflow.cache.source_cache import open_cache
+from tokenflow.cache.source_cache import SourceCache, open_cache
+from tokenflow.editing.results import find_results, method_name
+from tokenflow.evaluation import evaluator as evaluators
 from tokenflow.evaluation import inputs as evaluate_inputs
 from tokenflow.evaluation import metrics, motion
+from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.inputs import (
+    OtherVideo,
     Source,
     find_masks,
-    find_results,
     find_truth,
-    method_name,
+    open_video,
     read_masks,
     read_truth,
 )
@@ -100,7 +102,7 @@ def results(place, tmp_path):
 
 
 def first(results: Path) -> Path:
-    return find_results(results)[0]
+    return find_results([results])[0][0]
 
 
 def change(path: Path, **keys: object) -> None:
@@ -229,8 +231,8 @@ def test_one_result_is_scored_by_its_folder_and_named_twice_is_one_row(place, ca
 
 def test_flow_and_embeddings_of_a_source_are_computed_once(place, monkeypatch):
     calls = []
-    estimate = evaluate.motion_by
-    monkeypatch.setattr(evaluate, "motion_by", lambda *a: calls.append("flow") or estimate(*a))
+    estimate = evaluators.motion_by
+    monkeypatch.setattr(evaluators, "motion_by", lambda *a: calls.append("flow") or estimate(*a))
     embed = metrics.ClipEmbedder.embed_frames
     counted = lambda self, frames: calls.append("clip") or embed(self, frames)  # noqa: E731
     monkeypatch.setattr(metrics.ClipEmbedder, "embed_frames", counted)
@@ -247,23 +249,29 @@ def test_a_source_of_the_same_name_is_another(place, results, tmp_path):
     source = place / "one.mp4"
     for i, seed in enumerate((5, 6)):
         make_clip(tmp_path / f"edit{i}.mp4", 5, seed=seed)
-    evaluator = Evaluator(Protocol(flow="dis", clip_model=None, device="cpu"))
-    first_row = evaluator.score_video(source, tmp_path / "edit0.mp4", prompt=None)
-    assert evaluator.score_video(source, tmp_path / "edit0.mp4", prompt=None) == first_row
+    protocol = Protocol(flow="dis", clip_model=None, device="cpu")
+    evaluator = Evaluator(protocol)
+
+    def score(source: Path, by: Evaluator = evaluator) -> Row:
+        video = OtherVideo(source=str(source), edited=str(tmp_path / "edit0.mp4"))
+        return by.score(open_video(video))
+
+    first_row = score(source)
+    assert score(source) == first_row
     moved = shutil.copy(source, tmp_path / "clip.mp4")
-    evaluator.score_video(moved, tmp_path / "edit0.mp4", prompt=None)
+    score(moved)
     shutil.copy(place / "two.mp4", moved)
-    fresh = Evaluator(evaluator.protocol).score_video(moved, tmp_path / "edit0.mp4", prompt=None)
-    assert evaluator.score_video(moved, tmp_path / "edit0.mp4", prompt=None) == fresh
+    fresh = score(moved, Evaluator(protocol))
+    assert score(moved) == fresh
     assert fresh.warp_error != first_row.warp_error
 
 
 def test_hidden_and_unfinished_results_are_left_out(results):
-    found = find_results(results)
+    found = find_results([results])[0]
     assert len(found) == 3
     shutil.copytree(found[0], found[0].with_name(f".{found[0].name}.partial"))
     (found[1] / "run.yaml").unlink()
-    assert find_results(results) == [found[0], found[2]]
+    assert find_results([results])[0] == [found[0], found[2]]
 
 
 def test_the_first_frames_of_a_longer_truth_are_used(place):
@@ -313,15 +321,19 @@ def test_a_record_without_figures_gives_nulls(results):
 @pytest.mark.parametrize(
     ("file", "keys", "message"),
     [
-        ("run.yaml", {"seconds": [1]}, r"run.yaml: seconds: expected a mapping"),
-        ("run.yaml", {"seconds": {"edit": "long"}}, r"run.yaml: edit: expected a number"),
+        ("run.yaml", {"seconds": [1]}, r"run.yaml: seconds: expected keys and values, got \[1\]"),
+        ("run.yaml", {"seconds": {"edit": "long"}}, r"run.yaml: seconds: edit: expected a number"),
         ("run.yaml", {"peak_memory_bytes": "much"}, r"run.yaml: peak_memory_bytes: expected a num"),
         ("run.yaml", {"n_frames": 9}, r"4 frames, but run.yaml says 9"),
         ("run.yaml", {"cache": None}, r"run.yaml: cache: is missing.*--source"),
-        ("run.yaml", {"cache": "nowhere"}, r"no finished cache nowhere; run evaluate.py where"),
-        ("run.yaml", {"cache_sha256": "0"}, r"run.yaml: the cache .* was made anew since"),
-        ("config.yaml", {"prompt": 7}, r"config.yaml: prompt: expected text, got 7"),
-        ("config.yaml", {"fps": "fast"}, r"config.yaml: fps: expected a number, got 'fast'"),
+        ("run.yaml", {"cache": "nowhere"}, r"no finished cache nowhere; .*where the edit was run"),
+        ("run.yaml", {"cache_sha256": "0"}, r"run.yaml: its cache .* was replaced since.*--source"),
+        ("config.yaml", {"prompt": 7}, r"config.yaml: prompt: expected text or null, got 7"),
+        (
+            "config.yaml",
+            {"fps": "fast"},
+            r"config.yaml: fps: expected a number or null, got 'fast'",
+        ),
     ],
 )
 def test_a_malformed_record_is_one_clear_error(file, keys, message, results, monkeypatch):
@@ -355,23 +367,25 @@ def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place, tmp_pa
     run = load_yaml(folder / "run.yaml")
     del run["cache_sha256"]  # which is of another prompt
     save_yaml(folder / "run.yaml", run)
-    caches = {}
-    opened = evaluate_inputs.open_result(folder, caches, "something else")
+    opened = evaluate_inputs.open_result(folder, source_prompt="something else")
     assert opened.source_prompt == SOURCE_PROMPT
-    (cache_folder,) = caches
-    manifest = dataclasses.replace(caches[cache_folder].manifest, inversion_prompt="")
-    caches[cache_folder] = dataclasses.replace(caches[cache_folder], manifest=manifest)
-    opened = evaluate_inputs.open_result(folder, caches, "something else")
+
+    def without_prompt(folder: Path) -> SourceCache:
+        cache = open_cache(folder)
+        manifest = dataclasses.replace(cache.manifest, inversion_prompt="")
+        return dataclasses.replace(cache, manifest=manifest)
+
+    opened = evaluate_inputs.open_result(folder, without_prompt, "something else")
     assert opened.source_prompt == "something else"
 
 
 def test_one_damaged_result_does_not_lose_the_others(results, tmp_path, capsys):
-    damaged = find_results(results)[1] / "frames" / "00002.png"
+    damaged = find_results([results])[0][1] / "frames" / "00002.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
     with pytest.raises(UserError, match=rf"1 of 3 could not be scored: {damaged}: an image that"):
         evaluate.main([str(results), "--json", str(tmp_path / "rows.json"), *QUICK])
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["folder"] for row in rows] == [str(find_results(results)[i]) for i in (0, 2)]
+    assert [row["folder"] for row in rows] == [str(find_results([results])[0][i]) for i in (0, 2)]
     assert capsys.readouterr().out.startswith("method ")
 
 
@@ -567,8 +581,11 @@ def test_a_video_of_one_frame_has_no_error_to_measure(odd_clips):
         (["--edited", "a.mp4"], "--source: is missing; name results, or"),
         (["out", "--prompt", "x"], "--prompt: goes with --source, not with folders of results"),
         (["out", "--n_frames", "2"], "--n_frames: goes with --source"),
-        (["--source", "a", "--edited", "b", "--n_frames", "0"], "--n_frames: expected at least 1"),
-        (["--source", "a", "--edited", "b", "--start", "-1"], "--start: expected at least 0"),
+        (
+            ["--source", "a", "--edited", "b", "--n_frames", "0"],
+            "--n_frames: 0, expected at least 1",
+        ),
+        (["--source", "a", "--edited", "b", "--start", "-1"], "--start: -1, expected at least 0"),
         (["--source", "a", "--edited", "b", "--H", "64"], "--H and --W: give both or neither"),
         (["out", "--json", "."], r"--json: \.: is a folder, expected a file"),
         (["out", "--csv", f"{__file__}/x.csv"], "--csv: .* is a file, expected a folder"),
@@ -577,13 +594,13 @@ def test_a_video_of_one_frame_has_no_error_to_measure(odd_clips):
 )
 def test_a_bad_command_line_is_refused(words, message):
     with pytest.raises(UserError, match=message):
-        parse_args(words)
+        evaluate.main(words)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--flow", "farneback"], "--flow: expected one of raft, dis, truth; got 'farneback'"),
+        (["--flow", "farneback"], "--flow: 'farneback', expected one of raft, dis, truth"),
         (["--flow", "dis", "--flow_weights", "a"], "--flow_weights: goes with --flow raft only"),
         (["--flow", "dis", "--truth", "a"], "--truth: goes with --flow truth only"),
         (["--flow_weights", "gone.safetensors"], "--flow_weights: gone.safetensors: no such file"),
@@ -615,8 +632,8 @@ def test_a_missing_prompt_is_refused_before_anything_is_loaded(place, results, m
 
 
 def test_folders_without_results_are_refused_before_weights_are_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "find_raft_weights", no_model_may_load)
-    monkeypatch.setattr(evaluate, "model_folder", no_model_may_load)
+    monkeypatch.setattr(evaluators, "find_raft_weights", no_model_may_load)
+    monkeypatch.setattr(evaluators, "model_folder", no_model_may_load)
     with pytest.raises(MissingFileError, match="gone: no such folder of results"):
         evaluate.main([str(tmp_path / "gone")])
     with pytest.raises(MissingFileError, match=r"gone.mp4: no such video"):
@@ -624,9 +641,11 @@ def test_folders_without_results_are_refused_before_weights_are_fetched(tmp_path
 
 
 def test_folders_without_results_are_refused(tmp_path):
-    with pytest.raises(MissingFileError, match="gone: no such folder of results; a video is"):
+    with pytest.raises(MissingFileError, match="gone: no such folder of results"):
         evaluate.main([str(tmp_path / "gone"), *QUICK])
-    with pytest.raises(UserError, match=r"holds no finished result \(edited.mp4, config.yaml, run"):
+    with pytest.raises(
+        UserError, match=r"no finished result; expected a folder with edited.mp4, config"
+    ):
         evaluate.main([str(tmp_path), *QUICK])
 
 

@@ -25,6 +25,7 @@ from tokenflow.cache.source_cache import (
     read_manifest,
     save_source,
 )
+from tokenflow.editing.results import RESULT_FILES, Result
 from tokenflow.storage.video import save_video
 from tokenflow.storage.work_dir import Workplace
 from util import UserError, command_line, load_yaml, save_yaml
@@ -140,7 +141,7 @@ def test_finished_results_are_found_once_and_others_counted(tmp_path, caplog):
     two = make_result(out / "sdedit" / "wall" / "b-2", None)
     shutil.copytree(one, out / "pnp" / "wall" / ".a-1.partial")
     shutil.copytree(one, out / ".hidden" / "wall" / "a-1")
-    for missing in report.PARTS_OF_A_RESULT:
+    for missing in RESULT_FILES:
         shutil.copytree(one, out / "pnp" / "wall" / f"no-{missing}")
         (out / "pnp" / "wall" / f"no-{missing}" / missing).unlink()
     damaged = shutil.copytree(one, out / "pnp" / "damaged" / "c")
@@ -149,7 +150,7 @@ def test_finished_results_are_found_once_and_others_counted(tmp_path, caplog):
     (unreadable / "config.yaml").write_text("a: [")
     (out / "link").symlink_to(out / "pnp")
     shutil.copytree(one, one / "frames" / "copy")
-    results, unfinished = report.find_results([out, out / "pnp", one])
+    results, unfinished = report.readable_results([out, out / "pnp", one])
     assert [result.folder for result in results] == [one, two]
     assert unfinished == 5
     assert [str(record.args[0]).split(": ")[0] for record in caplog.records] == [
@@ -167,22 +168,22 @@ def test_results_of_one_source_are_one_group(tmp_path, caplog):
         for name, cache in (("1", wall), ("2", again), ("3", other), ("4", tmp_path / "gone"))
     }
     (other / "manifest.yaml").touch()
-    groups = report.group_results(report.find_results([tmp_path / "r"])[0])
+    groups = report.group_results(report.readable_results([tmp_path / "r"])[0])
     members = sorted([result.folder.name for result in group.results] for group in groups)
     assert members == [["1", "2"], ["3"], ["4"]]
     assert {group.name for group in groups} == {"wall"}
-    assert "gone is not there" in caplog.text
+    assert "no finished cache" in caplog.text
     run = load_yaml(folders["3"] / "run.yaml")
     save_yaml(folders["3"] / "run.yaml", run | {"cache_sha256": "0"})
-    report.group_results(report.find_results([folders["3"]])[0])
-    assert "was made anew since" in caplog.text
+    report.group_results(report.readable_results([folders["3"]])[0])
+    assert "was replaced since" in caplog.text
 
 
 def test_a_relative_cache_is_found_from_above_the_result(tmp_path):
     make_cache(tmp_path / "latents" / "wall")
     folder = make_result(tmp_path / "out" / "pnp" / "wall" / "x", None)
     run = load_yaml(folder / "run.yaml") | {"cache": "latents/wall"}
-    result = report.Result(folder, {}, run)
+    result = Result(folder, {}, run)
     assert report.cache_of(result).folder == tmp_path / "latents" / "wall"
 
 
@@ -452,7 +453,7 @@ def place(bad_and_good, monkeypatch):
     [
         (["nowhere"], "nowhere: no such folder"),
         (["file"], "file: a file, not a folder"),
-        (["nothing"], "nothing: no finished result; one is a folder with edited.mp4"),
+        (["nothing"], "nothing: no finished result; expected a folder with edited.mp4"),
         ([], "the following arguments are required: results"),
         (["results", "--metrics", "no.json"], "--metrics: no.json: no such file"),
         (["results", "--metrics", "text.json"], "--metrics: text.json: not valid JSON"),
@@ -808,7 +809,7 @@ def test_hostile_text_is_shown_and_does_nothing(hostile, visit):
     paths = [Path(unquote(link.removeprefix("file://"))) for link in links]
     assert len(paths) == 2 * len(HOSTILE) * 5
     assert all(path.exists() for path in paths)
-    assert {path.name for path in paths} > set(report.PARTS_OF_A_RESULT)
+    assert {path.name for path in paths} > set(RESULT_FILES)
 
 
 @pytest.mark.parametrize("name", ["shown", "hostile"])

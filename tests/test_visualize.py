@@ -30,6 +30,7 @@ from tokenflow.cache.source_cache import open_cache
 from tokenflow.diffusion import models as diffusion
 from tokenflow.diffusion.inversion import reconstruct
 from tokenflow.editing import loop as editing
+from tokenflow.editing.results import read_result
 from tokenflow.figures import features
 from tokenflow.figures.drawing import (
     GAP,
@@ -406,7 +407,7 @@ def results(edits):
 
 @pytest.fixture
 def cache(results):
-    return open_cache(visualize.open_result(results["tokenflow"]).cache().folder)
+    return open_cache(read_result(results["tokenflow"]).cache().folder)
 
 
 def view_of(cache, *argv):
@@ -789,8 +790,8 @@ def test_a_folder_that_is_no_result_is_refused(results, tmp_path, monkeypatch, w
         copy = shutil.copytree(results["tokenflow"], tmp_path / name)
         (copy / name).unlink()
         refused(copy, f"has no {name}")
-        save_yaml(copy / name, {"prompt": 3, "technique": "pnp"})
-        refused(copy, f"{name}: (prompt|cache): is missing or not a str")
+        save_yaml(copy / name, {"prompt": 3, "technique": 7})
+        refused(copy, f"{name}: (prompt|technique): expected text or null, got")
     assert not (tmp_path / "out").exists()
 
 
@@ -805,8 +806,8 @@ def changed(result, folder, **values):
 def test_a_cache_that_is_gone_or_another_is_refused(results, tmp_path, monkeypatch, words):
     monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
     for name, values, message in (
-        ("gone", {"cache": str(tmp_path / "gone")}, "its cache .*gone is not there; make it again"),
-        ("remade", {"cache_sha256": "0" * 64}, "was made anew since"),
+        ("gone", {"cache": str(tmp_path / "gone")}, "no finished cache .*gone; build it again"),
+        ("remade", {"cache_sha256": "0" * 64}, "was replaced since"),
     ):
         folder = changed(results["tokenflow"], tmp_path / f"{name}-result", **values)
         with pytest.raises(UserError, match=message):

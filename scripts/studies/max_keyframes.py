@@ -12,9 +12,9 @@ from statistics import mean
 
 import preprocess
 import run_tokenflow_pnp as pnp
-from evaluate import Evaluator
 from scripts.table1 import table1
 from tokenflow.cache.options import arguments
+from tokenflow.evaluation.evaluator import Evaluator
 from util import ArgumentParser, UserError, command_line, setup_logging
 
 PNP = next(method for method in table1.METHODS if method.name == "PnP, TokenFlow")

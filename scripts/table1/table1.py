@@ -18,16 +18,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import evaluate
 import preprocess
-from evaluate import Evaluator, Protocol
 from run_tokenflow_pnp import PnPConfig
 from scripts.batch.clip_list import (
     TECHNIQUES,
@@ -41,6 +39,7 @@ from scripts.batch.clip_list import (
 from scripts.table1 import baselines
 from tokenflow.cache.options import arguments
 from tokenflow.editing.inputs import EditConfig
+from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.motion import truth_file, truth_shape
 from tokenflow.evaluation.score_table import (
     Row,
@@ -50,6 +49,7 @@ from tokenflow.evaluation.score_table import (
     rows_as_json,
     summarize,
 )
+from tokenflow.storage.schema import parse
 from tokenflow.storage.video import clip_name, resolve_clip
 from util import (
     ArgumentParser,
@@ -217,7 +217,7 @@ def read_list(path: Path) -> ClipList:
         settings=sections["settings"],
         own={name: sections[name] for name in TECHNIQUES},
         preprocess=sections["preprocess"],
-        protocol=_protocol(sections["evaluate"], f"{path}: evaluate"),
+        protocol=parse(Protocol, sections["evaluate"], f"{path}: evaluate"),
         clips=clips,
     )
     for clip in clips:
@@ -239,12 +239,6 @@ def _sections_of_settings(
         for name in TECHNIQUES:
             where = f"{path}: {clip}: {name}"
             yield where, mapping(entry.get(name, {}), where), False
-
-
-def _protocol(options: Mapping[str, object], where: str) -> Protocol:
-    """The protocol that options of evaluate.py ask for."""
-    check_keys(options, [option.name for option in fields(Protocol)], where)
-    return evaluate.read_protocol(evaluate.parse_args([".", *arguments(options)]))
 
 
 # ------------------------------------------------------------------------------------- one clip

@@ -69,7 +69,7 @@ def test_every_row_differs_from_every_other(tmp_path):
         ({"clips": [{**CLIP, "pnp": 3}]}, "a: pnp: expected keys and values"),
         ({"sdedit": {"sd_version": "1.5"}}, "sdedit: sd_version: all rows share one inversion"),
         ({"evaluate": {"json": "x"}}, "evaluate: json: unknown key"),
-        ({"evaluate": {"flow": "guess"}}, "--flow: expected one of raft, dis, truth"),
+        ({"evaluate": {"flow": "guess"}}, "evaluate: flow: expected one of raft, dis, truth"),
         ({"preprocess": {"stepz": 3}}, "stepz"),
     ],
 )

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,21 +14,16 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from pydantic import Field, model_validator
 
-from tokenflow.cache.source_cache import MANIFEST, SourceCache, open_cache
+from tokenflow.cache.source_cache import SourceCache, open_cache
+from tokenflow.editing.results import frame_files, read_result
 from tokenflow.evaluation.motion import Motion, load_motion, resize_motion, truth_file, truth_shape
 from tokenflow.storage import video
+from tokenflow.storage.schema import Model
 from tokenflow.storage.video import clip_name, load_frames, opened_image, read_clip
-from util import MissingFileError, UserError, load_yaml
+from util import MissingFileError, UserError
 
-RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")
-TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
-BASELINES = {"reconstruction": "VAE reconstruction", "rgb_propagation": "RGB propagation"}
-CONSISTENCY = {
-    "extended_attention": "extended attention",
-    "none": "per frame",
-    "first_frame": "first frame",
-}
 MASK_RULE = "object: not 0; resized by nearest neighbour; pixels pooled over the clip"
 
 
@@ -79,186 +73,98 @@ class Subject:
 # Results
 
 
-def find_results(path: Path) -> list[Path]:
-    """A result's folder, or all results below a folder, in order; hidden folders are left out.
-
-    Raises:
-        MissingFileError: there is no such folder.
-        UserError: it holds no result.
-    """
-    if not path.is_dir():
-        raise MissingFileError(f"{path}: no such folder of results; a video is scored by --source")
-    found = []
-    for folder, below, files in os.walk(path):
-        if set(RESULT_FILES) <= set(files):
-            found.append(Path(folder))
-            below.clear()
-        below[:] = sorted(name for name in below if not name.startswith("."))
-    if not found:
-        raise UserError(f"{path}: holds no finished result ({', '.join(RESULT_FILES)})")
-    return found
-
-
-def method_name(config: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """A short name for people of what made a result: "PnP, TokenFlow (released)".
-
-    Args:
-        config, run: a result's config.yaml and run.yaml.
-    """
-    technique = str(run.get("technique") or "unknown")
-    if technique in BASELINES:
-        return BASELINES[technique]
-    consistency = str(config.get("consistency", "tokenflow"))
-    marks = ["released"] if config.get("propagation") == "released" else []
-    if consistency == "tokenflow":
-        kind = "fixed keyframes" if config.get("keyframes") == "fixed" else "TokenFlow"
-        marks += ["linear blend"] if config.get("blend") == "linear" else []
-        marks += ["optical flow"] if config.get("correspondence") == "flow" else []
-        bound = config.get("max_keyframes")
-        marks += [f"{bound} keyframes at once"] if bound else []
-    else:
-        kind = CONSISTENCY.get(consistency, consistency)
-    name = f"{TECHNIQUES.get(technique, technique)}, {kind}"
-    return f"{name} ({', '.join(marks)})" if marks else name
+OpenCache = Callable[[Path], SourceCache]
 
 
 def open_result(
-    folder: Path, caches: dict[Path, SourceCache], source_prompt: str | None = None
+    folder: Path, open_cache: OpenCache = open_cache, source_prompt: str | None = None
 ) -> Subject:
     """Read a result's records and check that its frames fit its source's; decodes one frame.
 
     Args:
-        caches: those that were opened already, added to: checking one reads all of its files.
+        open_cache: opens a cache's folder; results of one cache may share what it opened.
         source_prompt: what the source shows, where the inversion prompt does not say it.
 
     Raises:
         UserError: naming the file that is missing, malformed or does not fit.
     """
-    run_path, config_path = folder / "run.yaml", folder / "config.yaml"
-    config, run = load_yaml(config_path), load_yaml(run_path)
-    cache = _open_cache(run, run_path, caches)
+    result = read_result(folder)
+    try:
+        cache = result.cache(open_cache)
+    except UserError as error:
+        instead = "or score its edited.mp4 by --source and --edited"
+        raise type(error)(f"{error}; {instead}") from error
     manifest = cache.manifest
-    n_frames = len(list((folder / "frames").glob("[0-9]*.png")))
+    n_frames = len(frame_files(folder))
     height, width = load_frames(folder / "frames", 1).shape[1:3]
-    if run.get("n_frames", n_frames) != n_frames:
-        raise UserError(f"{folder}: {n_frames} frames, but run.yaml says {run['n_frames']}")
+    if result.n_frames != n_frames:
+        raise UserError(f"{folder}: {n_frames} frames, but run.yaml says {result.n_frames}")
     if n_frames > manifest.n_frames or (height, width) != (manifest.height, manifest.width):
         raise UserError(
             f"{folder}: {n_frames} frames of {height}x{width} (HxW), but its source {cache.folder} "
             f"has {manifest.n_frames} of {manifest.height}x{manifest.width}"
         )
-    prompt, data_path = (_text(config, key, config_path) for key in ("prompt", "data_path"))
-    source = Source(
-        clip=manifest.clip,
-        path=Path(data_path or manifest.clip),
-        read=partial(cache.frames, n_frames),
-        shape=(n_frames, height, width),
-        start=manifest.frame_start,
-        stride=manifest.frame_stride,
-        fit=manifest.fit,
-    )
+    inversion, peak = manifest.seconds.get("inversion"), result.run.get("peak_memory_bytes")
     return Subject(
-        method=method_name(config, run),
-        source=source,
+        method=result.method,
+        source=Source(
+            clip=manifest.clip,
+            path=Path(result.config.get("data_path") or manifest.clip),
+            read=partial(cache.frames, n_frames),
+            shape=(n_frames, height, width),
+            start=manifest.frame_start,
+            stride=manifest.frame_stride,
+            fit=manifest.fit,
+        ),
         read=partial(load_frames, folder / "frames", n_frames),
         video=folder / "edited.mp4",
-        fps=_number(config, "fps", config_path) or float(cache.fps),
-        prompt=prompt,
+        fps=float(result.config.get("fps") or cache.fps),
+        prompt=result.prompt,
         source_prompt=manifest.inversion_prompt or source_prompt,
         folder=folder,
-        cost=_cost(run, run_path, n_frames, cache),
+        cost={
+            "seconds": result.run.get("seconds"),
+            "seconds_per_frame": result.seconds_per_frame,
+            "inversion_seconds_per_frame": inversion and inversion / manifest.n_frames,
+            "peak_memory_bytes": peak and int(peak),
+        },
     )
-
-
-def _open_cache(run: Mapping, run_path: Path, caches: dict[Path, SourceCache]) -> SourceCache:
-    """The source cache that a result was made from.
-
-    Raises:
-        UserError: it is not there, or another one is.
-    """
-    instead = "score its edited.mp4 by --source and --edited"
-    named = _text(run, "cache", run_path)
-    if named is None:
-        raise UserError(f"{run_path}: cache: is missing, so its source is not known; {instead}")
-    folder = Path(named)
-    if not (folder / MANIFEST).is_file():
-        raise MissingFileError(
-            f"{run_path}: cache: there is no finished cache {folder}; run evaluate.py where the "
-            f"edit was run, make the cache again, or {instead}"
-        )
-    if folder not in caches:
-        caches[folder] = open_cache(folder)
-    if run.get("cache_sha256") not in (None, caches[folder].sha256):
-        raise UserError(
-            f"{run_path}: the cache {folder} was made anew since, maybe of other frames; make the "
-            f"result anew, or {instead}"
-        )
-    return caches[folder]
-
-
-def _cost(run: Mapping, run_path: Path, n_frames: int, cache: SourceCache) -> dict[str, Any]:
-    """What a result's record says of time and memory; None for what it does not say."""
-    seconds = run.get("seconds")
-    if seconds is not None and not isinstance(seconds, dict):
-        raise UserError(f"{run_path}: seconds: expected a mapping of stages, got {seconds!r:.80}")
-    if seconds is not None:
-        seconds = {str(stage): _number(seconds, stage, run_path) for stage in seconds}
-    work = [seconds[s] for s in ("edit", "decode", "write") if (seconds or {}).get(s) is not None]
-    inversion = cache.manifest.seconds.get("inversion")
-    peak = _number(run, "peak_memory_bytes", run_path)
-    return {
-        "seconds": seconds,
-        "seconds_per_frame": sum(work) / n_frames if work else None,
-        "inversion_seconds_per_frame": (
-            None if inversion is None else inversion / cache.manifest.n_frames
-        ),
-        "peak_memory_bytes": None if peak is None else int(peak),
-    }
-
-
-def _number(mapping: Mapping, key: Any, path: Path) -> float | None:
-    value = mapping.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise UserError(f"{path}: {key}: expected a number, got {value!r:.80}")
-    return float(value)
-
-
-def _text(mapping: Mapping, key: str, path: Path) -> str | None:
-    value = mapping.get(key)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{path}: {key}: expected text, got {value!r:.80}")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------
 # Other programs' videos
 
 
-def open_video(
-    source: Path,
-    edited: Path,
-    *,
-    prompt: str | None,
-    source_prompt: str | None = None,
-    method: str | None = None,
-    n_frames: int | None = None,
-    start: int = 0,
-    size: tuple[int, int] | None = None,
-) -> Subject:
-    """Read any edited video and its source clip, which must have as many frames of one size.
+class OtherVideo(Model):
+    """Any program's edited video and its source; also the options of evaluate.py that name it."""
+
+    source: str = Field("", description="the clip: a video, GIF or folder of images")
+    edited: str = Field("", description="the edited video, of as many frames")
+    prompt: str | None = Field(None, description="what the edited video should show")
+    method: str | None = Field(None, description="its name (default: the edited video's)")
+    n_frames: int | None = Field(None, ge=1, description="frames to score (default: all)")
+    start: int = Field(0, ge=0, description="first frame of the source (default: 0)")
+    H: int | None = Field(None, ge=8, description="height to resize both to (default: their own)")
+    W: int | None = Field(None, ge=8, description="width to resize both to (default: their own)")
+
+    @model_validator(mode="after")
+    def _a_size_is_complete(self) -> OtherVideo:
+        if (self.H is None) != (self.W is None):
+            raise ValueError("--H and --W: give both or neither")
+        return self
+
+
+def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
+    """Read an edited video and its source clip, which must have as many frames of one size.
 
     Args:
-        source, edited: videos, GIFs or folders of images.
-        method: what to call it; None: the edited video's name.
-        n_frames: how many frames of both; None: all.
-        start: the source's frame that the edited video begins with.
-        size: (height, width) to resize both to; None: their own.
+        source_prompt: what the source shows, if that is known.
 
     Raises:
         UserError: one cannot be read, or they differ; says how to choose a common part.
     """
+    source, edited = Path(other.source), Path(other.edited)
+    n_frames, start, size = other.n_frames, other.start, (other.H, other.W) if other.H else None
     clips = [_read(source, n_frames, start, size), _read(edited, n_frames, 0, size)]
     (n, *frame_size), (n_edited, *edited_size) = (clip.frames.shape[:3] for clip in clips)
     if frame_size != edited_size:
@@ -276,12 +182,12 @@ def open_video(
             "--start FRAME of the source"
         )
     return Subject(
-        method=method or clip_name(edited),
+        method=other.method or clip_name(edited),
         source=Source(clip_name(source), source, lambda: clips[0].frames, (n, *frame_size), start),
         read=lambda: clips[1].frames,
         video=edited,
         fps=float(clips[1].fps),
-        prompt=prompt,
+        prompt=other.prompt,
         source_prompt=source_prompt,
     )
 
@@ -313,13 +219,13 @@ def _not_warned_of(words: str) -> Iterator[None]:
 # Ground truth and masks, which lie on disk for the whole clip as it was filmed
 
 
-def find_truth(source: Source, truth: Path | None) -> Path:
+def find_truth(source: Source, truth: str | Path | None) -> Path:
     """The file of a clip's true motion, after a look at its header.
 
     Raises:
         UserError: it is not there, too short, or not of these frames.
     """
-    path = truth_file(source.path, truth)
+    path = truth_file(source.path, Path(truth) if truth else None)
     pairs, height, width = truth_shape(path)
     n, *size = source.shape
     last = source.start + n - 1
@@ -339,7 +245,7 @@ def read_truth(source: Source, path: Path) -> Motion:
     return resize_motion(Motion(motion.flow[part], motion.visible[part]), source.shape[1:])
 
 
-def find_masks(source: Source, masks: Path) -> list[Path]:
+def find_masks(source: Source, masks: str | Path) -> list[Path]:
     """The PNG files of a clip's masks, one a frame.
 
     Args:
@@ -348,7 +254,7 @@ def find_masks(source: Source, masks: Path) -> list[Path]:
     Raises:
         UserError: there are none for the clip, or not enough.
     """
-    folder = next((f for f in (masks / source.clip, masks) if f.is_dir()), None)
+    folder = next((f for f in (Path(masks, source.clip), Path(masks)) if f.is_dir()), None)
     # By length first, so that numbers without leading zeros are in order: 9.png before 10.png.
     files = list(folder.glob("[!.]*.png")) if folder else []
     files.sort(key=lambda path: (len(path.name), path.name))

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tokenflow.diffusion.checkpoints import frozen, load_model, single_model_folder
+from tokenflow.diffusion.models import SquaredError
 from tokenflow.evaluation.motion import Motion, warp
 from util import UserError
 
@@ -62,8 +63,6 @@ def warp_error(frames: np.ndarray, motion: Motion) -> float | None:
 def psnr(frames: np.ndarray, source: np.ndarray, mask: np.ndarray | None = None) -> float | None:
     """Peak signal-to-noise ratio in dB over a clip's pixels, or those of a mask.
 
-    diffusion.psnr's figure, summed frame by frame so that long clips fit in memory.
-
     Args:
         frames, source: (n, H, W, 3) uint8.
         mask: (n, H, W) bool.
@@ -71,16 +70,11 @@ def psnr(frames: np.ndarray, source: np.ndarray, mask: np.ndarray | None = None)
     Returns:
         None where the mask is empty.
     """
-    total, count = 0.0, 0
+    error = SquaredError()
     for i, (frame, reference) in enumerate(zip(frames, source, strict=True)):
-        difference = frame.astype(np.float64) - reference
-        if mask is not None:
-            difference = difference[mask[i]]
-        total += float(np.square(difference).sum())
-        count += difference.size
-    if not count:
-        return None
-    return float(10 * np.log10(255.0**2 / max(total / count, 1e-10)))
+        inside = ... if mask is None else mask[i]
+        error.add(frame[inside], reference[inside])
+    return error.psnr if error.count else None
 
 
 def ssim(

@@ -1,0 +1,185 @@
+"""Folders of results: which there are, what a result says of itself, what it was made from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenflow.cache.source_cache import MANIFEST, SourceCache, open_cache
+from tokenflow.storage.schema import Model, parse
+from util import MissingFileError, UserError, load_yaml
+
+RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")
+TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
+BASELINES = {"reconstruction": "VAE reconstruction", "rgb_propagation": "RGB propagation"}
+CONSISTENCY = {
+    "extended_attention": "extended attention",
+    "none": "per frame",
+    "first_frame": "first frame",
+}
+
+
+class _Config(Model, extra="allow"):
+    """The keys of a result's config.yaml that do not depend on its technique."""
+
+    prompt: str | None = None
+    data_path: str | None = None
+    fps: float | None = None
+
+
+class _Run(Model, extra="allow"):
+    """The keys of a result's run.yaml that are read again; older results lack some."""
+
+    technique: str | None = None
+    cache: str | None = None
+    cache_sha256: str | None = None
+    n_frames: int | None = None
+    seconds: dict[str, float | None] | None = None
+    peak_memory_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished result: its folder, and what config.yaml and run.yaml in it say."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+    @property
+    def prompt(self) -> str | None:
+        return self.config.get("prompt")
+
+    @property
+    def n_frames(self) -> int:
+        """As run.yaml says; of a result that does not say it, as many as lie in frames/."""
+        return self.run.get("n_frames") or len(frame_files(self.folder))
+
+    @property
+    def method(self) -> str:
+        """What made it, as people call it."""
+        return method_name(self.config, self.run)
+
+    @property
+    def seconds_per_frame(self) -> float | None:
+        """What the edit took without loading models; None if run.yaml does not say it."""
+        seconds = self.run.get("seconds") or {}
+        stages = [seconds.get(stage) for stage in ("edit", "decode", "write")]
+        known = [stage for stage in stages if stage is not None]
+        return sum(known) / self.n_frames if known else None
+
+    def cache(self, open_folder: Callable[[Path], SourceCache] = open_cache) -> SourceCache:
+        """The source cache that it was made from.
+
+        A relative path in run.yaml is looked for from the current folder and from the folders
+        above the result.
+
+        Args:
+            open_folder: opens the cache's folder.
+
+        Raises:
+            UserError: the cache is missing, damaged, or was replaced since.
+        """
+        named, where = self.run.get("cache"), self.folder / "run.yaml"
+        if not named:
+            raise UserError(f"{where}: cache: is missing, so the result's source is not known")
+        places = [base / named for base in (Path(), *self.folder.parents)]
+        folder = next((place for place in places if (place / MANIFEST).is_file()), None)
+        if folder is None:
+            raise MissingFileError(
+                f"{where}: cache: no finished cache {named}; build it again with preprocess.py, or "
+                "run this command where the edit was run"
+            )
+        cache = open_folder(folder)
+        if self.run.get("cache_sha256") not in (None, cache.sha256):
+            raise UserError(
+                f"{where}: its cache {folder} was replaced since the edit, maybe by one of other "
+                "frames; run the edit again"
+            )
+        return cache
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The images of a result's frames, in order."""
+    return sorted((folder / "frames").glob("[0-9]*.png"))
+
+
+def method_name(config: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """A short name for people of what made a result: "PnP, TokenFlow (released)".
+
+    Args:
+        config, run: a result's config.yaml and run.yaml.
+    """
+    technique = str(run.get("technique") or "unknown")
+    if technique in BASELINES:
+        return BASELINES[technique]
+    consistency = str(config.get("consistency", "tokenflow"))
+    marks = ["released"] if config.get("propagation") == "released" else []
+    if consistency == "tokenflow":
+        kind = "fixed keyframes" if config.get("keyframes") == "fixed" else "TokenFlow"
+        marks += ["linear blend"] if config.get("blend") == "linear" else []
+        marks += ["optical flow"] if config.get("correspondence") == "flow" else []
+        bound = config.get("max_keyframes")
+        marks += [f"{bound} keyframes at once"] if bound else []
+    else:
+        kind = CONSISTENCY.get(consistency, consistency)
+    name = f"{TECHNIQUES.get(technique, technique)}, {kind}"
+    return f"{name} ({', '.join(marks)})" if marks else name
+
+
+def find_results(roots: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The results in or below some folders.
+
+    Hidden folders, links to folders and what lies inside a result are not searched; a result that
+    is found twice is listed once.
+
+    Returns:
+        the folders of finished results, and those that lack one of RESULT_FILES; in order.
+
+    Raises:
+        UserError: a root is not a folder, or no finished result is found.
+    """
+    finished: dict[str, Path] = {}
+    unfinished: dict[str, Path] = {}
+    for root in roots:
+        if not root.is_dir():
+            kind = "a file, not a folder" if root.exists() else "no such folder of results"
+            raise MissingFileError(f"{root}: {kind}")
+        for place, below, files in os.walk(root):
+            folder, there = Path(place), set(RESULT_FILES) & set(files)
+            if len(there) == len(RESULT_FILES):
+                finished.setdefault(os.path.realpath(folder), folder)
+                below.clear()
+            elif there:
+                unfinished.setdefault(os.path.realpath(folder), folder)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+    if not finished:
+        also = f" ({len(unfinished)} unfinished)" if unfinished else ""
+        raise UserError(
+            f"{', '.join(map(str, roots))}: no finished result{also}; expected a folder with "
+            f"{', '.join(RESULT_FILES)}, as run_tokenflow_*.py writes it"
+        )
+    return list(finished.values()), list(unfinished.values())
+
+
+def read_result(folder: Path) -> Result:
+    """Read what a finished result says of itself.
+
+    Raises:
+        UserError: a file is missing or malformed; names the key.
+    """
+    records = []
+    for name, expected in (("config.yaml", _Config), ("run.yaml", _Run)):
+        path = folder / name
+        if not path.is_file():
+            raise MissingFileError(
+                f"{folder}: has no {name}; expected the folder of a finished result, as "
+                "run_tokenflow_*.py prints it"
+            )
+        record = load_yaml(path)
+        parse(expected, record, str(path))
+        records.append(record)
+    return Result(folder, *records)

@@ -1,0 +1,310 @@
+"""Scores edited videos by one protocol: loads models once, and measures a source once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from tokenflow.cache.source_cache import open_cache
+from tokenflow.diffusion.models import resolve_device
+from tokenflow.editing.results import find_results
+from tokenflow.evaluation.inputs import (
+    MASK_RULE,
+    Source,
+    Subject,
+    find_masks,
+    find_truth,
+    open_result,
+    read_masks,
+    read_truth,
+)
+from tokenflow.evaluation.metrics import (
+    ClipEmbedder,
+    DinoKeys,
+    clip_directional,
+    clip_frame_consistency,
+    clip_score,
+    model_folder,
+    psnr,
+    ssim,
+    structure_distance,
+    warp_error,
+)
+from tokenflow.evaluation.motion import (
+    ALPHA1,
+    ALPHA2,
+    FlowModel,
+    Motion,
+    find_raft_weights,
+    flow_model,
+    motion_by,
+    raft_weights_name,
+)
+from tokenflow.evaluation.score_table import Row
+from tokenflow.ops.profiling import versions
+from tokenflow.storage.schema import Model
+from util import UserError
+
+log = logging.getLogger("tokenflow")
+
+CLIP_MODEL = "openai/clip-vit-large-patch14"
+
+
+class Protocol(Model):
+    """How edited videos are measured; also the options of evaluate.py."""
+
+    flow: Literal["raft", "dis", "truth"] = Field("raft", description="optical flow of the source")
+    flow_weights: str | None = Field(
+        None,
+        description="RAFT's, a safetensors file (default: torchvision's)",
+        json_schema_extra={"metavar": "FILE"},
+    )
+    truth: str | None = Field(
+        None,
+        description="the true motion (default: next to the clip)",
+        json_schema_extra={"metavar": "FILE|FOLDER"},
+    )
+    masks: str | None = Field(
+        None,
+        description="of a clip's PNG masks, or with one such folder for each clip",
+        json_schema_extra={"metavar": "FOLDER"},
+    )
+    clip_model: str | None = Field(CLIP_MODEL, description="hub id, folder or none")
+    dino_model: str | None = Field(
+        None, description="a ViT: hub id, folder or none (default: none)"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    @field_validator("clip_model", "dino_model")
+    @classmethod
+    def _none_is_no_model(cls, value: str | None) -> str | None:
+        return None if value == "none" else value
+
+    @model_validator(mode="after")
+    def _options_fit_the_flow(self) -> Protocol:
+        if self.flow_weights is not None and self.flow != "raft":
+            raise ValueError("--flow_weights: goes with --flow raft only")
+        if self.truth is not None and self.flow != "truth":
+            raise ValueError("--truth: goes with --flow truth only")
+        return self
+
+
+def check_subject(subject: Subject, protocol: Protocol) -> Subject:
+    """Refuse what cannot be scored by a protocol, before a model is needed.
+
+    Raises:
+        UserError: it has no prompt, or its ground truth or masks are missing or do not fit.
+    """
+    where = subject.folder / "config.yaml" if subject.folder else subject.video
+    if protocol.clip_model and not subject.prompt:
+        raise UserError(
+            f"{where}: the prompt is missing, which the CLIP score needs: give it by --prompt "
+            "(a result's by its config.yaml), or leave CLIP out: --clip_model none"
+        )
+    if protocol.flow == "truth":
+        find_truth(subject.source, protocol.truth)
+    if protocol.masks is not None:
+        find_masks(subject.source, protocol.masks)
+    return subject
+
+
+class Evaluator:
+    """Scores edited videos by one protocol; models are loaded once, when first needed.
+
+    What depends on the source alone (flow, embeddings) is kept for the next edit of the same
+    frames: score the edits of one clip one after another.
+
+    Raises:
+        UserError: a model or its weights cannot be had.
+    """
+
+    def __init__(self, protocol: Protocol) -> None:
+        self.protocol = protocol
+        self.device = resolve_device(protocol.device)
+        self._weights: Path | None = None
+        if protocol.flow == "raft":
+            weights = protocol.flow_weights
+            self._weights = find_raft_weights(Path(weights) if weights else None)
+        self._folders = {
+            option: model_folder(key, option)
+            for option in ("clip_model", "dino_model")
+            if (key := getattr(protocol, option))
+        }
+        self._open_cache = lru_cache(open_cache)
+        self._source: _SourceScores | None = None
+
+    @cached_property
+    def clip(self) -> ClipEmbedder:
+        return ClipEmbedder(self._folders["clip_model"], self.device)
+
+    @cached_property
+    def dino(self) -> DinoKeys:
+        return DinoKeys(self._folders["dino_model"], self.device)
+
+    @cached_property
+    def flow(self) -> FlowModel:
+        return flow_model(self.protocol.flow, self._weights, self.device)
+
+    @cached_property
+    def _weights_name(self) -> str | None:
+        return raft_weights_name(self._weights) if self._weights else None
+
+    def score_result(self, folder: Path, source_prompt: str | None = None) -> Row:
+        """Score a result's folder; arguments and errors as those of `open_result`."""
+        subject = open_result(folder, self._open_cache, source_prompt)
+        return self.score(check_subject(subject, self.protocol))
+
+    def score(self, subject: Subject) -> Row:
+        """Measure a checked subject."""
+        edited = subject.read()
+        if edited.shape[:3] != subject.source.shape:
+            raise UserError(f"{subject.video}: its frames changed while they were scored")
+        if self._source is None or not self._source.is_of(subject.source):
+            self._source = _SourceScores(self, subject.source)
+        source = self._source
+        n_frames, height, width = subject.source.shape
+        ssim_all, ssim_object, ssim_background = ssim(edited, source.frames, source.masks)
+        masks = source.masks
+        return Row(
+            method=subject.method,
+            clip=subject.source.clip,
+            prompt=subject.prompt,
+            source_prompt=subject.source_prompt,
+            folder=str(subject.folder) if subject.folder else None,
+            video=str(subject.video),
+            n_frames=n_frames,
+            height=height,
+            width=width,
+            fps=subject.fps,
+            protocol=self._protocol_record(height, width),
+            warp_error=warp_error(edited, source.motion),
+            **self._clip_scores(edited, subject, source),
+            psnr=psnr(edited, source.frames),
+            ssim=ssim_all,
+            psnr_background=None if masks is None else psnr(edited, source.frames, ~masks),
+            ssim_background=ssim_background,
+            psnr_object=None if masks is None else psnr(edited, source.frames, masks),
+            ssim_object=ssim_object,
+            dino_distance=self._dino_distance(edited, source),
+            **subject.cost,
+        )
+
+    def _clip_scores(
+        self, edited: np.ndarray, subject: Subject, source: _SourceScores
+    ) -> dict[str, float | None]:
+        if not self.protocol.clip_model:
+            return {}
+        frames, text = self.clip.embed_frames(edited), self.clip.embed_text(subject.prompt)
+        direction = None
+        if subject.source_prompt:
+            source_text = self.clip.embed_text(subject.source_prompt)
+            direction = clip_directional(frames, source.embeddings, text, source_text)
+        return {
+            "clip_score": clip_score(frames, text),
+            "clip_frame": clip_frame_consistency(frames),
+            "clip_directional": direction,
+        }
+
+    def _dino_distance(self, edited: np.ndarray, source: _SourceScores) -> float | None:
+        if not self.protocol.dino_model:
+            return None
+        return structure_distance(self.dino(edited), source.keys)
+
+    def _protocol_record(self, height: int, width: int) -> dict[str, object]:
+        tested = f"forward-backward, alpha1 {ALPHA1}, alpha2 {ALPHA2}"
+        return {
+            "flow": self.protocol.flow,
+            "flow_weights": self._weights_name,
+            "occlusion": "ground truth" if self.protocol.flow == "truth" else tested,
+            "resolution": f"{height}x{width}",
+            "mask": MASK_RULE if self.protocol.masks else None,
+            "clip_model": self.protocol.clip_model,
+            "dino_model": self.protocol.dino_model,
+            "versions": versions() | {"torchvision": str(torchvision.__version__)},
+        }
+
+
+class _SourceScores:
+    """What the scores of all edits of one source share, computed when first asked for."""
+
+    def __init__(self, evaluator: Evaluator, source: Source) -> None:
+        self.evaluator, self.source = evaluator, source
+        self.frames = source.read()
+
+    def is_of(self, source: Source) -> bool:
+        """Whether another source has the same frames; its cache may be another model's."""
+        facts = [(s.path, s.shape, s.start, s.stride, s.fit) for s in (self.source, source)]
+        return facts[0] == facts[1] and np.array_equal(self.frames, source.read())
+
+    @cached_property
+    def motion(self) -> Motion:
+        protocol = self.evaluator.protocol
+        if protocol.flow == "truth":
+            return read_truth(self.source, find_truth(self.source, protocol.truth))
+        return motion_by(self.evaluator.flow, self.frames)
+
+    @cached_property
+    def masks(self) -> np.ndarray | None:
+        folder = self.evaluator.protocol.masks
+        return None if folder is None else read_masks(self.source, find_masks(self.source, folder))
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        return self.evaluator.clip.embed_frames(self.frames)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        return self.evaluator.dino(self.frames)
+
+
+def open_results(
+    paths: Sequence[Path], protocol: Protocol, source_prompt: str | None = None
+) -> list[Subject]:
+    """Find and check all results in some folders; arguments and errors as those of `open_result`.
+
+    Raises:
+        UserError: a result cannot be scored by the protocol.
+    """
+    open_once = lru_cache(open_cache)
+    subjects = [open_result(f, open_once, source_prompt) for f in find_results(paths)[0]]
+    clips = sorted({subject.source.clip for subject in subjects})
+    if protocol.masks is not None and len(clips) > 1:
+        flat = [clip for clip in clips if not Path(protocol.masks, clip).is_dir()]
+        if flat:
+            raise UserError(f"--masks: {protocol.masks}: holds no folder {flat[0]}/ of masks")
+    return [check_subject(subject, protocol) for subject in subjects]
+
+
+def score_all(subjects: Sequence[Subject], evaluator: Evaluator) -> tuple[list[Row], list[str]]:
+    """Score edits of one source after another.
+
+    Returns:
+        the rows in the subjects' order, and what is wrong with those that could not be scored:
+        hours of others shall not be lost to one damaged frame.
+    """
+    order = sorted(range(len(subjects)), key=lambda i: _source_key(subjects[i].source))
+    rows: dict[int, Row] = {}
+    errors = []
+    for done, i in enumerate(order, start=1):
+        subject = subjects[i]
+        log.info("%d/%d: %s: %s", done, len(order), subject.source.clip, subject.method)
+        try:
+            rows[i] = evaluator.score(subject)
+        except (UserError, torch.OutOfMemoryError) as error:
+            log.error("%s", error)
+            errors.append(str(error))
+    return [rows[i] for i in sorted(rows)], errors
+
+
+def _source_key(source: Source) -> tuple:
+    """Brings the edits of one source together."""
+    return source.clip, str(source.path), source.shape, source.start, source.stride
