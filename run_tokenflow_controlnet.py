@@ -6,10 +6,12 @@ python run_tokenflow_controlnet.py --config configs/config_controlnet.yaml --set
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pydantic import Field, model_validator
+
+from tokenflow.cache.options import ControlKind
 from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
     controlnet_key_for,
@@ -18,39 +20,51 @@ from tokenflow.diffusion.checkpoints import (
 from tokenflow.diffusion.conditions import Control, ControlSettings, draw_control, estimate_depth
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR
 from tokenflow.diffusion.models import Loader
-from tokenflow.editing.inputs import EditConfig, open_inputs
+from tokenflow.editing.config import EditConfig
+from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script
 from tokenflow.ops.distributed import ALONE, Team
-from util import UserError, command_line, option
+from util import command_line
 
 TECHNIQUE = "controlnet"
 CONFIG = "configs/config_controlnet.yaml"
 
 
-@dataclass(frozen=True)
 class ControlNetConfig(EditConfig):
     """The keys of configs/config_controlnet.yaml."""
 
-    control: str = option("canny", choices=("canny", "depth"))
-    controlnet_key: str | None = option(None)
-    controlnet_scale: float = option(1.0, low=0)
-    canny_low: int = option(100, low=0, high=255)
-    canny_high: int = option(200, low=0, high=255)
-    depth_model: str = option(DEPTH_ESTIMATOR)
-    use_ddim_noise: bool = option(True)
+    control: ControlKind = Field("canny", description="what the ControlNet follows")
+    controlnet_key: str | None = Field(
+        None,
+        description="hub id or local folder of a ControlNet that fits the model; null: by "
+        "sd_version (lllyasviel's for SD 1.5, thibaud's for SD 2.x)",
+    )
+    controlnet_scale: float = Field(1.0, ge=0, description="weight of the ControlNet")
+    canny_low: int = Field(100, ge=0, le=255, description="lower Canny threshold")
+    canny_high: int = Field(200, ge=0, le=255, description="upper Canny threshold")
+    depth_model: str = Field(
+        DEPTH_ESTIMATOR,
+        description="DPT model for control: depth, where the cache holds no depth",
+    )
+    use_ddim_noise: bool = Field(
+        True,
+        description="start from DDIM-inverted latents; false: from one Gaussian noise that all "
+        "frames share, as Text2Video-Zero does",
+    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _check_controlnet_rules(self) -> ControlNetConfig:
         if self.canny_low > self.canny_high:
-            raise UserError(
+            raise ValueError(
                 f"canny_low: {self.canny_low} is above canny_high: {self.canny_high}, "
                 "expected low <= high"
             )
         if self.sd_version == "depth":
-            raise UserError(
+            raise ValueError(
                 "sd_version: depth is conditioned on depth by itself and no ControlNet fits it; "
                 "use run_tokenflow_pnp.py or run_tokenflow_sdedit.py"
             )
+        return self
 
 
 def control_settings(config: ControlNetConfig) -> ControlSettings:

@@ -6,27 +6,39 @@ python run_tokenflow_pnp.py --config configs/config_pnp.yaml --set prompt="a mar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import Field
 
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.diffusion.models import Loader
-from tokenflow.editing.inputs import EditConfig, open_inputs
+from tokenflow.editing.config import EditConfig
+from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script
 from tokenflow.ops.distributed import ALONE, Team
 from tokenflow_utils import missing_injection_layers
-from util import UserError, command_line, option
+from util import UserError, command_line
 
 TECHNIQUE = "pnp"
 CONFIG = "configs/config_pnp.yaml"
 
 
-@dataclass(frozen=True)
 class PnPConfig(EditConfig):
     """The keys of configs/config_pnp.yaml."""
 
-    pnp_attn_t: float = option(0.5, low=0, high=1)
-    pnp_f_t: float = option(0.8, low=0, high=1)
+    pnp_attn_t: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the steps in which source queries and keys are injected; higher "
+        "keeps more of the source's structure",
+    )
+    pnp_f_t: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="share of the steps in which source convolution features are injected",
+    )
 
 
 def check_injection_layers(checkpoint: Path) -> None:

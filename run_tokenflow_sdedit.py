@@ -6,25 +6,35 @@ python run_tokenflow_sdedit.py --config configs/config_sdedit.yaml --set start=0
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from tokenflow.diffusion.models import Loader
-from tokenflow.editing.inputs import EditConfig, open_inputs
+from tokenflow.editing.config import EditConfig
+from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script
 from tokenflow.ops.distributed import ALONE, Team
-from util import command_line, option
+from util import command_line
 
 TECHNIQUE = "sdedit"
 CONFIG = "configs/config_sdedit.yaml"
 
 
-@dataclass(frozen=True)
 class SDEditConfig(EditConfig):
     """The keys of configs/config_sdedit.yaml."""
 
-    start: float = option(0.9, above=0, high=1)
-    use_ddim_noise: bool = option(True)
+    start: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of the schedule that is run; lower stays closer to the clip",
+    )
+    use_ddim_noise: bool = Field(
+        True,
+        description="start from DDIM-inverted latents, which keep structure; false: from one "
+        "Gaussian noise that all frames share",
+    )
 
 
 def steps_from(timesteps: list[int], start: float, propagation: str) -> list[int]:

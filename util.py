@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import difflib
 import errno
 import hashlib
 import logging
@@ -19,11 +17,10 @@ import shlex
 import signal
 import sys
 import types
-import typing
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -559,168 +556,3 @@ def load_yaml(path: str | Path, limit: int = MAX_YAML_BYTES) -> dict[Any, Any]:
         found = "nothing" if value is None else type(value).__name__
         raise UserError(f"{path}: expected a mapping (key: value), found {found}")
     return value
-
-
-# ---------------------------------------------------------------- configuration
-
-C = TypeVar("C")
-
-MAX_COUNT = 1_000_000  # of frames, steps or a batch: far beyond use, far below overflow
-MAX_SEED = 2**63 - 1  # torch's generators take no more
-_KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-
-
-def option(
-    default: Any = dataclasses.MISSING,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: Sequence[Any] | None = None,
-) -> Any:
-    """Declare a field of a config dataclass together with what `load_config` holds it to.
-
-    Args:
-        default: the value where the file gives none; without it the key is required.
-        low: the smallest value allowed.
-        high: the largest value allowed.
-        above: a bound that the value must exceed.
-        choices: the only values allowed.
-
-    Returns:
-        The dataclasses.Field (typed Any, as dataclasses.field is, so that `x: int = option()` is).
-    """
-    rule = {"low": low, "high": high, "above": above, "choices": choices}
-    return dataclasses.field(default=default, metadata=rule)
-
-
-def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Read a YAML mapping into a config dataclass, checking every key and value.
-
-    Args:
-        cls: a dataclass whose fields are str, int, float, bool, or one of these `| None`; its
-            __post_init__ may raise UserError for rules between fields.
-        path: the YAML file.
-        overrides: "key=value" strings that win over the file. A text's value is taken as it
-            stands (but for quotes around it, and null where that is allowed); others are YAML.
-
-    Returns:
-        An instance of cls; whole numbers given for float fields are floats.
-
-    Raises:
-        MissingFileError: there is no such file.
-        UserError: a key is unknown, missing or malformed; a value is of the wrong type, out of
-            range or not among the choices. Begins with "<path>: <key>: " or "--set <key>: ".
-    """
-    hints = typing.get_type_hints(cls)
-    values = load_yaml(path, MAX_CONFIG_BYTES)
-    given = {key: (value, f"{path}: {shown_key(key)}") for key, value in values.items()}
-    for text in overrides:
-        key, equals, value_text = text.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise UserError(f"--set {shown_key(text)}: expected key=value")
-        where = f"--set {shown_key(key)}"
-        if len(value_text) > MAX_CONFIG_BYTES:
-            raise UserError(f"{where}: longer than {MAX_CONFIG_BYTES >> 10} KB")
-        given[key] = (_override(value_text, hints.get(key, str), where), where)
-    return _make_config(cls, given, str(path))
-
-
-def make_config(cls: type[C], given: Mapping[str, Any], where: str) -> C:
-    """Make a config dataclass of a mapping, checking every key and value like `load_config`.
-
-    Args:
-        where: what the mapping is of, for errors.
-    """
-    placed = {key: (value, f"{where}: {shown_key(key)}") for key, value in given.items()}
-    return _make_config(cls, placed, where)
-
-
-def _make_config(cls: type[C], given: Mapping[str, tuple[Any, str]], origin: str) -> C:
-    """`given` has each key's value and where it stands."""
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, (value, where) in given.items():
-        if key not in fields:
-            near = difflib.get_close_matches(shown_key(key), fields, n=1)
-            known = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
-            raise UserError(f"{where}: unknown key; {known}")
-        values[key] = _checked(value, hints[key], fields[key].metadata, where)
-    for name, field in fields.items():
-        has_default = field.default is not dataclasses.MISSING
-        if name not in values and not has_default and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{origin}: {name}: is missing; expected {_expected(hints[name])}")
-    try:
-        return cls(**values)
-    except UserError as error:
-        raise type(error)(f"{origin}: {error}") from error
-
-
-def _override(text: str, hint: Any, where: str) -> Any:
-    """The value of an override; text is not read as YAML: a prompt may hold "#" or ": "."""
-    kind, optional = _kind(hint)
-    if kind is not str:
-        return parse_yaml(text, where)
-    if optional and text.strip() in ("null", "~", ""):
-        return None
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text[1:-1] if quoted else text
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    """Split a field's type `X | None` into X and whether None is allowed."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    parts = typing.get_args(hint) if is_union else (hint,)
-    kinds = [part for part in parts if part is not type(None)]
-    if len(kinds) != 1 or kinds[0] not in _KIND_NAMES:
-        raise TypeError(f"a config field cannot be of type {hint}")
-    return kinds[0], len(parts) > 1
-
-
-def _expected(hint: Any) -> str:
-    kind, optional = _kind(hint)
-    return _KIND_NAMES[kind] + (" or null" if optional else "")
-
-
-def _checked(value: Any, hint: Any, rule: Mapping[str, Any], where: str) -> Any:
-    """Hold one value to its field's type and rule; returns it, whole numbers as float if asked."""
-    kind, optional = _kind(hint)
-    if value is None and optional:
-        return None
-    # An alias in YAML can make a small file an endless value: reprlib cuts it short.
-    got = "nothing" if value is None else shown(value)
-    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
-        value = float(value)
-    if type(value) is not kind:
-        hint_text = _quote_hint(value, where) if kind is str else ""
-        raise UserError(f"{where}: expected {_expected(hint)}, got {got}{hint_text}")
-    if kind is str:
-        check_text(value, where)
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{where}: expected a finite number, got {got}")
-
-    low, high, above, choices = (rule.get(k) for k in ("low", "high", "above", "choices"))
-    if choices is not None and value not in choices:
-        listed = ", ".join(str(choice) for choice in choices)
-        raise UserError(f"{where}: expected one of {listed}; got {got}")
-    bounds = ((low, "at least"), (above, "more than"), (high, "at most"))
-    inside = (
-        (low is None or value >= low)
-        and (above is None or value > above)
-        and (high is None or value <= high)
-    )
-    if not inside:
-        expected = " and ".join(f"{word} {bound}" for bound, word in bounds if bound is not None)
-        raise UserError(f"{where}: expected {expected}, got {got}")
-    return value
-
-
-def _quote_hint(value: Any, where: str) -> str:
-    """Say how to write a number, date or yes/no as text; nothing for lists and mappings."""
-    if value is None or isinstance(value, (list, dict)):
-        return ""
-    key = where.rpartition(" ")[2]
-    text = value if isinstance(value, (int, float)) and not isinstance(value, bool) else "..."
-    return f"; quote it: {key}: '{text}'"

@@ -21,7 +21,7 @@ from run_tokenflow_sdedit import SDEditConfig, steps_from
 from tokenflow.cache.source_cache import SourceCache, open_cache
 from tokenflow.diffusion.inversion import reconstruct
 from tokenflow.diffusion.models import decode_latents, psnr
-from tokenflow.editing.inputs import EditConfig
+from tokenflow.editing.config import EditConfig
 from tokenflow.editing.loop import keyframes_of_steps
 from tokenflow.editing.results import TECHNIQUES, Result, read_result
 from tokenflow.figures.drawing import (
@@ -52,13 +52,13 @@ from tokenflow.figures.features import (
     source_tokens,
 )
 from tokenflow.ops.nearest import nearest_tokens
+from tokenflow.storage.schema import load_config
 from tokenflow.storage.video import load_frames, save_video
 from util import (
     ArgumentParser,
     UserError,
     check_writable,
     command_line,
-    load_config,
     setup_logging,
 )
 

@@ -22,8 +22,9 @@ from tokenflow.benchmarks.runs import (
     prepare_edit,
     setting_kind,
 )
+from tokenflow.storage.schema import load_config
 from tokenflow.storage.video import read_clip
-from util import UserError, load_config
+from util import UserError
 
 FRAMES, STEPS, INTERVAL = 5, 4, 2
 KEYFRAMES = 3  # of 5 frames in intervals of 2

@@ -10,8 +10,9 @@ from typing import Any
 import run_tokenflow_controlnet as controlnet
 import run_tokenflow_pnp as pnp
 import run_tokenflow_sdedit as sdedit
-from tokenflow.editing.inputs import EditConfig
-from util import UserError, check_text, make_config
+from tokenflow.editing.config import EditConfig
+from tokenflow.storage.schema import parse
+from util import UserError, check_text
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def merged_config(
     keys: dict[str, Any] = {}
     for section in sections:
         keys |= section
-    return make_config(cls, keys, where)
+    return parse(cls, keys, where)
 
 
 def inversion_options(config: EditConfig) -> dict[str, Any]:

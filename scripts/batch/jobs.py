@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from scripts.batch.clip_list import (
 from tokenflow.cache.options import arguments, parse_args
 from tokenflow.diffusion.checkpoints import check_controlnet_fits, checkpoint_folder, model_key_for
 from tokenflow.diffusion.models import resolve_device
-from tokenflow.editing.inputs import EditConfig
+from tokenflow.editing.config import EditConfig
 from tokenflow.storage.video import IMAGE_SUFFIXES, clip_name
 from util import MissingFileError, UserError, load_yaml, slug
 
@@ -410,7 +410,7 @@ def _jobs_of_cache(
     inversion = Job(clip.name, INVERSION, {"options": options})
     yield inversion
     for _, technique, config in edits:
-        yield Job(clip.name, technique, {"config": asdict(config)}, inversion.key)
+        yield Job(clip.name, technique, {"config": config.model_dump()}, inversion.key)
 
 
 def _control_options(configs: Sequence[EditConfig], where: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ python -m scripts.studies.max_keyframes latents/shapes/clips.yaml --interval 1 -
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -36,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for clip in plan.clips:
         options = plan.inversion(clip) | {"interval": args.interval}
         preprocess.preprocess(preprocess.parse_args(arguments(options)))
-        config = replace(plan.config(clip, PNP), batch_size=args.interval)
+        config = plan.config(clip, PNP).model_copy(update={"batch_size": args.interval})
         for bound, found in rows.items():
-            folder = pnp.edit(replace(config, max_keyframes=bound))
+            folder = pnp.edit(config.model_copy(update={"max_keyframes": bound}))
             found.append(evaluator.score_result(folder))
     print(f"{len(plan.clips)} clips, {args.interval} frames per keyframe; means")
     print("max_keyframes", *SHOWN.values(), "clips with less flicker than unbounded", sep="  ")

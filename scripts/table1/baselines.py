@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,8 @@ import run_tokenflow_pnp as pnp
 from tokenflow.cache.source_cache import CLEAN_LATENTS
 from tokenflow.diffusion.conditions import optical_flow
 from tokenflow.diffusion.models import decode_latents, encode_frames
-from tokenflow.editing.inputs import open_inputs, read_config
+from tokenflow.editing.config import read_config
+from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import Edited, EditSession, make_result
 from tokenflow.evaluation.motion import warp
 from tokenflow.storage.video import load_frames
@@ -45,7 +45,7 @@ def reconstruction(config: pnp.PnPConfig, overwrite: bool = False) -> Path:
 def rgb_propagation(config: pnp.PnPConfig, overwrite: bool = False) -> Path:
     """The result whose frames are warps of the edited middle frame; returns its folder."""
     inputs = open_inputs(config)
-    per_frame = pnp.edit(replace(config, consistency="none"), overwrite)
+    per_frame = pnp.edit(config.model_copy(update={"consistency": "none"}), overwrite)
 
     def edit(session: EditSession) -> Edited:
         middle = inputs.n_frames // 2

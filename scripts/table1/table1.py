@@ -38,7 +38,7 @@ from scripts.batch.clip_list import (
 )
 from scripts.table1 import baselines
 from tokenflow.cache.options import arguments
-from tokenflow.editing.inputs import EditConfig
+from tokenflow.editing.config import EditConfig
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.motion import truth_file, truth_shape
 from tokenflow.evaluation.score_table import (

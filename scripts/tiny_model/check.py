@@ -59,6 +59,7 @@ from tokenflow.diffusion.models import (
     resolve_device,
     resolve_dtype,
 )
+from tokenflow.storage.schema import parse
 from tokenflow.storage.video import load_frames, save_frames
 from util import (
     ArgumentParser,
@@ -67,7 +68,6 @@ from util import (
     check_writable,
     command_line,
     load_yaml,
-    make_config,
     setup_logging,
     write_reports,
 )
@@ -234,7 +234,7 @@ class ClipCheck:
             "device": self.device,
             **METHODS[method],
         }
-        config = make_config(pnp.PnPConfig, settings, f"{CONFIG} for {source}")
+        config = parse(pnp.PnPConfig, settings, f"{CONFIG} for {source}")
         return load_frames(pnp.edit(config) / "frames")
 
 

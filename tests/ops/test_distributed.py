@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -397,7 +396,7 @@ def test_processes_that_see_different_caches_do_not_start(keys, models, tmp_path
     def work(team):
         session = EditSession(open_inputs(PnPConfig(**keys), team), models)
         if team.rank == 1:
-            session.config = replace(session.config, source_features="live")
+            session.config = session.config.model_copy(update={"source_features": "live"})
         session.edit_latents(run_tokenflow_pnp.plan(session))
         pytest.fail("went on")
 

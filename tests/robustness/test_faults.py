@@ -47,7 +47,8 @@ from tokenflow.cache.source_features import find_features
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
 from tokenflow.editing import loop as editing
-from tokenflow.editing.inputs import EditConfig, open_inputs
+from tokenflow.editing.config import EditConfig
+from tokenflow.editing.inputs import open_inputs
 from tokenflow.storage import video
 from tokenflow.storage import work_dir as folders
 from tokenflow.storage.work_dir import is_locked

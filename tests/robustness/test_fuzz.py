@@ -5,7 +5,6 @@ output folder. The quick form tries the same few hundred inputs every time; the 
 (`pytest -m slow tests/robustness/test_fuzz.py -s`) thousands of new ones, and prints how many.
 """
 
-import dataclasses
 import faulthandler
 import io
 import os
@@ -38,14 +37,15 @@ from tokenflow.cache.options import PreprocessOptions
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import result_folder
 from tokenflow.storage import video
-from util import UserError, load_config
+from tokenflow.storage.schema import choices_of, load_config, plain_type
+from util import UserError
 
 SCRIPTS = {
     "pnp": (run_tokenflow_pnp, run_tokenflow_pnp.PnPConfig),
     "sdedit": (run_tokenflow_sdedit, run_tokenflow_sdedit.SDEditConfig),
     "controlnet": (run_tokenflow_controlnet, run_tokenflow_controlnet.ControlNetConfig),
 }
-KEYS = sorted({key for _, cls in SCRIPTS.values() for key in cls.__dataclass_fields__})
+KEYS = sorted({key for _, cls in SCRIPTS.values() for key in cls.model_fields})
 HANG = 120  # seconds for one input, after which the process is ended with a traceback
 SLOW = timedelta(seconds=20)  # for one input, on a busy machine
 MEMORY = 1 << 30  # bytes that all inputs together may take beyond what was taken before
@@ -252,19 +252,19 @@ def plausible(technique):
     """Overrides of the right kind, most of them within bounds."""
 
     def value(field):
-        choices = field.metadata.get("choices")
+        choices = choices_of(field.annotation)
         if choices:
             return st.sampled_from(choices)
         kinds = {
-            "int": st.integers(0, 50).map(str),
-            "float": st.floats(0, 1).map(str),
-            "bool": st.sampled_from(("true", "false")),
-            "str": st.one_of(HOSTILE, st.text(max_size=200)),
+            int: st.integers(0, 50).map(str),
+            float: st.floats(0, 1).map(str),
+            bool: st.sampled_from(("true", "false")),
+            str: st.one_of(HOSTILE, st.text(max_size=200)),
         }
-        return kinds[field.type.removesuffix(" | None")]
+        return kinds[plain_type(field.annotation)]
 
-    names = dataclasses.fields(SCRIPTS[technique][1])
-    pairs = [st.tuples(st.just(field.name), value(field)).map("=".join) for field in names]
+    fields = SCRIPTS[technique][1].model_fields.items()
+    pairs = [st.tuples(st.just(name), value(field)).map("=".join) for name, field in fields]
     return st.tuples(st.just(technique), st.lists(st.one_of(pairs), min_size=1, max_size=2))
 
 
@@ -308,7 +308,7 @@ def try_configs(place, n):
 def try_every_key(place):
     """Every hostile text for every key of one technique, and for every option of preprocess.py."""
     outcomes, began = Counter(), time.monotonic()
-    for key in SCRIPTS["controlnet"][1].__dataclass_fields__:
+    for key in SCRIPTS["controlnet"][1].model_fields:
         for text in HOSTILE_TEXTS:
             with no_hang():
                 override = f"{key}={text}"

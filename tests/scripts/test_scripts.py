@@ -1,6 +1,5 @@
 """The run scripts from the command line to the result, on the tiny model."""
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -32,8 +31,9 @@ from tests.helpers import (
 )
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.editing import loop as editing
+from tokenflow.storage.schema import load_config
 from tokenflow.storage.video import load_frames
-from util import UserError, load_config, load_tensors, load_yaml, sha256_file
+from util import UserError, load_tensors, load_yaml, sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {
@@ -145,7 +145,7 @@ def test_the_saved_config_makes_the_same_result(results, technique, monkeypatch)
     output, config, _ = results[technique]
     saved = only_result(output) / "config.yaml"
     assert load_config(type(config), saved) == config
-    assert list(load_yaml(saved)) == [field.name for field in dataclasses.fields(config)]
+    assert list(load_yaml(saved)) == list(type(config).model_fields)
     monkeypatch.setattr(editing, "load_stable_diffusion", no_model_may_load)
     SCRIPTS[technique][0].main(["--config_path", str(saved)])  # finds it made
 
@@ -361,7 +361,7 @@ def test_a_released_config_runs_unchanged(technique, tiny_model, tmp_path, monke
         "tokenflow-results", technique, Path(keys["data_path"]).name
     )
     assert video_facts(folder / "edited.mp4") == (2, Fraction(24), (16, 16))
-    used = dataclasses.asdict(load_config(config_class, folder / "config.yaml"))
+    used = load_config(config_class, folder / "config.yaml").model_dump()
     assert used == used | keys | {"device": "cpu", "model_key": str(tiny_model)}
 
 
@@ -373,7 +373,7 @@ def test_the_commented_config_is_the_defaults(technique):
     _, config_class = SCRIPTS[technique]
     path = ROOT / "configs" / f"config_{technique}.yaml"
     config = load_config(config_class, path)
-    fields = {field.name: field.default for field in dataclasses.fields(config_class)}
+    fields = {name: field.get_default() for name, field in config_class.model_fields.items()}
     written = load_yaml(path)
     assert written.keys() == fields.keys()
     chosen = {"data_path", "prompt", "negative_prompt"}

@@ -34,12 +34,13 @@ from tokenflow.diffusion.models import (
     resolve_device,
     resolve_dtype,
 )
-from tokenflow.editing.inputs import FEATURE_OPTIONS, EditConfig, open_inputs
+from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
+from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession, result_folder
-from tokenflow.storage.schema import Model
+from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
 from tokenflow.storage.work_dir import Workplace, replacing_folder
-from util import UserError, load_config, save_yaml
+from util import UserError, save_yaml
 
 log = logging.getLogger("tokenflow")
 

@@ -1,13 +1,11 @@
-"""The configuration of an edit, and the checks of what it refers to, before a model is loaded."""
+"""Finds and checks what the configuration of an edit refers to, before a model is loaded."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
@@ -21,152 +19,18 @@ from tokenflow.diffusion.checkpoints import (
     checkpoint_revision,
     model_key_for,
 )
-from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import NoiseSchedule, resolve_device, resolve_dtype
+from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
 from tokenflow.ops.distributed import ALONE, Team
-from tokenflow.storage.video import MAX_FPS, MAX_SIDE, clip_name, resolve_clip, source_sha256
+from tokenflow.storage.video import clip_name, resolve_clip, source_sha256
 from util import (
-    MAX_COUNT,
-    MAX_SEED,
-    ArgumentParser,
     MissingFileError,
     UserError,
     check_path,
     check_writable,
-    load_config,
-    option,
 )
 
 log = logging.getLogger("tokenflow")
-
-# Backends that need nothing from the hub at run time.
-CPU_BACKENDS = ("native", "_native_math")
-CUDA_BACKENDS = ("xformers", "flash", "sage", "flex", "_native_flash", "_native_efficient")
-CUDA_BACKENDS += ("_native_cudnn",)
-# Keys of a config that cached features depend on, and the options of preprocess.py that set them.
-FEATURE_OPTIONS = {
-    "batch_size": "interval",
-    "keyframe_seed": "keyframe_seed",
-    "pnp_attn_t": "pnp_attn_t",
-    "pnp_f_t": "pnp_f_t",
-}
-CONSISTENCIES = ("tokenflow", "extended_attention", "first_frame", "none")
-
-
-# ---------------------------------------------------------------------------------------------
-# Configuration
-
-
-@dataclass(frozen=True)
-class EditConfig:
-    """The keys that all techniques share; each is explained in configs/."""
-
-    # what to edit
-    data_path: str = option()
-    prompt: str = option()
-    negative_prompt: str = option("")
-    latents_path: str = option("latents")
-    output_path: str = option("tokenflow-results")
-    n_inversion_steps: int = option(500, low=1, high=MAX_COUNT)
-    n_frames: int = option(40, low=1, high=MAX_COUNT)
-    H: int | None = option(None, low=8, high=MAX_SIDE)
-    W: int | None = option(None, low=8, high=MAX_SIDE)
-    fps: float | None = option(None, low=0.1, high=MAX_FPS)
-    # model
-    sd_version: str = option("2.1", choices=tuple(MODELS))
-    model_key: str | None = option(None)
-    allow_pickle: bool = option(False)
-    device: str = option("auto")
-    dtype: str = option("auto", choices=("auto", "float32", "float16", "bfloat16"))
-    attention_backend: str = option("native", choices=CPU_BACKENDS + CUDA_BACKENDS)
-    compile: bool = option(False)
-    # running
-    checkpoint_every: int = option(5, low=1)
-    verify: bool = option(False)
-    # sampling
-    seed: int = option(1, low=0, high=MAX_SEED)
-    n_timesteps: int = option(50, low=1, high=1000)
-    guidance_scale: float = option(7.5, low=0)
-    # TokenFlow
-    batch_size: int = option(8, low=1, high=MAX_COUNT)
-    chunk_size: int | None = option(None, low=1, high=MAX_COUNT)
-    source_features: str = option("auto", choices=("auto", "live"))
-    max_keyframes: int | None = option(None, low=2, high=MAX_COUNT)
-    keyframe_seed: int = option(1, low=0, high=MAX_SEED)
-    consistency: str = option("tokenflow", choices=CONSISTENCIES)
-    keyframes: str = option("random", choices=("random", "fixed"))
-    propagation: str = option("paper", choices=("paper", "released"))
-    blend: str = option("sigmoid", choices=("sigmoid", "linear"))
-    correspondence: str = option("nn", choices=("nn", "flow"))
-
-    def __post_init__(self) -> None:
-        if (self.H is None) != (self.W is None) or (self.H or 0) % 8 or (self.W or 0) % 8:
-            raise UserError(f"H: {self.H}, W: {self.W}; expected both or neither, multiples of 8")
-        if self.propagation == "released" and self.blend != "sigmoid":
-            raise UserError("blend: linear goes with propagation: paper; released has its own")
-        if self.n_inversion_steps % self.n_timesteps:
-            raise UserError(
-                f"n_timesteps: {self.n_timesteps} does not divide n_inversion_steps: "
-                f"{self.n_inversion_steps}; the timesteps of the one must be among the other's"
-            )
-
-
-Config = TypeVar("Config", bound=EditConfig)
-
-
-def read_config(
-    cls: type[Config], argv: Sequence[str] | None, default: str, about: str
-) -> tuple[Config, bool]:
-    """Reads a run script's command line and its YAML config.
-
-    Args:
-        cls: the script's configuration.
-        argv: the command line without the program's name; None for sys.argv's.
-        default: the config file used where none is named.
-        about: the script's one-line description.
-
-    Returns:
-        the configuration, and whether a finished result is to be made anew (--overwrite).
-
-    Raises:
-        UserError: if the command line, the file or one of its values is wrong.
-    """
-    parser = ArgumentParser(description=about)
-    parser.add_argument(
-        "--config",
-        "--config_path",
-        default=Path(__file__).parents[2] / default,
-        help=f"YAML file (default: {default})",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one key of the file; any number of times",
-    )
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as --set device=...")
-    parser.add_argument(
-        "--allow_pickle",
-        action="store_true",
-        help="also load models whose weights are pickled only; the same as --set allow_pickle=true",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished result")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="compare all checksums of the cache, its features and a finished result first; the "
-        "same as --set verify=true",
-    )
-    args = parser.parse_args(argv)
-    overrides = args.set + ([f"device={args.device}"] if args.device else [])
-    overrides += ["verify=true"] if args.verify else []
-    overrides += ["allow_pickle=true"] if args.allow_pickle else []
-    return load_config(cls, args.config, overrides), args.overwrite
-
-
-# ---------------------------------------------------------------------------------------------
-# Inputs: everything that can be checked before a model is loaded
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the run scripts share: the denoising loop, and writing its results.
 
-A run script reads its configuration, has it checked (edit_inputs.py: all that can be known before
+A run script reads its configuration, has it checked (inputs.py: all that can be known before
 a model is loaded), and calls `run_edit` with a function that makes an `EditPlan` of the loaded
 `EditSession`: what its technique does differently. Nothing here knows which technique runs.
 """
@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,7 +46,8 @@ from tokenflow.diffusion.models import (
     load_stable_diffusion,
     make_denoiser,
 )
-from tokenflow.editing.inputs import EditConfig, EditInputs, features_remedy, read_config
+from tokenflow.editing.config import EditConfig, read_config
+from tokenflow.editing.inputs import EditInputs, features_remedy
 from tokenflow.ops.distributed import Team, start_team
 from tokenflow.ops.profiling import (
     Stopwatch,
@@ -313,7 +314,7 @@ class EditSession:
             both = (np.concatenate(pair, axis=1) for pair in pairs)
             save_video(folder / "side_by_side.mp4", both, fps)
             save_tensors(folder / "edited_latents.safetensors", {"latents": edited.latents})
-        save_yaml(folder / "config.yaml", asdict(self.config))
+        save_yaml(folder / "config.yaml", self.config.model_dump())
         record = self._run_record(technique, peak) | {"files": work.record_files()}
         save_sealed_yaml(folder / RUN_FILE, record)
 
@@ -430,7 +431,7 @@ def run_script(
 
     Args:
         edit: the script's.
-        config, argv, default, about: as of `edit_inputs.read_config`.
+        config, argv, default, about: as of `config.read_config`.
 
     Returns:
         the result's folder.
@@ -650,7 +651,7 @@ def result_folder(inputs: EditInputs, technique: str) -> Path:
 def _result_settings(inputs: EditInputs) -> dict[str, object]:
     """What a result depends on beside the cache."""
     own = {"dtype": str(inputs.dtype), "device": inputs.device.type}
-    settings = asdict(inputs.config) | own
+    settings = inputs.config.model_dump() | own
     return {k: v for k, v in settings.items() if k not in (*PLACES, *CHANGES_NO_RESULT)}
 
 

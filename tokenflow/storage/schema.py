@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type[Model]) -> None:
         names = [name, *(alias for alias, of in cls.ALIASES.items() if of == name)]
         flags = [f"--{each}" for each in names]
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        if _plain(field.annotation) is bool:
+        if plain_type(field.annotation) is bool:
             parser.add_argument(*flags, action="store_true", help=_help(field), **options)
             if field.default is True:
                 flags = [f"--no_{each}" for each in names]
@@ -148,7 +148,7 @@ def from_arguments(cls: type[M], args: argparse.Namespace) -> M:
     given = {}
     for name, value in vars(args).items():
         if name in cls.model_fields:
-            kind = _plain(cls.model_fields[name].annotation)
+            kind = plain_type(cls.model_fields[name].annotation)
             given[name] = _number(value, kind) if kind in (int, float) else value
     return _parse(cls, given, lambda key: f"--{key}" if key else "", command_line=True)
 
@@ -156,7 +156,7 @@ def from_arguments(cls: type[M], args: argparse.Namespace) -> M:
 def expected(field: FieldInfo | None, annotation: Any) -> str:
     """What a value should be, in words: "a number or null", "one of nn, flow"."""
     choices = choices_of(annotation)
-    kind = _plain(annotation)
+    kind = plain_type(annotation)
     text = f"one of {', '.join(map(str, choices))}" if choices else _KIND_NAMES.get(kind, "")
     return f"{text} or null" if text and _optional(annotation) else text
 
@@ -171,7 +171,7 @@ def limits(field: FieldInfo | None) -> str:
 
 def choices_of(annotation: Any) -> tuple[Any, ...]:
     """The only values that a type allows; empty if it is no such type."""
-    plain = _plain(annotation)
+    plain = plain_type(annotation)
     return typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
 
 
@@ -183,7 +183,7 @@ def metavar_of(field: FieldInfo) -> str | None:
     choices = choices_of(field.annotation)
     if choices:
         return "{" + ",".join(map(str, choices)) + "}"
-    return {int: "N", float: "X"}.get(_plain(field.annotation))
+    return {int: "N", float: "X"}.get(plain_type(field.annotation))
 
 
 # ---------------------------------------------------------------- in detail
@@ -250,13 +250,13 @@ def _declared(annotation: Any, loc: Sequence[str | int]) -> tuple[Any, FieldInfo
     """The type, and the field if it is one's, that a place within a model leads to."""
     field = None
     for part in loc:
-        annotation = _plain(annotation)
+        annotation = plain_type(annotation)
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             field = annotation.model_fields.get(str(part))
             annotation = field.annotation if field else Any
         else:  # an item of a list, or a value of a mapping
             annotation, field = (typing.get_args(annotation) or (Any,))[-1], None
-    return _plain(annotation) if field is None else annotation, field
+    return plain_type(annotation) if field is None else annotation, field
 
 
 def _renamed(cls: type[Model], given: Mapping[Any, Any], where: str) -> dict[Any, Any]:
@@ -272,7 +272,7 @@ def _renamed(cls: type[Model], given: Mapping[Any, Any], where: str) -> dict[Any
 
 def _override(text: str, annotation: Any, where: str) -> Any:
     """The value of an override; a text is not read as YAML: a prompt may hold "#" or ": "."""
-    if not (_plain(annotation) is str or choices_of(annotation)):
+    if not (plain_type(annotation) is str or choices_of(annotation)):
         return parse_yaml(text, where)
     if _optional(annotation) and text.strip() in ("null", "~", ""):
         return None
@@ -288,8 +288,8 @@ def _number(text: Any, kind: type) -> Any:
         return text
 
 
-def _plain(annotation: Any) -> Any:
-    """The type X of `X | None`."""
+def plain_type(annotation: Any) -> Any:
+    """X of the type `X | None`."""
     kinds = [part for part in _parts(annotation) if part is not type(None)]
     return kinds[0] if len(kinds) == 1 else annotation
 

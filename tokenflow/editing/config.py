@@ -1,0 +1,203 @@
+"""The keys of an edit's configuration that all techniques share, and how a script reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from tokenflow.cache.options import Dtype, SdVersion
+from tokenflow.storage.schema import MAX_COUNT, MAX_SEED, Model, load_config
+from tokenflow.storage.video import MAX_FPS, MAX_SIDE
+from util import ArgumentParser
+
+ROOT = Path(__file__).parents[2]
+# Backends that need nothing from the hub at run time.
+CPU_BACKENDS = ("native", "_native_math")
+CUDA_BACKENDS = ("xformers", "flash", "sage", "flex", "_native_flash", "_native_efficient")
+CUDA_BACKENDS += ("_native_cudnn",)
+# Keys of a config that cached features depend on, and the options of preprocess.py that set them.
+FEATURE_OPTIONS = {
+    "batch_size": "interval",
+    "keyframe_seed": "keyframe_seed",
+    "pnp_attn_t": "pnp_attn_t",
+    "pnp_f_t": "pnp_f_t",
+}
+
+
+class EditConfig(Model):
+    """The keys that all techniques share."""
+
+    # what to edit
+    data_path: str = Field(
+        description="the clip that was preprocessed: video, GIF or folder of images"
+    )
+    prompt: str = Field(description="what the edited video shows; CLIP reads 77 tokens")
+    negative_prompt: str = Field("", description="what it does not show")
+    latents_path: str = Field(
+        "latents", description="folder of the caches, preprocess.py's save_dir"
+    )
+    output_path: str = Field("tokenflow-results", description="folder of the results")
+    n_inversion_steps: int = Field(
+        500, ge=1, le=MAX_COUNT, description="preprocess.py's steps; selects the cache"
+    )
+    n_frames: int = Field(
+        40, ge=1, le=MAX_COUNT, description="use the first frames of the cache, at most this many"
+    )
+    H: int | None = Field(
+        None,
+        ge=8,
+        le=MAX_SIDE,
+        description="frame height that the cache must have, a multiple of 8; null: any",
+    )
+    W: int | None = Field(None, ge=8, le=MAX_SIDE, description="the same for the width")
+    fps: float | None = Field(
+        None, ge=0.1, le=MAX_FPS, description="frame rate of the result; null: the clip's"
+    )
+    # model
+    sd_version: SdVersion = Field(
+        "2.1", description="Stable Diffusion version, in quotes: '2.1' is the paper's"
+    )
+    model_key: str | None = Field(
+        None,
+        description="hub id or local folder in diffusers' format; wins over sd_version",
+    )
+    allow_pickle: bool = Field(
+        False,
+        description="also load models that have pickled weights (.bin) only, if you trust them",
+    )
+    device: str = Field(
+        "auto", description="auto, cpu, cuda or cuda:N; auto: cuda where there is one"
+    )
+    dtype: Dtype = Field("auto", description="auto is float16 on CUDA, float32 elsewhere")
+    attention_backend: Literal[CPU_BACKENDS + CUDA_BACKENDS] = Field(
+        "native", description="diffusers' backend of the UNet's self-attention in edits"
+    )
+    compile: bool = Field(
+        False,
+        description="compile the UNet with torch.compile: for long runs on CUDA, one process only; "
+        "changes a result by rounding only",
+    )
+    # running: neither key changes a result
+    checkpoint_every: int = Field(
+        5, ge=1, description="save a checkpoint after every so many steps, to resume from"
+    )
+    verify: bool = Field(
+        False,
+        description="compare the checksums of all files of the cache and of a finished result "
+        "first; files that are read are always compared",
+    )
+    # sampling
+    seed: int = Field(
+        1, ge=0, le=MAX_SEED, description="seed of Gaussian noise, where a technique draws any"
+    )
+    n_timesteps: int = Field(
+        50, ge=1, le=1000, description="sampling steps; the cache must hold their latents"
+    )
+    guidance_scale: float = Field(
+        7.5, ge=0, description="classifier-free guidance; 1 is none, at half the time"
+    )
+    # TokenFlow
+    batch_size: int = Field(8, ge=1, le=MAX_COUNT, description="frames per keyframe")
+    chunk_size: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_COUNT,
+        description="frames evaluated at once: lower it if memory runs out; changes no result; "
+        "null: batch_size",
+    )
+    source_features: Literal["auto", "live"] = Field(
+        "auto",
+        description="auto: read what preprocess.py --cache_features saved if it serves this edit, "
+        "else compute it; live: always compute it; changes a result by rounding only",
+    )
+    max_keyframes: int | None = Field(
+        None,
+        ge=2,
+        le=MAX_COUNT,
+        description="largest number of keyframes that attend to each other, for very long clips; "
+        "an approximation (docs/performance.md); null: all, as in the paper",
+    )
+    keyframe_seed: int = Field(1, ge=0, le=MAX_SEED, description="seed of the random keyframes")
+    consistency: Literal["tokenflow", "extended_attention", "first_frame", "none"] = Field(
+        "tokenflow",
+        description="tokenflow, or one to compare with: extended_attention (all frames attend to "
+        "all, nothing is propagated: Table 1's 'w/o TokenFlow'; memory grows with the frames), "
+        "first_frame (each frame attends to the first, as in Text2Video-Zero), none (each frame on "
+        "its own)",
+    )
+    keyframes: Literal["random", "fixed"] = Field(
+        "random", description="random: drawn at each step, as in the paper; fixed: an ablation"
+    )
+    propagation: Literal["paper", "released"] = Field(
+        "paper",
+        description="paper: Eq. 5-7; released: the published code's neighbours, weights, start "
+        "noise and propagated source pass",
+    )
+    blend: Literal["sigmoid", "linear"] = Field(
+        "sigmoid", description="weights of the two keyframes; sigmoid: Eq. 7"
+    )
+    correspondence: Literal["nn", "flow"] = Field(
+        "nn", description="nn: nearest source tokens, Eq. 5; flow: optical flow"
+    )
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> EditConfig:
+        if (self.H is None) != (self.W is None) or (self.H or 0) % 8 or (self.W or 0) % 8:
+            raise ValueError(f"H: {self.H}, W: {self.W}; expected both or neither, multiples of 8")
+        if self.propagation == "released" and self.blend != "sigmoid":
+            raise ValueError("blend: linear goes with propagation: paper; released has its own")
+        if self.n_inversion_steps % self.n_timesteps:
+            raise ValueError(
+                f"n_timesteps: {self.n_timesteps} does not divide n_inversion_steps: "
+                f"{self.n_inversion_steps}; the timesteps of the one must be among the other's"
+            )
+        return self
+
+
+Config = TypeVar("Config", bound=EditConfig)
+
+
+def read_config(
+    cls: type[Config], argv: Sequence[str] | None, default: str, about: str
+) -> tuple[Config, bool]:
+    """Reads a run script's command line and its YAML config.
+
+    Args:
+        cls: the script's configuration.
+        argv: the command line without the program's name; None for sys.argv's.
+        default: the config file used where none is named, in the repository's root.
+        about: the script's one-line description.
+
+    Returns:
+        the configuration, and whether to replace a finished result (--overwrite).
+
+    Raises:
+        UserError: if the command line, the file or one of its values is wrong.
+    """
+    parser = ArgumentParser(description=about)
+    add = parser.add_argument
+    add(
+        "--config",
+        "--config_path",
+        default=ROOT / default,
+        help=f"YAML file (default: {default})",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key of the file; any number of times",
+    )
+    add("--device", help="auto, cpu, cuda or cuda:N; the same as --set device=...")
+    for flag in ("allow_pickle", "verify"):
+        text = cls.model_fields[flag].description
+        add(f"--{flag}", action="store_true", help=f"{text}; the same as --set {flag}=true")
+    add("--overwrite", action="store_true", help="replace a finished result")
+    args = parser.parse_args(argv)
+    overrides = args.set + ([f"device={args.device}"] if args.device else [])
+    overrides += [f"{flag}=true" for flag in ("allow_pickle", "verify") if getattr(args, flag)]
+    return load_config(cls, args.config, overrides), args.overwrite
