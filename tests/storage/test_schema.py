@@ -103,6 +103,8 @@ def test_overrides_win_and_only_the_first_equals_sign_splits(tmp_path):
         ({"guidance_scale": 10**400}, "guidance_scale: expected a number, got 1000"),
         ({"fixed": 1}, "fixed: expected true or false, got 1"),
         ({"fixed": "yes"}, "fixed: expected true or false, got 'yes'"),
+        ({"blend": 2.1}, "blend: expected text, got 2.1; quote it: blend: '2.1'"),
+        ({"blend": ["a"]}, "blend: expected one of sigmoid, linear; got ['a']"),
         ({"blend": "cubic"}, "blend: expected one of sigmoid, linear; got 'cubic'"),
         ({"fps": 0}, "fps: expected more than 0, got 0"),
         ({"fps": "fast"}, "fps: expected a number or null, got 'fast'"),

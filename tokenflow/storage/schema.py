@@ -242,8 +242,11 @@ def _fault_text(cls: type[Model], fault: ErrorDetails, where: str, command_line:
     got = "nothing" if value is None else shown(value)
     if command_line:
         return f"{got}, expected {text}"
-    quoted = _quote_hint(value, where) if fault["type"] == "string_type" else ""
-    return f"expected {text}{';' if choices_of(annotation) else ','} got {got}{quoted}"
+    is_choice = fault["type"] == "literal_error"
+    quoted = _quote_hint(value, where) if is_choice or fault["type"] == "string_type" else ""
+    if is_choice and quoted:  # sd_version: 2.1
+        return f"expected text, got {got}{quoted}"
+    return f"expected {text}{';' if is_choice else ','} got {got}{quoted}"
 
 
 def _declared(annotation: Any, loc: Sequence[str | int]) -> tuple[Any, FieldInfo | None]:
@@ -322,7 +325,7 @@ def _help(field: FieldInfo) -> str:
 
 def _quote_hint(value: Any, where: str) -> str:
     """Says how to write a number, date or yes/no as text; nothing for lists and mappings."""
-    if value is None or isinstance(value, (list, dict)):
+    if value is None or isinstance(value, (str, list, dict)):
         return ""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return f"; quote it: {where.rpartition(' ')[2]}: '{value if is_number else '...'}'"
