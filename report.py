@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from tokenflow.cache.source_cache import SourceCache, read_manifest
 from tokenflow.editing.results import RESULT_FILES, Result, find_results, read_result
+from tokenflow.evaluation.score_table import COLUMNS, Row, read_rows
 from tokenflow.storage.video import READING, read_clip, save_video
 from tokenflow.storage.work_dir import replacing_folder
 from util import (
     ArgumentParser,
-    MissingFileError,
     UserError,
     check_writable,
     command_line,
@@ -50,35 +50,6 @@ LINKED = (*RESULT_FILES, "side_by_side.mp4", "frames")
 POSTER_SIDE = 640
 NEAR = 3  # a link may climb so many folders from the report; farther files are only named
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the table; its values are divided by `scale` and shown with `digits`."""
-
-    key: str
-    label: str
-    unit: str
-    digits: int
-    better: str  # "low", "high", or "" where neither is
-    scale: float = 1.0
-
-
-METRICS = (
-    Metric("warp_error", "Warp error", "x1e-3", 2, "low"),
-    Metric("clip_score", "CLIP score", "", 3, "high"),
-    Metric("clip_frame", "CLIP frames", "", 3, "high"),
-    Metric("clip_directional", "CLIP direction", "", 3, "high"),
-    Metric("psnr", "PSNR", "dB", 2, ""),
-    Metric("ssim", "SSIM", "", 3, ""),
-    Metric("psnr_background", "PSNR background", "dB", 2, "high"),
-    Metric("ssim_background", "SSIM background", "", 3, "high"),
-    Metric("psnr_object", "PSNR object", "dB", 2, ""),
-    Metric("ssim_object", "SSIM object", "", 3, ""),
-    Metric("dino_distance", "DINO distance", "", 4, "low"),
-    Metric("seconds_per_frame", "Time", "s/frame", 2, "low"),
-    Metric("inversion_seconds_per_frame", "Inversion", "s/frame", 2, "low"),
-    Metric("peak_memory_bytes", "Memory", "GB", 1, "low", 1e9),
-)
 
 # Where things lie: no setting that a result depends on.
 PLACES = ("data_path", "latents_path", "output_path")
@@ -119,51 +90,24 @@ def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
     return results, len(unfinished) + len(finished) - len(results)
 
 
-def read_rows(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def rows_by_folder(paths: Sequence[Path]) -> dict[str, Row]:
     """Read what evaluate.py measured.
 
     Args:
-        paths: JSON files, each a list of rows. A row belongs to the result of its `folder`, which
-            is taken from the current folder or, if it is not there, from the file's own. Of
-            several rows of a result the last counts, as a whole: rows may differ in protocol.
+        paths: files that evaluate.py --json wrote. A row's `folder` is taken from the current
+            folder or, if it is not there, from the file's own. Of several rows of a result the
+            last counts, as a whole: rows may differ in protocol.
 
     Returns:
         rows by the real path of their folder; rows of other programs' videos have none and are
         left out.
-
-    Raises:
-        MissingFileError: there is no such file.
-        UserError: it does not hold such a list; names the row.
     """
-    rows: dict[str, dict[str, Any]] = {}
+    rows = {}
     for path in paths:
-        for index, row in enumerate(_read_list(path)):
-            where = f"--metrics: {path}: row {index}"
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected an object, got {reprlib.repr(row)}")
-            folder = row.get("folder")
-            if folder is not None and not isinstance(folder, str):
-                raise UserError(f"{where}: folder: expected text or null, got {folder!r}")
-            for metric in METRICS:
-                value = row.get(metric.key)
-                if value is not None and type(value) not in (int, float):
-                    shown = reprlib.repr(value)
-                    raise UserError(f"{where}: {metric.key}: expected a number or null, {shown}")
-            if folder and "\0" not in folder:
-                place = Path(folder) if os.path.exists(folder) else path.parent / folder
+        for row in read_rows(path):
+            if row.folder:
+                place = Path(row.folder) if os.path.exists(row.folder) else path.parent / row.folder
                 rows[os.path.realpath(place)] = row
-    return rows
-
-
-def _read_list(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise MissingFileError(f"--metrics: {path}: no such file")
-    try:
-        rows = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--metrics: {path}: not valid JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"--metrics: {path}: expected a list of rows, as evaluate.py --json writes")
     return rows
 
 
@@ -302,14 +246,12 @@ def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
 # ---------------------------------------------------------------- the page
 
 
-def write_report(
-    groups: Sequence[Group], rows: Mapping[str, Mapping[str, Any]], out: Path, title: str
-) -> None:
+def write_report(groups: Sequence[Group], rows: Mapping[str, Row], out: Path, title: str) -> None:
     """Write the report's folder, which appears whole or not at all; an older one is replaced.
 
     Args:
         groups: of `group_results`.
-        rows: of `read_rows`.
+        rows: of `rows_by_folder`.
         out: the folder, absolute.
         title: the page's.
     """
@@ -322,7 +264,7 @@ def write_report(
 
 
 def page_data(
-    clips: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]], title: str
+    clips: Sequence[Mapping[str, Any]], rows: Mapping[str, Row], title: str
 ) -> dict[str, Any]:
     """All that the page shows, as plain JSON values."""
     edits = [edit for clip in clips for edit in clip["edits"]]
@@ -331,16 +273,18 @@ def page_data(
     return {
         "title": title,
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "metrics": [asdict(metric) for metric in METRICS if metric.key in measured],
+        "metrics": [
+            {**asdict(column), "key": key, "label": column.label[0].upper() + column.label[1:]}
+            for key, column in COLUMNS.items()
+            if key in measured
+        ],
         "protocol": protocols[0] if protocols else [],
         "protocols_differ": any(protocol != protocols[0] for protocol in protocols),
         "clips": list(clips),
     }
 
 
-def clip_data(
-    group: Group, rows: Mapping[str, Mapping[str, Any]], media: Media, out: Path
-) -> dict[str, Any]:
+def clip_data(group: Group, rows: Mapping[str, Row], media: Media, out: Path) -> dict[str, Any]:
     """What the page shows of a clip; its videos are taken in on the way."""
     name, results = group.name, group.results
     source, notes = source_frames(group), []
@@ -388,26 +332,24 @@ def _reconstruction_facts(cache: SourceCache) -> list[tuple[str, str]]:
 
 def edit_data(
     result: Result,
-    row: Mapping[str, Any] | None,
+    row: Row | None,
     differing: Sequence[str],
     media: Media,
     out: Path,
 ) -> dict[str, Any]:
     """What the page shows of a result; its video is taken in on the way."""
-    row = row or {}
-    label = row.get("method") or result.method
     settings = [(plain(key), plain(value)) for key, value in result.config.items()]
     name = f"{result.folder.parent.name}-{result.prompt or ''}"
     video = media.add(result.folder / "edited.mp4", name)
     return {
-        "label": plain(label),
+        "label": row.method if row else result.method,
         "video": asdict(video),
         "prompt": result.prompt or "",
         "differing": [(key, value) for key, value in settings if key in differing],
         "metrics": metrics_of(result, row),
         "settings": settings,
         "run": flat(result.run),
-        "protocol": flat(row.get("protocol") or {}),
+        "protocol": flat(row.protocol if row else {}),
         "path": str(result.folder),
         "files": [
             {"name": name, "href": relative_link(result.folder / name, out)}
@@ -425,18 +367,15 @@ def add_hints(edits: Sequence[dict[str, Any]]) -> None:
         edit["hint"] = ", ".join(f"{key} {value}" for key, value in edit["settings"] if key in keys)
 
 
-def metrics_of(result: Result, row: Mapping[str, Any]) -> dict[str, float]:
-    """A result's figures by key: of its row, its cost else of run.yaml; only those there are."""
-    known: dict[str, Any] = {
+def metrics_of(result: Result, row: Row | None) -> dict[str, float]:
+    """A result's measures by key: its row's, else what run.yaml says of its cost."""
+    known = {
         "peak_memory_bytes": result.run.get("peak_memory_bytes"),
         "seconds_per_frame": result.seconds_per_frame,
     }
-    known |= {key: value for key, value in row.items() if value is not None}
-    return {m.key: known[m.key] for m in METRICS if _is_number(known.get(m.key))}
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # NaN is not
+    if row is not None:
+        known |= row.model_dump(include=set(COLUMNS), exclude_none=True)
+    return {key: known[key] for key in COLUMNS if known.get(key) is not None}
 
 
 def plain(value: Any) -> str:
@@ -542,7 +481,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script."""
     setup_logging()
     args = parse_args(argv)
-    rows = read_rows(args.metrics)
+    rows = rows_by_folder(args.metrics)
     results, unfinished = readable_results(args.results)
     if unfinished:
         log.warning("left out %d unfinished or unreadable results", unfinished)

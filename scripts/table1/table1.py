@@ -10,7 +10,6 @@ Rows that are missing at the end are named in an error, and the exit status is n
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import subprocess
@@ -18,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +41,12 @@ from tokenflow.editing.config import EditConfig
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.motion import truth_file, truth_shape
 from tokenflow.evaluation.score_table import (
+    COLUMNS,
     Row,
     Summary,
     aligned,
     protocols,
+    read_rows,
     rows_as_json,
     summarize,
 )
@@ -53,7 +54,6 @@ from tokenflow.storage.schema import parse
 from tokenflow.storage.video import clip_name, resolve_clip
 from util import (
     ArgumentParser,
-    MissingFileError,
     UserError,
     atomic_file,
     check_report_path,
@@ -259,7 +259,7 @@ def make_rows(plan: ClipList, clip: str, methods: Sequence[Method]) -> list[Row]
     for method in methods:
         try:
             folder = method.made_by.make(plan.config(clip, method))
-            rows.append(replace(evaluator.score_result(folder), method=method.name))
+            rows.append(evaluator.score_result(folder).model_copy(update={"method": method.name}))
         except (UserError, MemoryError, torch.OutOfMemoryError) as error:
             log.error("%s: %s: %s", clip, method.name, error or "out of memory")
             continue
@@ -271,20 +271,6 @@ def make_rows(plan: ClipList, clip: str, methods: Sequence[Method]) -> list[Row]
 def rows_file(plan: ClipList, clip: str) -> Path:
     """Where the rows of a clip are kept; its messages are in a .log beside it."""
     return Path(plan.output_path) / "rows" / f"{clip}.json"
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read rows that `rows_as_json` wrote.
-
-    Raises:
-        UserError: there is no such file, or it holds something else.
-    """
-    try:
-        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except OSError as error:
-        raise MissingFileError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not rows as evaluate.py --json writes them ({error})") from error
 
 
 # ------------------------------------------------------------------------------------ all clips
@@ -337,13 +323,7 @@ def make_clips(plan: ClipList, words: Sequence[str], jobs: int) -> None:
 
 # ---------------------------------------------------------------------------------------- table
 
-COLUMNS = {  # of a method's means: heading and decimals
-    "warp_error": ("warp error x1e-3", 2),
-    "clip_score": ("CLIP score", 3),
-    "clip_frame": ("CLIP frame", 3),
-    "psnr_background": ("PSNR background", 1),
-    "seconds_per_frame": ("s/frame", 2),
-}
+SHOWN = ("warp_error", "clip_score", "clip_frame", "psnr_background", "seconds_per_frame")
 PAPER_NOTE = (
     "The paper's figures are of other data: its own DAVIS and web clips, Stable Diffusion 2.1 (but "
     "for the baselines' own models), RAFT, 512x512."
@@ -356,8 +336,14 @@ def table(summaries: Sequence[Summary]) -> list[list[str]]:
     Measures that no method has are left out.
     """
     means = {summary.method: summary for summary in summaries}
-    shown = [c for c in COLUMNS if any(s.means[c] is not None for s in summaries)]
-    head = ["method", "clips", *(COLUMNS[c][0] for c in shown), "paper: warp error", "paper: CLIP"]
+    shown = [c for c in SHOWN if any(s.means[c] is not None for s in summaries)]
+    head = [
+        "method",
+        "clips",
+        *(COLUMNS[c].heading for c in shown),
+        "paper: warp error",
+        "paper: CLIP",
+    ]
     lines = [head]
     papers = {method.name: method.paper for method in METHODS} | dict(ELSEWHERE)
     others = [name for name in means if name not in papers]
@@ -366,20 +352,11 @@ def table(summaries: Sequence[Summary]) -> list[list[str]]:
         if name in means:
             own = means[name]
             cells[1] = str(own.clips)
-            cells[2:] = [
-                "-" if own.means[c] is None else f"{own.means[c]:.{COLUMNS[c][1]}f}" for c in shown
-            ]
+            cells[2:] = [COLUMNS[c].shown(own.means[c]) for c in shown]
         elif paper is None:
             continue
         lines.append([*cells, *(("-", "-") if paper is None else map("{:g}".format, paper))])
     return lines
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as a Markdown table."""
-    head, *body = lines
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 
 
 def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:
@@ -481,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         lines = table(summaries)
         notes = [verdict(rows)[1], PAPER_NOTE, settings_line(plan), *protocols(rows)]
         if args.markdown:
-            reports.append((args.markdown, "\n\n".join([markdown(lines), *notes]) + "\n"))
+            reports.append((args.markdown, "\n\n".join([aligned(lines, "pipe"), *notes]) + "\n"))
         text = "\n".join([aligned(lines), "", *notes])
     write_reports(text, reports)
     if missing:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ import torch
 from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from scripts.table1 import table1
-from tokenflow.evaluation.score_table import COLUMNS as MEASURES
 from tokenflow.evaluation.score_table import Row, summarize
 from util import UserError, load_yaml, save_yaml
 
@@ -85,8 +84,9 @@ def test_the_davis_list_is_right():
 
 
 def row(method, clip, **measures):
-    needed = {field.name: None for field in fields(Row) if field.name not in MEASURES}
-    return Row(**needed | {"method": method, "clip": clip} | measures)
+    needed = {"prompt": None, "source_prompt": None, "folder": None, "video": "v", "n_frames": 1}
+    needed |= {"height": 8, "width": 8, "fps": 1.0, "protocol": {}}
+    return Row(method=method, clip=clip, **needed | measures)
 
 
 def test_the_table_has_means_beside_the_paper_s_figures():
@@ -101,8 +101,6 @@ def test_the_table_has_means_beside_the_paper_s_figures():
     lines = table1.table(summarize(rows))
     assert lines[-1] == ["Gen-1", "1", "8.00", "-", "-"]
     assert ["Tune-A-Video", "1", "9.00", "30", "0.31"] in lines
-    assert "| RGB propagation | 1 | 0.50 | - | - |" in table1.markdown([head, *lines])
-    assert len({len(line) for line in table1.aligned([head, *lines]).splitlines()}) == 1
 
 
 def rows_of(clip, errors):
@@ -157,7 +155,7 @@ def test_one_clip_s_failure_does_not_lose_the_other(done):
     assert all(r["warp_error"] > 0 and -1 < r["clip_score"] < 1 for r in rows)
     assert "data/none.mp4" in (done / "results/rows/none.log").read_text()
     markdown = (done / "table.md").read_text()
-    assert "| VAE reconstruction | 1 |" in markdown
+    assert re.search(r"^\| VAE reconstruction +\| +1 \|", markdown, re.MULTILINE)
     assert "Protocol: flow dis" in markdown
 
 
@@ -170,7 +168,7 @@ def test_other_programs_rows_join_the_table(done, monkeypatch, capsys):
     assert [r.method for r in rows] == [FEW[0], "Gen-1"]
     assert re.search(r"^Gen-1 +1 ", capsys.readouterr().out, re.MULTILINE)
     (done / "theirs.json").write_text('[{"method": 3}]')
-    with pytest.raises(UserError, match=r"theirs.json: not rows as evaluate.py --json writes"):
+    with pytest.raises(UserError, match=r"theirs.json: row 1: "):
         table1.main([str(clips), "--also", "theirs.json"])
 
 

@@ -6,34 +6,63 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from tabulate import tabulate
 
-# A row's measures: its column's heading, decimals, factor to the unit of the heading.
-COLUMNS = {
-    "warp_error": ("warp error x1e-3", 2, 1),
-    "clip_score": ("CLIP score", 3, 1),
-    "clip_frame": ("CLIP frame", 3, 1),
-    "clip_directional": ("CLIP direction", 3, 1),
-    "psnr": ("PSNR dB", 2, 1),
-    "ssim": ("SSIM", 3, 1),
-    "psnr_background": ("PSNR backgr.", 2, 1),
-    "ssim_background": ("SSIM backgr.", 3, 1),
-    "psnr_object": ("PSNR object", 2, 1),
-    "ssim_object": ("SSIM object", 3, 1),
-    "dino_distance": ("DINO distance", 4, 1),
-    "seconds_per_frame": ("s/frame", 2, 1),
-    "inversion_seconds_per_frame": ("inversion s/frame", 2, 1),
-    "peak_memory_bytes": ("peak GiB", 2, 1 / 2**30),
-}
-TEXTS = ("method", "clip", "prompt")  # headings of columns that are no numbers
+from tokenflow.storage.schema import Model, parse
+from util import MissingFileError, UserError
 
 
 @dataclass(frozen=True)
-class Row:
+class Column:
+    """A measure in a table.
+
+    Attributes:
+        digits: decimals that are shown.
+        better: which values are better, "low" or "high"; "" where neither is.
+        scale: values are divided by it.
+    """
+
+    label: str
+    unit: str
+    digits: int
+    better: Literal["low", "high", ""]
+    scale: float = 1.0
+
+    @property
+    def heading(self) -> str:
+        return f"{self.label} {self.unit}".rstrip()
+
+    def shown(self, value: float | None) -> str:
+        """The value as text, "-" where there is none."""
+        return "-" if value is None else f"{value / self.scale:.{self.digits}f}"
+
+
+COLUMNS = {
+    "warp_error": Column("warp error", "x1e-3", 2, "low"),
+    "clip_score": Column("CLIP score", "", 3, "high"),
+    "clip_frame": Column("CLIP frame", "", 3, "high"),
+    "clip_directional": Column("CLIP direction", "", 3, "high"),
+    "psnr": Column("PSNR", "dB", 2, ""),
+    "ssim": Column("SSIM", "", 3, ""),
+    "psnr_background": Column("PSNR background", "dB", 2, "high"),
+    "ssim_background": Column("SSIM background", "", 3, "high"),
+    "psnr_object": Column("PSNR object", "dB", 2, ""),
+    "ssim_object": Column("SSIM object", "", 3, ""),
+    "dino_distance": Column("DINO distance", "", 4, "low"),
+    "seconds_per_frame": Column("edit", "s/frame", 2, "low"),
+    "inversion_seconds_per_frame": Column("inversion", "s/frame", 2, "low"),
+    "peak_memory_bytes": Column("peak memory", "GiB", 2, "low", 2**30),
+}
+TEXTS = ("method", "clip", "prompt")  # headings of columns that hold no numbers
+
+
+class Row(Model):
     """One edited video's scores, and the protocol by which they were measured; None: not measured.
 
     docs/evaluation.md explains every field.
@@ -61,14 +90,10 @@ class Row:
     psnr_object: float | None = None
     ssim_object: float | None = None
     dino_distance: float | None = None
-    seconds: dict[str, float] | None = None
+    seconds: dict[str, float | None] | None = None
     seconds_per_frame: float | None = None
     inversion_seconds_per_frame: float | None = None
     peak_memory_bytes: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row as JSON's plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -120,24 +145,20 @@ def text_table(rows: Sequence[Row]) -> str:
     return "\n".join([aligned(_cells(rows)), "", *protocols(rows)])
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, headings first, as text in columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    justify = [str.ljust if heading in TEXTS else str.rjust for heading in lines[0]]
-    return "\n".join(
-        "  ".join(
-            put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+def aligned(lines: Sequence[Sequence[str]], style: str = "plain") -> str:
+    """Lines of cells, headings first, as text in columns.
+
+    Args:
+        style: one of tabulate's: "plain", or "pipe" for Markdown.
+    """
+    align = ["left" if heading in TEXTS else "right" for heading in lines[0]]
+    return tabulate(lines[1:], lines[0], style, colalign=align, disable_numparse=True)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """`text_table` as a Markdown table with the protocol below it."""
-    head, *body = ([_escaped(cell) for cell in line] for line in _cells(rows))
-    rule = ["---" if heading in TEXTS else "---:" for heading in head]
-    lines = [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
-    return "\n".join([*lines, "", *(f"{_escaped(line)}\n" for line in protocols(rows))])
+    table = aligned([[_escaped(cell) for cell in line] for line in _cells(rows)], "pipe")
+    return "\n".join([table, "", *(f"{_escaped(line)}\n" for line in protocols(rows))])
 
 
 def _escaped(text: str) -> str:
@@ -150,23 +171,20 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
     names = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
     # Only prompts tell one method's edits of one clip apart.
     prompts = len({(row.method, row.clip) for row in rows}) < len(rows)
-    lines = [["method", "clip", *["prompt"] * prompts, *(COLUMNS[name][0] for name in names)]]
+    lines = [["method", "clip", *["prompt"] * prompts, *(COLUMNS[name].heading for name in names)]]
     for row in rows:
         prompt = [shorten(row.prompt or "-", 48, placeholder="...")] * prompts
-        lines.append([row.method, row.clip, *prompt, *(_shown(n, getattr(row, n)) for n in names)])
+        lines.append(
+            [row.method, row.clip, *prompt, *(COLUMNS[n].shown(getattr(row, n)) for n in names)]
+        )
     if len({row.clip for row in rows}) > 1:
         for summary in summarize(rows):
             line = [summary.method, f"mean of {summary.rows}", *[""] * prompts]
             for name in names:
-                count, shown = summary.counts[name], _shown(name, summary.means[name])
+                count, shown = summary.counts[name], COLUMNS[name].shown(summary.means[name])
                 line.append(f"{shown} (of {count})" if 0 < count < summary.rows else shown)
             lines.append(line)
     return lines
-
-
-def _shown(name: str, value: float | None) -> str:
-    _, decimals, factor = COLUMNS[name]
-    return "-" if value is None else f"{value * factor:.{decimals}f}"
 
 
 def protocols(rows: Sequence[Row]) -> list[str]:
@@ -199,7 +217,7 @@ def _protocol_line(row: Row) -> str:
         f"masks: {p['mask'] or 'none'}",
         f"CLIP {p['clip_model'] or 'none'}",
         f"DINO {p['dino_model'] or 'none'}",
-        ", ".join(f"{name} {version}" for name, version in p["versions"].items()),
+        _versions(row),
     ]
     return "; ".join(parts)
 
@@ -210,7 +228,7 @@ def _protocol_line(row: Row) -> str:
 
 def rows_as_json(rows: Sequence[Row]) -> str:
     """A list of the rows; null where not measured."""
-    return json.dumps([row.as_dict() for row in rows], indent=2, allow_nan=False) + "\n"
+    return json.dumps([row.model_dump() for row in rows], indent=2, allow_nan=False) + "\n"
 
 
 def rows_as_csv(rows: Sequence[Row]) -> str:
@@ -225,17 +243,31 @@ def rows_as_csv(rows: Sequence[Row]) -> str:
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for field in fields(row):
-        value = getattr(row, field.name)
-        if field.name == "protocol":
-            versions = "; ".join(f"{name} {v}" for name, v in value["versions"].items())
-            flat |= {f"protocol_{key}": v for key, v in {**value, "versions": versions}.items()}
-        elif field.name == "seconds":
-            flat |= {f"seconds_{stage}": s for stage, s in (value or {}).items()}
-        else:
-            flat[field.name] = value
-    return flat
+    protocol = {**row.protocol, "versions": _versions(row)}
+    values = row.model_dump(exclude={"protocol", "seconds"})
+    values |= {f"protocol_{key}": value for key, value in protocol.items()}
+    return values | {f"seconds_{stage}": s for stage, s in (row.seconds or {}).items()}
+
+
+def _versions(row: Row) -> str:
+    return ", ".join(f"{name} {version}" for name, version in row.protocol["versions"].items())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read rows as `rows_as_json` writes them.
+
+    Raises:
+        UserError: there is no such file, or it holds something else; names the row and the key.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file of rows")
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of rows, as evaluate.py --json writes it")
+    return [parse(Row, row, f"{path}: row {number}") for number, row in enumerate(rows, start=1)]
 
 
 FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {
