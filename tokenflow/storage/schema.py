@@ -153,7 +153,7 @@ def from_arguments(cls: type[M], args: argparse.Namespace) -> M:
     return _parse(cls, given, lambda key: f"--{key}" if key else "", command_line=True)
 
 
-def expected(field: FieldInfo | None, annotation: Any) -> str:
+def expected(annotation: Any) -> str:
     """What a value should be, in words: "a number or null", "one of nn, flow"."""
     choices = choices_of(annotation)
     kind = plain_type(annotation)
@@ -230,7 +230,7 @@ def _fault_text(cls: type[Model], fault: ErrorDetails, where: str, command_line:
         known = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
         return f"unknown key; {known}"
     annotation, field = _declared(cls, fault["loc"])
-    text = expected(field, annotation)
+    text = expected(annotation)
     if fault["type"] == "missing":
         return f"is missing; expected {text}" if text else "is missing"
     if fault["type"] in _RANGES and limits(field):

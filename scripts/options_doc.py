@@ -1,0 +1,106 @@
+"""Writes docs/options.md: every option of preprocess.py and every key of the edits' YAML files.
+
+python -m scripts.options_doc
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic.fields import FieldInfo
+
+from run_tokenflow_controlnet import ControlNetConfig
+from run_tokenflow_pnp import PnPConfig
+from run_tokenflow_sdedit import SDEditConfig
+from tokenflow.cache.options import PreprocessOptions
+from tokenflow.editing.config import EditConfig
+from tokenflow.storage.schema import (
+    MAX_COUNT,
+    MAX_SEED,
+    Model,
+    choices_of,
+    expected,
+    limits,
+    plain_type,
+)
+from util import ArgumentParser, atomic_file, command_line
+
+PATH = Path(__file__).parents[1] / "docs" / "options.md"
+TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
+HEAD = """# Options
+
+This page is written by `python -m scripts.options_doc` from the models that check the options; edit
+`tokenflow/cache/options.py`, `tokenflow/editing/config.py` or a run script, and run it again.
+"""
+PREPROCESS = """
+## preprocess.py
+
+Write an option as `--name value`; one whose value is "flag" has no value.
+"""
+CONFIG = """
+## Keys of the run scripts' YAML files
+
+`configs/config_<technique>.yaml` has them all. `--set key=value` overrides one on the command line.
+These keys are the same for all techniques:
+"""
+
+
+def render() -> str:
+    """The page."""
+    parts = [HEAD, PREPROCESS, _table(PreprocessOptions, PreprocessOptions.model_fields, "--")]
+    parts += [CONFIG, _table(EditConfig, EditConfig.model_fields)]
+    for technique, cls in TECHNIQUES.items():
+        own = [name for name in cls.model_fields if name not in EditConfig.model_fields]
+        parts += [f"\n### run_tokenflow_{technique}.py\n", _table(cls, own)]
+    return "\n".join(parts) + "\n"
+
+
+def _table(cls: type[Model], names: Iterable[str], dashes: str = "") -> str:
+    lines = ["| name | value | default | meaning |", "|---|---|---|---|"]
+    for name in names:
+        field = cls.model_fields[name]
+        aliases = [alias for alias, of in cls.ALIASES.items() if of == name]
+        if dashes and field.default is True:
+            aliases.append(f"no_{name}")
+        shown = ", ".join(f"`{dashes}{each}`" for each in (name, *aliases))
+        cells = shown, _value(field, bool(dashes)), _default(field, bool(dashes)), field.description
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _value(field: FieldInfo, command_line: bool) -> str:
+    if command_line and plain_type(field.annotation) is bool:
+        return "flag"
+    choices = choices_of(field.annotation)
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    kind = expected(field.annotation).removeprefix("a ") or "number or fraction"
+    if command_line:
+        kind = kind.removesuffix(" or null")
+    bounds = limits(field)
+    for no_bound in (MAX_COUNT, MAX_SEED):
+        bounds = bounds.removesuffix(f" and at most {no_bound}")
+    return f"{kind}, {bounds}" if bounds else kind
+
+
+def _default(field: FieldInfo, command_line: bool) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is None or isinstance(field.default, bool):
+        return (
+            {None: "null", True: "true", False: "false"}[field.default] if not command_line else ""
+        )
+    return f"`{field.default}`" if field.default != "" else "empty"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the page."""
+    ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
+    with atomic_file(PATH) as temporary:
+        temporary.write_text(render(), encoding="utf-8")
+    print(PATH)
+
+
+if __name__ == "__main__":
+    command_line(main)
