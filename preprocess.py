@@ -31,7 +31,8 @@ from tokenflow.cache.source_features import (
 )
 from tokenflow.diffusion.batch_size import unet_batch_size
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
-from tokenflow.diffusion.models import Loader, StableDiffusion, load_stable_diffusion, make_denoiser
+from tokenflow.diffusion.denoiser import make_denoiser
+from tokenflow.diffusion.models import Loader, StableDiffusion, load_stable_diffusion
 from tokenflow.ops.distributed import ALONE, Team, start_team
 from tokenflow.ops.profiling import Stopwatch
 from tokenflow.storage.work_dir import locked, recover, resumable_folder, unfinished_bytes

@@ -20,7 +20,7 @@ from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig, steps_from
 from tokenflow.cache.source_cache import SourceCache, open_cache
 from tokenflow.diffusion.inversion import reconstruct
-from tokenflow.diffusion.models import decode_latents, psnr
+from tokenflow.diffusion.vae import decode_latents, psnr
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.loop import keyframes_of_steps
 from tokenflow.editing.results import TECHNIQUES, Result, read_result

@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import preprocess
@@ -14,6 +15,11 @@ from tokenflow.cache.options import arguments
 from tokenflow.storage.video import save_video
 
 HEIGHT, WIDTH = 48, 80  # latents of 6x10: no square, and odd sizes deeper in the UNet
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Seeded normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def shapes_frames(n_frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:

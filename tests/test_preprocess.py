@@ -30,15 +30,10 @@ from tokenflow.cache import build as cache_maker
 from tokenflow.cache import options as preprocess_options
 from tokenflow.cache.source_cache import CLEAN_LATENTS, find_cache, open_cache, read_manifest
 from tokenflow.cache.source_features import find_features
+from tokenflow.diffusion.denoiser import Denoiser, encode_prompts
 from tokenflow.diffusion.inversion import reconstruct
-from tokenflow.diffusion.models import (
-    Denoiser,
-    decode_latents,
-    encode_frames,
-    encode_prompts,
-    load_stable_diffusion,
-    psnr,
-)
+from tokenflow.diffusion.models import load_stable_diffusion
+from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.storage.video import load_frames, read_clip
 from util import MissingFileError, UserError, load_tensors, load_yaml, save_tensors, sha256_file
 

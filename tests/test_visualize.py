@@ -27,7 +27,8 @@ from tests.helpers import (
     video_facts,
 )
 from tokenflow.cache.source_cache import open_cache
-from tokenflow.diffusion import models as diffusion
+from tokenflow.diffusion import vae
+from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.diffusion.inversion import reconstruct
 from tokenflow.editing import loop as editing
 from tokenflow.editing.results import read_result
@@ -561,8 +562,8 @@ def test_the_unet_is_unpatched_after_an_error(results, tmp_path, seen, monkeypat
 
     common = ["--result", str(results["tokenflow"]), "--out", str(tmp_path), "--device", "cpu"]
     for command, target, name in (
-        (["features"], diffusion.Denoiser, "__call__"),
-        (["features", "--what", "output"], diffusion.Denoiser, "__call__"),
+        (["features"], Denoiser, "__call__"),
+        (["features", "--what", "output"], Denoiser, "__call__"),
         (["correspondence", "--frame", "0", "--keyframe", "1"], features, "ddim_step"),
     ):
         seen.clear()
@@ -660,7 +661,7 @@ def test_figure_3(results, cache, place, tmp_path, seen, capsys, by):
     picture = np.asarray(Image.open(path))
     for panel in (frames[4], frames[1], warp_by_cells(frames[1], field)):
         assert found(picture, panel) is not None
-    warped = diffusion.psnr(warp_by_cells(frames[1], field), frames[4])
+    warped = vae.psnr(warp_by_cells(frames[1], field), frames[4])
     (line,) = (line for line in shown if "(a)" in line)
     assert line.endswith(f" {warped:.2f} dB")
     assert found(picture, text_image(f"(a) keyframe's pixels\nPSNR: {warped:.2f} dB")) is not None

@@ -21,7 +21,7 @@ from scripts.shapes.world import (
     ShapesClip,
     caption_of,
 )
-from tokenflow.diffusion.models import psnr
+from tokenflow.diffusion.vae import psnr
 from tokenflow.evaluation import metrics
 from tokenflow.evaluation.motion import Motion
 from util import MissingFileError

@@ -27,17 +27,15 @@ from PIL import Image, ImageDraw, ImageFont
 from scripts.shapes.world import SAMPLES, random_scene
 from tokenflow.cache.options import FAST
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision, model_key_for
+from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.inversion import inversion_timesteps, invert, reconstruct
 from tokenflow.diffusion.models import (
     StableDiffusion,
-    decode_latents,
-    encode_frames,
     load_stable_diffusion,
-    make_denoiser,
-    psnr,
     resolve_device,
     resolve_dtype,
 )
+from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.figures.drawing import png
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip
 from util import (

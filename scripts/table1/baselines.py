@@ -21,7 +21,7 @@ import torch
 import run_tokenflow_pnp as pnp
 from tokenflow.cache.source_cache import CLEAN_LATENTS
 from tokenflow.diffusion.conditions import optical_flow
-from tokenflow.diffusion.models import decode_latents, encode_frames
+from tokenflow.diffusion.vae import decode_latents, encode_frames
 from tokenflow.editing.config import read_config
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import Edited, EditSession, make_result

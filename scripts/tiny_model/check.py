@@ -52,13 +52,11 @@ from tokenflow.cache.source_cache import Manifest, open_cache
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
 from tokenflow.diffusion.models import (
     StableDiffusion,
-    decode_latents,
-    encode_frames,
     load_stable_diffusion,
-    psnr,
     resolve_device,
     resolve_dtype,
 )
+from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.storage.schema import parse
 from tokenflow.storage.video import load_frames, save_frames
 from util import (

@@ -30,7 +30,7 @@ from tokenflow.cache.source_features import (
     size_text,
     write_features,
 )
-from tokenflow.diffusion.models import make_denoiser
+from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.figures import features

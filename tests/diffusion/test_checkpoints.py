@@ -20,6 +20,7 @@ from tokenflow.diffusion.checkpoints import (
     CONTROLNETS,
     checkpoint_folder,
     checkpoint_revision,
+    controlnet_key_for,
     load_model,
     single_model_folder,
     uses_safetensors,
@@ -423,3 +424,32 @@ def test_the_table_s_local_models_pass():
     if (root / "tiny").is_dir():
         checkpoint_folder(str(root / "tiny"))
         single_model_folder(CONTROLNETS["tiny", "canny"], "controlnet_key")
+
+
+# ---------------------------------------------------------------- lookup and fingerprint
+
+
+def test_revision_is_of_the_content_not_of_the_path(tiny_model, tiny_v_model, tmp_path):
+    link = tmp_path / "elsewhere"
+    link.symlink_to(tiny_model)
+    assert checkpoint_revision(link) == checkpoint_revision(checkpoint_folder(str(tiny_model)))
+    assert checkpoint_revision(tiny_v_model) != checkpoint_revision(link)
+
+
+def test_a_checkpoint_without_a_part_is_named(tiny_model, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for part in ("unet", "text_encoder", "tokenizer", "scheduler", "model_index.json"):
+        (folder / part).symlink_to(tiny_model / part)
+    with pytest.raises(MissingFileError, match=r"broken: .*vae/config\.json is missing"):
+        checkpoint_folder(str(folder))
+
+
+def test_a_checkpoint_that_is_nowhere_is_named(tmp_path):
+    with pytest.raises(MissingFileError, match="nowhere: no such folder, and not a hub id"):
+        checkpoint_folder(str(tmp_path / "nowhere"))
+
+
+def test_an_unknown_controlnet_is_said():
+    with pytest.raises(UserError, match="no depth ControlNet is known for sd_version tiny"):
+        controlnet_key_for("tiny", "depth")

@@ -3,13 +3,9 @@
 import pytest
 import torch
 
+from tokenflow.diffusion.ddim import CLEAN
+from tokenflow.diffusion.denoiser import Denoiser, encode_prompts
 from tokenflow.diffusion.inversion import expected_noise, invert, reconstruct
-from tokenflow.diffusion.models import CLEAN, Denoiser, encode_prompts, load_stable_diffusion
-
-
-@pytest.fixture(scope="module")
-def models(tiny_model):
-    return load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig, steps_from
 from tests import reference
 from tests.helpers import HEIGHT, WIDTH, invert, make_clip
-from tokenflow.diffusion.models import encode_prompts
+from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from util import UserError

@@ -21,7 +21,7 @@ from scripts.shapes.metrics import true_motion
 from scripts.shapes.metrics import warp_error as shapes_warp_error
 from scripts.shapes.world import random_scene, render_clip
 from tests.evaluation.test_motion import panned, texture, uniform
-from tokenflow.diffusion import models as diffusion
+from tokenflow.diffusion import vae
 from tokenflow.evaluation.metrics import (
     ClipEmbedder,
     DinoKeys,
@@ -166,10 +166,10 @@ def pair():
 
 def test_psnr_is_that_of_the_reconstruction(pair) -> None:
     frames, source, mask = pair
-    assert psnr(frames, source) == pytest.approx(diffusion.psnr(frames, source), rel=1e-6)
+    assert psnr(frames, source) == pytest.approx(vae.psnr(frames, source), rel=1e-6)
     inside = psnr(frames, source, mask)
-    assert inside == pytest.approx(diffusion.psnr(frames[mask], source[mask]), rel=1e-6)
-    assert psnr(source, source) == pytest.approx(diffusion.psnr(source, source))
+    assert inside == pytest.approx(vae.psnr(frames[mask], source[mask]), rel=1e-6)
+    assert psnr(source, source) == pytest.approx(vae.psnr(source, source))
 
 
 def test_psnr_of_a_known_error_inside_and_outside_a_mask(pair) -> None:

@@ -10,14 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers import randn
 from tokenflow.ops import nearest
 from tokenflow.ops.nearest import nearest_tokens, nearest_tokens_pytorch
 
 ROOT = Path(__file__).parents[2]
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def clip(m, length, k, keys, channels, seed=0):

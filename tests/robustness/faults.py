@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow.cache.source_cache import MANIFEST
-from tokenflow.diffusion.models import Denoiser
+from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.storage import work_dir as folders
 from util import load_sealed_yaml
 

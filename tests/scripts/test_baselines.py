@@ -7,7 +7,7 @@ import pytest
 from run_tokenflow_pnp import PnPConfig
 from scripts.table1 import baselines
 from tests.helpers import invert, make_clip
-from tokenflow.diffusion.models import decode_latents
+from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.storage.video import load_frames

@@ -14,17 +14,10 @@ from transformers import CLIPTokenizer, DPTForDepthEstimation, DPTImageProcessor
 from scripts.tiny_model import make_random as make_tiny_model
 from scripts.tiny_model.make_random import SD21, make_depth_model, make_model
 from tests.helpers import shapes_frames
-from tokenflow.diffusion.models import (
-    CLEAN,
-    NoiseSchedule,
-    ddim_inversion_step,
-    ddim_step,
-    decode_latents,
-    encode_frames,
-    encode_prompts,
-    load_stable_diffusion,
-    psnr,
-)
+from tokenflow.diffusion.ddim import CLEAN, NoiseSchedule, ddim_inversion_step, ddim_step
+from tokenflow.diffusion.denoiser import encode_prompts
+from tokenflow.diffusion.models import load_stable_diffusion
+from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from util import UserError
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from scripts.shapes.world import random_scene
 from scripts.tiny_model import train as train_tiny
 from scripts.tiny_model import trainer as training
 from tokenflow.diffusion.checkpoints import check_controlnet_fits
-from tokenflow.diffusion.models import encode_prompts, load_stable_diffusion
+from tokenflow.diffusion.denoiser import encode_prompts
+from tokenflow.diffusion.models import load_stable_diffusion
 from util import UserError, load_tensors, save_tensors
 
 

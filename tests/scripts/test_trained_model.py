@@ -12,7 +12,7 @@ from scripts.shapes.world import SAMPLE_FRAMES, SAMPLES, random_scene, render_cl
 from scripts.tiny_model import check as check_tiny
 from tokenflow.diffusion.checkpoints import check_controlnet_fits, model_key_for
 from tokenflow.diffusion.model_names import CONTROLNETS
-from tokenflow.diffusion.models import psnr
+from tokenflow.diffusion.vae import psnr
 from tokenflow.storage.video import read_clip
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tokenflow.diffusion.models import CLEAN, ddim_step, encode_prompts
+from tokenflow.diffusion.ddim import CLEAN, ddim_step
+from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.editing.loop import EditPlan, EditSession, plan_steps
 from tokenflow_utils import (
     ATTENTION_LAYERS,

@@ -22,15 +22,11 @@ from tokenflow.cache.source_cache import (
 )
 from tokenflow.diffusion.batch_size import unet_batch_size, vae_batch_size
 from tokenflow.diffusion.conditions import estimate_depth
+from tokenflow.diffusion.ddim import CLEAN
+from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.inversion import invert, sample
-from tokenflow.diffusion.models import (
-    CLEAN,
-    SquaredError,
-    StableDiffusion,
-    decode_latents,
-    encode_frames,
-    make_denoiser,
-)
+from tokenflow.diffusion.models import StableDiffusion
+from tokenflow.diffusion.vae import SquaredError, decode_latents, encode_frames
 from tokenflow.ops.profiling import Stopwatch, versions
 from tokenflow.storage.video import save_video
 from tokenflow.storage.work_dir import Workplace

@@ -20,8 +20,9 @@ from tokenflow.diffusion.checkpoints import (
     single_model_folder,
 )
 from tokenflow.diffusion.conditions import ControlSettings
+from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.diffusion.inversion import InversionTimesteps, inversion_timesteps
-from tokenflow.diffusion.models import NoiseSchedule, resolve_device, resolve_dtype
+from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.ops.distributed import ALONE, Team
 from tokenflow.ops.profiling import Stopwatch
 from tokenflow.storage.video import Clip, clip_name, read_clip, resolve_clip, source_sha256

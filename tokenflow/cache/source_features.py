@@ -45,7 +45,7 @@ from tokenflow.cache.source_cache import (
     check_file,
     refuse_foreign_files,
 )
-from tokenflow.diffusion.models import Denoiser
+from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.ops.distributed import ALONE, Team
 from tokenflow.ops.profiling import Stopwatch
 from tokenflow.storage.work_dir import resumable_folder

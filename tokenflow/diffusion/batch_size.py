@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tokenflow.diffusion.models import Denoiser, StableDiffusion, decode_latents
+from tokenflow.diffusion.denoiser import Denoiser
+from tokenflow.diffusion.models import StableDiffusion
+from tokenflow.diffusion.vae import decode_latents
 
 log = logging.getLogger("tokenflow")
 

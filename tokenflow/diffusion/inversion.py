@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenflow.diffusion.models import (
-    CLEAN,
-    Denoiser,
-    NoiseSchedule,
-    ddim_inversion_step,
-    ddim_step,
-)
+from tokenflow.diffusion.ddim import CLEAN, NoiseSchedule, ddim_inversion_step, ddim_step
+from tokenflow.diffusion.denoiser import Denoiser
 from util import UserError
 
 

@@ -19,7 +19,8 @@ from tokenflow.diffusion.checkpoints import (
     checkpoint_revision,
     model_key_for,
 )
-from tokenflow.diffusion.models import NoiseSchedule, resolve_device, resolve_dtype
+from tokenflow.diffusion.ddim import NoiseSchedule
+from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
 from tokenflow.ops.distributed import ALONE, Team
 from tokenflow.storage.video import clip_name, resolve_clip, source_sha256

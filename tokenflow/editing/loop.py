@@ -33,19 +33,10 @@ from tokenflow.cache.source_features import (
     find_features,
 )
 from tokenflow.diffusion.conditions import Control, optical_flow
-from tokenflow.diffusion.models import (
-    CLEAN,
-    Denoiser,
-    Loader,
-    StableDiffusion,
-    compile_unet,
-    ddim_step,
-    decode_latents,
-    depth_channel,
-    encode_prompts,
-    load_stable_diffusion,
-    make_denoiser,
-)
+from tokenflow.diffusion.ddim import CLEAN, ddim_step
+from tokenflow.diffusion.denoiser import Denoiser, depth_channel, encode_prompts, make_denoiser
+from tokenflow.diffusion.models import Loader, StableDiffusion, compile_unet, load_stable_diffusion
+from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.config import EditConfig, read_config
 from tokenflow.editing.inputs import EditInputs, features_remedy
 from tokenflow.ops.distributed import Team, start_team

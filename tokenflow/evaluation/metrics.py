@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from tokenflow.diffusion.checkpoints import frozen, load_model, single_model_folder
-from tokenflow.diffusion.models import SquaredError
+from tokenflow.diffusion.vae import SquaredError
 from tokenflow.evaluation.motion import Motion, warp
 from util import UserError
 

@@ -26,19 +26,16 @@ from tokenflow.diffusion.checkpoints import (
     checkpoint_revision,
     load_unet_skeleton,
 )
+from tokenflow.diffusion.ddim import CLEAN, NoiseSchedule, ddim_step
+from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.inversion import invert
 from tokenflow.diffusion.models import (
-    CLEAN,
-    Denoiser,
-    NoiseSchedule,
     StableDiffusion,
-    ddim_step,
-    encode_frames,
     load_stable_diffusion,
-    make_denoiser,
     resolve_device,
     resolve_dtype,
 )
+from tokenflow.diffusion.vae import encode_frames
 from tokenflow_utils import (
     Neighbours,
     Pass,

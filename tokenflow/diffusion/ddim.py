@@ -1,0 +1,162 @@
+"""DDIM (Song et al. 2021) in both directions: noise schedule, sampling step, inversion step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from util import UserError
+
+CLEAN = -1  # the "timestep" of a clean latent, one step below the last sampling timestep
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The noise levels alpha_t, sigma_t of a checkpoint, and its sampling timesteps.
+
+    x_t = alpha_t * x_0 + sigma_t * eps, with alpha_t^2 + sigma_t^2 = 1.
+    """
+
+    config: dict
+    alphas_cumprod: tuple[float, ...]  # alpha_t^2
+    final_alpha_cumprod: float  # alpha^2 of what DDIM calls clean
+    prediction_type: str  # "epsilon" or "v_prediction"
+
+    @classmethod
+    def from_scheduler(cls, scheduler: DDIMScheduler) -> NoiseSchedule:
+        """Reads the schedule off a diffusers scheduler.
+
+        Raises:
+            UserError: if the model predicts something else than epsilon or v.
+        """
+        prediction_type = scheduler.config.prediction_type
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"this checkpoint's scheduler has prediction_type {prediction_type}; "
+                "only epsilon and v_prediction models can be inverted here"
+            )
+        return cls(
+            config=dict(scheduler.config),
+            alphas_cumprod=tuple(scheduler.alphas_cumprod.double().tolist()),
+            final_alpha_cumprod=float(scheduler.final_alpha_cumprod),
+            prediction_type=prediction_type,
+        )
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> NoiseSchedule:
+        """The schedule of a checkpoint's folder; reads no weights. Raises as `from_scheduler`."""
+        return cls.from_scheduler(DDIMScheduler.from_pretrained(folder, subfolder="scheduler"))
+
+    def timesteps(self, n_steps: int) -> list[int]:
+        """The n_steps sampling timesteps, noisiest first, spaced as the checkpoint says.
+
+        With as many steps as the model was trained on, a checkpoint's offset (1 for Stable
+        Diffusion) would lead beyond the last level: it is left out then.
+
+        Raises:
+            UserError: if the model was trained with fewer timesteps.
+        """
+        if n_steps > len(self.alphas_cumprod):
+            raise UserError(
+                f"{n_steps} steps are more than the model's {len(self.alphas_cumprod)} timesteps"
+            )
+        scheduler = DDIMScheduler.from_config(self.config)
+        scheduler.set_timesteps(n_steps)
+        timesteps = scheduler.timesteps.tolist()
+        beyond = max(0, timesteps[0] - (len(self.alphas_cumprod) - 1))
+        return [t - beyond for t in timesteps]
+
+    def level(self, t: int) -> tuple[float, float]:
+        """(alpha_t, sigma_t); t may be CLEAN."""
+        alpha_squared = self.final_alpha_cumprod if t == CLEAN else self.alphas_cumprod[t]
+        return alpha_squared**0.5, (1.0 - alpha_squared) ** 0.5
+
+    def add_noise(self, clean: Tensor, eps: Tensor, t: int) -> Tensor:
+        """x_t of a clean latent and a noise of the same shape."""
+        alpha, sigma = self.level(t)
+        return alpha * clean + sigma * eps
+
+
+def ddim_step(x: Tensor, eps: Tensor, level_from: tuple, level_to: tuple) -> Tensor:
+    """Moves x along the predicted noise from one noise level to another, up or down.
+
+    Args:
+        x: a latent at level_from, any shape.
+        eps: the predicted noise, the same shape.
+        level_from, level_to: (alpha, sigma) pairs of `NoiseSchedule.level`.
+
+    Source: DDIM, Eq. 12 with sigma = 0.
+    """
+    alpha_from, sigma_from = level_from
+    alpha_to, sigma_to = level_to
+    clean = (x - sigma_from * eps) / alpha_from
+    return alpha_to * clean + sigma_to * eps
+
+
+def ddim_inversion_step(
+    eps_model: Callable[[Tensor, int, Tensor], Tensor],
+    x: Tensor,
+    schedule: NoiseSchedule,
+    t_from: int,
+    t_to: int,
+    iterations: int = 1,
+    tolerance: float = 0.0,
+    start: Tensor | None = None,
+) -> Tensor:
+    """One DDIM step towards noise: the x' from which sampling's step t_to -> t_from returns to x.
+
+    Sampling takes the noise at x', which is not known yet. Plain DDIM inversion
+    (iterations = 1) takes it at x; each further iteration takes it at the last estimate of x',
+    a fixed-point iteration whose limit inverts the sampling step exactly. It diverges where an
+    iteration turns the error's sign without shrinking it. So from the third on, each is mixed with
+    the one before (Anderson acceleration of depth 1, for each frame): with g what an iteration
+    finds and r = g - estimate, the next estimate is g - c (g - g_before), where
+    c = <r, r - r_before> / |r - r_before|^2, and 0 < c < 1 in any such direction.
+
+    A frame is finished, and not evaluated again, once |r| < tolerance * |g|. This pays where the
+    first estimate is a good one (`start`): then the first evaluation may be the last.
+
+    Args:
+        eps_model: eps(x, t, rows), the predicted noise at timestep t of some of the latents, whose
+            numbers in the batch are `rows`; each as if it were alone.
+        x: latents at t_from, (m, c, h, w).
+        iterations: evaluations of eps_model for a latent, at most; >= 1.
+        tolerance: relative residual of a finished frame; 0 makes every iteration for every frame.
+        start: the first estimate of x', (m, c, h, w); x itself where none is given.
+
+    Source: Pan et al. 2023, "Accelerated Iterative Diffusion Inversion", which mixes so too.
+    """
+    levels = schedule.level(t_from), schedule.level(t_to)
+    estimate = x.clone() if start is None else start.clone()
+    rows = torch.arange(len(x), device=x.device)  # the unfinished frames
+    last_found = last_residual = estimate
+    for iteration in range(iterations):
+        found = ddim_step(x[rows], eps_model(estimate[rows], t_to, rows), *levels)
+        residual = found - estimate[rows]
+        if iteration < 2:
+            estimate[rows] = found
+        else:
+            mixing = _least_squares(residual, residual - last_residual)
+            estimate[rows] = found - mixing * (found - last_found)
+        unfinished = _norms(residual) >= tolerance * _norms(found)
+        if not unfinished.any():
+            break
+        rows, last_found, last_residual = rows[unfinished], found[unfinished], residual[unfinished]
+    return estimate
+
+
+def _norms(x: Tensor) -> Tensor:
+    """The length of each frame, (m,)."""
+    return x.flatten(1).norm(dim=1)
+
+
+def _least_squares(x: Tensor, direction: Tensor) -> Tensor:
+    """The c of each frame that makes |x - c direction| least, (m, 1, 1, 1); 0 for no direction."""
+    frame = tuple(range(1, x.ndim))
+    length = direction.square().sum(frame, keepdim=True)
+    return (x * direction).sum(frame, keepdim=True) / length.where(length > 0, torch.inf)

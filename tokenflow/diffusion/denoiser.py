@@ -1,0 +1,146 @@
+"""The predicted noise of chosen frames under text, depth and ControlNet conditions.
+
+Notation: n frames, m frames of a chunk, (h, w) the latent grid, B branches (the text conditions
+evaluated together, such as unconditional and conditional).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenflow.diffusion.conditions import Control, ControlSettings, depth_latents, draw_control
+from tokenflow.diffusion.models import BETTER_DTYPE, StableDiffusion
+from util import UserError
+
+log = logging.getLogger("tokenflow")
+
+
+class Denoiser:
+    """The predicted noise of chosen frames under given text and spatial conditions.
+
+    Args:
+        models: the checkpoint.
+        text: (B, 77, c) text embeddings, one per branch.
+        depth: (n, 1, h, w) in [-1, 1], a depth model's fifth latent channel.
+        control: what a ControlNet adds to the UNet, if anything.
+
+    Attributes:
+        image_forwards: how often the UNet was evaluated on one image for one branch so far.
+    """
+
+    def __init__(
+        self,
+        models: StableDiffusion,
+        text: Tensor,
+        depth: Tensor | None = None,
+        control: Control | None = None,
+    ) -> None:
+        if models.takes_depth != (depth is not None):
+            raise ValueError("depth maps go with a depth-conditioned UNet, and only with one")
+        self.models, self.text, self.depth, self.control = models, text, depth, control
+        self.image_forwards = 0
+
+    @property
+    def branches(self) -> int:
+        return len(self.text)
+
+    def __call__(self, x: Tensor, t: int, frames: Tensor) -> Tensor:
+        """eps(x, t) of every branch.
+
+        Args:
+            x: (m, 4, h, w) latents of `frames` at timestep t, on any device.
+            frames: (m,) the frames' indices in the clip.
+
+        Returns:
+            (B, m, 4, h, w) float32 on the models' device.
+
+        Raises:
+            UserError: if the prediction is not finite; the message names the step.
+        """
+        models, m = self.models, len(frames)
+        x = x.to(models.device, torch.float32)
+        model_input = x if self.depth is None else torch.cat([x, self._of(self.depth, frames)], 1)
+        model_input = model_input.to(models.dtype).repeat(self.branches, 1, 1, 1)  # (B*m, c, h, w)
+        text = self.text.repeat_interleave(m, dim=0)  # (B*m, 77, c)
+        residuals = {}
+        if self.control is not None:
+            images = self._of(self.control.images, frames).repeat(self.branches, 1, 1, 1)
+            residuals = self.control.residuals(model_input, t, text, images)
+        # As a tensor: a compiled UNet would be compiled anew for every number.
+        timestep = torch.tensor(t, device=models.device)
+        prediction = models.unet(
+            model_input, timestep, encoder_hidden_states=text, return_dict=False, **residuals
+        )[0]
+        self.image_forwards += self.branches * m
+        prediction = prediction.float().unflatten(0, (self.branches, m))
+        if models.schedule.prediction_type == "v_prediction":
+            alpha, sigma = models.schedule.level(t)
+            prediction = alpha * prediction + sigma * x
+        if not torch.isfinite(prediction).all():
+            raise UserError(
+                f"the UNet's prediction at timestep {t} is not finite (NaN or infinity) in "
+                f"{models.dtype_name}; try {BETTER_DTYPE}"
+            )
+        return prediction
+
+    def _of(self, condition: Tensor, frames: Tensor) -> Tensor:
+        return condition[frames].to(self.models.device, self.models.dtype)
+
+
+def make_denoiser(
+    models: StableDiffusion,
+    frames: np.ndarray,
+    prompt: str,
+    control: ControlSettings | None,
+    depth: Tensor | None,
+) -> Denoiser:
+    """The noise prediction under an inversion's conditions: its prompt, depth maps, ControlNet.
+
+    Args:
+        frames: (n, H, W, 3) uint8 source frames.
+        control: the ControlNet of the inversion, if any.
+        depth: (n, 1, H, W) of `estimate_depth`, where the model or the ControlNet wants it.
+    """
+    return Denoiser(
+        models,
+        encode_prompts(models, [prompt]),
+        depth_channel(models, frames, depth),
+        control and draw_control(models.controlnet(control.key), control, frames, depth),
+    )
+
+
+def depth_channel(
+    models: StableDiffusion, frames: np.ndarray, depth: Tensor | None
+) -> Tensor | None:
+    """The fifth latent channel of a clip, (n, 1, h, w), where the UNet expects one.
+
+    Args: as of `make_denoiser`.
+    """
+    if not models.takes_depth:
+        return None
+    return depth_latents(depth, tuple(size // models.vae_factor for size in frames.shape[1:3]))
+
+
+@torch.inference_mode()
+def encode_prompts(models: StableDiffusion, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings (len(prompts), 77, c) in the models' dtype; overlong prompts are cut.
+
+    A prompt that is cut is named in a warning with what was dropped.
+    """
+    length = models.tokenizer.model_max_length
+    for prompt in prompts:
+        tokens = models.tokenizer(prompt, truncation=False).input_ids
+        if len(tokens) > length:
+            dropped = models.tokenizer.decode(tokens[length - 1 : -1])
+            log.warning(
+                "the prompt is longer than %d tokens; this part is not used: %s", length, dropped
+            )
+    tokens = models.tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return models.text_encoder(tokens.input_ids.to(models.device))[0]

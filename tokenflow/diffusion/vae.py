@@ -1,0 +1,101 @@
+"""Frames to VAE latents and back, and PSNR between clips."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenflow.diffusion.models import BETTER_DTYPE, StableDiffusion
+from tokenflow.ops.distributed import ALONE, Team
+from util import UserError
+
+
+@torch.inference_mode()
+def encode_frames(models: StableDiffusion, frames: np.ndarray, batch_size: int = 8) -> Tensor:
+    """VAE latents of a clip: the posterior's mean, times the VAE's scaling factor.
+
+    Args:
+        frames: (n, H, W, 3) uint8 RGB; H and W multiples of `models.vae_factor`.
+
+    Returns:
+        (n, 4, h, w) float32 on the CPU.
+    """
+    n, height, width, _ = frames.shape
+    channels, factor = models.vae.config.latent_channels, models.vae_factor
+    latents = torch.empty(n, channels, height // factor, width // factor)
+    for numbers in _pieces(n, batch_size):
+        pixels = torch.from_numpy(frames[numbers]).permute(0, 3, 1, 2)
+        pixels = pixels.to(models.device, models.dtype) / 127.5 - 1.0  # [-1, 1]
+        mean = models.vae.encode(pixels).latent_dist.mean
+        latents[numbers] = (mean.float() * models.vae.config.scaling_factor).cpu()
+    return latents
+
+
+@torch.inference_mode()
+def decode_latents(
+    models: StableDiffusion, latents: Tensor, batch_size: int = 8, team: Team = ALONE
+) -> np.ndarray:
+    """The inverse of `encode_frames`: (n, 4, h, w) latents to (n, H, W, 3) uint8 RGB.
+
+    Args:
+        team: the processes that share the frames out, each of which calls this for all of them.
+
+    Raises:
+        UserError: if the decoded pixels are not finite.
+    """
+    share = team.share(len(latents))
+    latents = share.take(latents)
+    (n, _, h, w), factor = latents.shape, models.vae_factor
+    frames = np.empty((n, h * factor, w * factor, 3), np.uint8)
+    for numbers in _pieces(n, batch_size):
+        scaled = latents[numbers].to(models.device, torch.float32)
+        scaled = scaled / models.vae.config.scaling_factor
+        pixels = models.vae.decode(scaled.to(models.dtype), return_dict=False)[0].float()
+        if not torch.isfinite(pixels).all():
+            raise UserError(
+                f"the VAE's frames are not finite in {models.dtype_name}; try {BETTER_DTYPE}"
+            )
+        pixels = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
+        frames[numbers] = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return share.gather(torch.from_numpy(frames)).numpy()
+
+
+def _pieces(n: int, size: int) -> list[slice]:
+    """0..n-1 in ranges of `size` at most; none for n = 0."""
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+
+_VALUES_AT_ONCE = 2**20  # of a uint8 clip, which are compared
+
+
+class SquaredError:
+    """The squared error of uint8 pictures summed up piece by piece, exactly."""
+
+    def __init__(self) -> None:
+        self.total = self.count = 0
+
+    def add(self, frames: np.ndarray, reference: np.ndarray) -> None:
+        """Adds two uint8 arrays of one shape, which are copied a frame at a time."""
+        if frames.shape != reference.shape:
+            raise ValueError(f"shapes {frames.shape} and {reference.shape} are not the same")
+        # A list of pixels may be as long as a clip is large: as many rows at once as one large
+        # frame has values.
+        rows = max(1, _VALUES_AT_ONCE // max(1, frames[:1].size))
+        for first in range(0, len(frames), rows):
+            part = slice(first, first + rows)
+            difference = frames[part].astype(np.int32) - reference[part]
+            self.total += int(np.square(difference).sum(dtype=np.int64))
+        self.count += frames.size
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio in dB; 148 where nothing differs."""
+        return float(10 * np.log10(255.0**2 / max(self.total / self.count, 1e-10)))
+
+
+def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels of two uint8 clips of one shape."""
+    error = SquaredError()
+    error.add(frames, reference)
+    return error.psnr
