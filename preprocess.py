@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenflow.cache.build import CacheMaker
 from tokenflow.cache.inputs import PreprocessInputs, open_inputs
-from tokenflow.cache.options import PreprocessOptions, default, parse_args
+from tokenflow.cache.options import PreprocessOptions, parse_args
 from tokenflow.cache.source_cache import (
     FEATURES,
     FORMAT,
@@ -243,8 +243,6 @@ def preprocess(
                 make_features(inputs, args.batch_size, models, watch)
         if team.is_main:
             (inputs.folder / OVERWRITING).unlink(missing_ok=True)
-    if args.steps != default("steps"):
-        log.info("edits find this cache with --set n_inversion_steps=%d", args.steps)
     return inputs.folder
 
 

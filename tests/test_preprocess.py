@@ -66,7 +66,8 @@ def reconstruction_db(folder):
 
 
 def test_the_cache_holds_what_the_design_says_and_nothing_else(cache):
-    assert cache.relative_to(save_dir_of(cache)).as_posix() == "sd_2.1/star/steps_10/nframes_5"
+    folder = cache.relative_to(save_dir_of(cache)).as_posix()
+    assert re.fullmatch(r"sd_2\.1/star/steps_10/nframes_5-[0-9a-f]{8}", folder)
     files = {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()}
     assert files == {
         "manifest.yaml",
@@ -238,10 +239,7 @@ def test_fast_and_what_it_sets_do_not_go_together(option):
         preprocess.parse_args(["--data_path", "clip.mp4", "--fast", f"--{option}", value])
 
 
-def test_fast_inverts_in_few_evaluations_and_says_how_it_is_found(
-    clip, tiny_model, tmp_path, caplog
-):
-    caplog.set_level(logging.INFO)
+def test_fast_inverts_in_few_evaluations(clip, tiny_model, tmp_path):
     options = {"steps": None, "save_steps": None, "fast": "", "n_frames": 2}
     folder = invert(clip, tmp_path, tiny_model, **options)
     assert folder.parent.name == "steps_50"
@@ -249,10 +247,6 @@ def test_fast_inverts_in_few_evaluations_and_says_how_it_is_found(
     assert manifest.image_forwards["reconstruction"] == 50 * 2
     assert 50 * 2 <= manifest.image_forwards["inversion"] < 2.5 * 50 * 2  # of 3 at most
     assert manifest.psnr_to_vae > 50
-    assert "edits find this cache with --set n_inversion_steps=50" in caplog.text
-    caplog.clear()
-    invert(clip, tmp_path, tiny_model, **options)  # also where it is made already
-    assert "edits find this cache with --set n_inversion_steps=50" in caplog.text
 
 
 def test_a_bad_inversion_is_warned_of_and_iterations_mend_it(
@@ -308,7 +302,6 @@ def test_a_second_run_computes_nothing(cache, clip, tiny_model, monkeypatch, cap
         ("inversion_tol", 0.1, "inversion_tol is 0.0 there, 0.1 here"),
         ("save_steps", 2, "save_steps is 5 there, 2 here"),
         ("recon_steps", 10, "recon_steps is 5 there, 10 here"),
-        ("frame_start", 1, "frame_start is 0 there, 1 here"),
         ("H", 64, "height is 48 there, 64 here"),
         ("W", 64, "width is 80 there, 64 here"),
         ("fit", "crop", "fit is 'stretch' there, 'crop' here"),
@@ -325,15 +318,6 @@ def test_other_settings_are_refused(
     with pytest.raises(UserError, match=rf"made with other settings \({difference}.*--overwrite"):
         invert(clip, save_dir_of(cache), tiny_model, **options)
     assert contents(cache) == before
-
-
-def test_another_clip_or_model_is_refused(cache, clip, tiny_model, tiny_v_model, tmp_path):
-    save_dir, prompt = save_dir_of(cache), {"inversion_prompt": PROMPT}
-    other = make_clip(tmp_path / "star.mp4", seed=1)
-    with pytest.raises(UserError, match=r"source_sha256 is '\w+' there, '\w+' here"):
-        invert(other, save_dir, tiny_model, **prompt)
-    with pytest.raises(UserError, match=r"model_revision is '\w+' there, '\w+' here"):
-        invert(clip, save_dir, tiny_v_model, **prompt)
 
 
 def test_overwrite_leaves_nothing_of_the_other_cache(cache, clip, tiny_model, tmp_path):
@@ -360,7 +344,7 @@ def test_an_interrupted_run_is_unfinished_and_the_next_goes_on(
     assert list(tmp_path.rglob("noisy_latents_*"))  # it was in the middle
     assert not list(tmp_path.rglob("manifest.yaml"))
     with pytest.raises(MissingFileError, match=r"only an unfinished cache .*; run: make it"):
-        find_cache(tmp_path, "2.1", "star", 10, 5, lambda manifest: "run: make it")
+        find_cache(tmp_path / "sd_2.1" / "star", {"steps": None}, 5, lambda _: "run: make it")
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_maker, "encode_frames", interrupt)  # which is behind
@@ -396,7 +380,8 @@ def test_a_damaged_cache_is_not_called_made(cache, clip, tiny_model, tmp_path):
 def test_a_davis_folder(tiny_model, tmp_path):
     images = make_image_folder(tmp_path / "JPEGImages" / "480p" / "bear", n_frames=3)
     folder = invert(images, tmp_path / "latents", tiny_model, n_frames=3)
-    assert folder.relative_to(tmp_path).as_posix() == "latents/sd_2.1/bear/steps_10/nframes_3"
+    parent = tmp_path / "latents" / "sd_2.1" / "bear" / "steps_10"
+    assert folder.parent == parent and folder.name.startswith("nframes_3-")
     assert read_manifest(folder).fps == "24"
     first = np.asarray(Image.open(images / "00000.jpg"))
     assert np.array_equal(load_frames(folder / "frames", 1)[0], first)
@@ -404,7 +389,7 @@ def test_a_davis_folder(tiny_model, tmp_path):
 
 def test_a_short_clip_uses_what_there_is(clip, tiny_model, tmp_path, caplog):
     folder = invert(clip.with_suffix(""), tmp_path, tiny_model, n_frames=40, steps=5)
-    assert folder.name == "nframes_6"
+    assert folder.name.startswith("nframes_6-")
     assert "40 frames asked for, using the 6 there are" in caplog.text
     manifest = read_manifest(folder)
     assert (manifest.n_frames, manifest.frames_asked) == (6, 40)

@@ -38,7 +38,7 @@ import torch
 from scripts.batch.clip_list import TECHNIQUES, check_keys
 from scripts.batch.jobs import INVERSION, Batch, Job, Overrides, read_batch, shown
 from scripts.batch.worker import BUSY, FAILED, FOUND, MADE, Outcome, Worker
-from tokenflow.cache.options import arguments
+from tokenflow.cache.options import preprocess_command
 from tokenflow.evaluation.score_table import aligned
 from util import (
     ArgumentParser,
@@ -369,7 +369,7 @@ class Summary:
 
     def _alone(self, job: Job) -> str:
         if job.kind == INVERSION:
-            return shlex.join(["python", "preprocess.py", *arguments(job.work["options"])])
+            return preprocess_command(job.work["options"])
         return shlex.join([*self.command, "--only", job.key])
 
 

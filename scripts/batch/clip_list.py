@@ -10,6 +10,7 @@ from typing import Any
 import run_tokenflow_controlnet as controlnet
 import run_tokenflow_pnp as pnp
 import run_tokenflow_sdedit as sdedit
+from tokenflow.cache.options import PreprocessOptions
 from tokenflow.editing.config import EditConfig
 from tokenflow.storage.schema import parse
 from util import UserError, check_text
@@ -112,3 +113,13 @@ def inversion_options(config: EditConfig) -> dict[str, Any]:
         option: ("" if value else None) if isinstance(value, bool) else value
         for option, value in options.items()
     }
+
+
+def of_inversion(config: EditConfig, args: PreprocessOptions) -> EditConfig:
+    """A config that names the cache of an inversion, whatever other caches of the clip there are.
+
+    Args:
+        args: the inversion's.
+    """
+    found = {key: getattr(args, key) for key in ("frame_start", "frame_stride")}
+    return config.model_copy(update=found | {"n_inversion_steps": args.steps})

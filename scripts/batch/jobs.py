@@ -19,6 +19,7 @@ from scripts.batch.clip_list import (
     inversion_options,
     mapping,
     merged_config,
+    of_inversion,
     text,
 )
 from tokenflow.cache.options import arguments, parse_args
@@ -36,6 +37,7 @@ OF_DAVIS = ("root", "image_set", "resolution")
 # Two edits may ask for different ones of these: the features of one cache serve what they can.
 MOST = ("pnp_attn_t", "pnp_f_t")
 OF_FEATURES = ("interval", "keyframe_seed")
+FRAME_RANGE = ("frame_start", "frame_stride")  # keys of an edit, options of an inversion
 # Of an inversion under a ControlNet; an edit's keys have the same names.
 CONTROL_OPTIONS = ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high")
 CONTROL_OPTIONS += ("depth_model",)
@@ -371,6 +373,7 @@ def _jobs(
     caches: dict[tuple, list[tuple[_Clip, str, EditConfig]]] = {}
     for clip, technique, config in edits:
         cache = clip.name, config.sd_version, config.n_inversion_steps, config.n_frames
+        cache += config.frame_start, config.frame_stride
         caches.setdefault(cache, []).append((clip, technique, config))
     checkpoints: dict[tuple, list[list[tuple[_Clip, str, EditConfig]]]] = {}
     for group in caches.values():
@@ -399,17 +402,19 @@ def _jobs_of_cache(
                     f"{clip.where}: {technique}: {key}: is {getattr(config, key)} here and {other} "
                     "for other edits from the same inversion; put it in settings"
                 )
+    options |= {key: getattr(edits[0][2], key) for key in FRAME_RANGE}
     options["inversion_prompt"] = clip.inversion_prompt or None
     options |= _control_options([config for _, _, config in edits], clip.where)
     options |= _further(preprocess, where)
     options |= _further(clip.preprocess, f"{clip.where}: preprocess")
     try:
-        parse_args(arguments(options))
+        inversion_args = parse_args(arguments(options))
     except UserError as error:
         raise UserError(f"{clip.where}: preprocess: {error}") from error
     inversion = Job(clip.name, INVERSION, {"options": options})
     yield inversion
     for _, technique, config in edits:
+        config = of_inversion(config, inversion_args)
         yield Job(clip.name, technique, {"config": config.model_dump()}, inversion.key)
 
 

@@ -33,6 +33,7 @@ from scripts.batch.clip_list import (
     inversion_options,
     mapping,
     merged_config,
+    of_inversion,
     text,
 )
 from scripts.table1 import baselines
@@ -254,11 +255,12 @@ def make_rows(plan: ClipList, clip: str, methods: Sequence[Method]) -> list[Row]
     source = resolve_clip(plan.clips[clip]["data_path"])
     if plan.protocol.flow == "truth":
         truth_shape(truth_file(source, plan.protocol.truth))
-    preprocess.preprocess(preprocess.parse_args(arguments(plan.inversion(clip))))
+    inversion = preprocess.parse_args(arguments(plan.inversion(clip)))
+    preprocess.preprocess(inversion)
     rows = []
     for method in methods:
         try:
-            folder = method.made_by.make(plan.config(clip, method))
+            folder = method.made_by.make(of_inversion(plan.config(clip, method), inversion))
             rows.append(evaluator.score_result(folder).model_copy(update={"method": method.name}))
         except (UserError, MemoryError, torch.OutOfMemoryError) as error:
             log.error("%s: %s: %s", clip, method.name, error or "out of memory")

@@ -65,7 +65,7 @@ def keys(tiny_model):
 
 @pytest.fixture
 def cache(place):
-    return place / "latents" / "sd_2.1" / "clip" / "steps_10" / "nframes_5"
+    return next((place / "latents" / "sd_2.1" / "clip" / "steps_10").iterdir())
 
 
 def refused(place, message, keys, *argv, technique="pnp", error=UserError):
@@ -244,7 +244,7 @@ def test_without_a_cache_the_command_that_makes_it_is_named(place, keys, techniq
 
 def test_a_cache_without_its_manifest_is_none(place, keys, cache):
     (cache / "manifest.yaml").unlink()
-    said = r"only a cache that lacks its manifest \(nframes_[0-9]+\) for this clip.*--overwrite"
+    said = r"only a cache that lacks its manifest \(nframes_.*\) for this clip.*--overwrite"
     message = refused(place, said, keys, error=MissingFileError)
     run_the_command_in(message)
     open_inputs(PnPConfig(**keys))
@@ -254,7 +254,8 @@ def test_a_cache_of_another_number_of_steps_is_named(place, keys):
     keys["n_inversion_steps"] = 20
     message = refused(
         place,
-        r"steps_20: no cache for this clip \(there is sd_2\.1/clip/steps_10; sd_version and n_inv",
+        r"steps_20: no cache for this clip \(there is sd_2\.1/clip/steps_10/nframes_5-.*"
+        r"n_inversion_steps 10\)",
         keys,
         error=UserError,
     )
@@ -262,16 +263,9 @@ def test_a_cache_of_another_number_of_steps_is_named(place, keys):
     open_inputs(PnPConfig(**keys))
 
 
-def test_a_cache_of_another_clip_of_the_same_name_is_refused(place, keys):
-    make_clip(place / "clip.mp4", seed=1)
-    expected = r"nframes_5: made from another clip of the same name \(clip\.mp4\) than clip\.mp4"
-    run_the_command_in(refused(place, expected, keys))
-    open_inputs(PnPConfig(**keys))
-
-
 def test_a_cache_of_another_model_is_refused(place, keys, tiny_model, tiny_v_model):
     keys["model_key"] = str(tiny_v_model)
-    expected = rf"made with another model \({re.escape(str(tiny_model))}\) than .*tiny-v"
+    expected = rf"no cache for this clip .*another model: {re.escape(str(tiny_model))}\)"
     run_the_command_in(refused(place, expected, keys))
     open_inputs(PnPConfig(**keys))
 
@@ -289,14 +283,14 @@ def test_a_model_that_differs_in_its_settings_alone_is_another(place, keys, tiny
     settings = json.loads((copy / part).read_text())
     settings[name] = {"prediction_type": "v_prediction", "norm_eps": 1e-4}[name]
     (copy / part).write_text(json.dumps(settings))
-    refused(place, "made with another model", {**keys, "model_key": str(copy)})
+    refused(place, "another model", {**keys, "model_key": str(copy)})
 
 
 def test_a_cache_of_another_size_is_refused(place, keys):
     keys |= {"H": 64, "W": 64}
-    run_the_command_in(refused(place, "H: 64, but .*nframes_5 holds frames of 48", keys))
+    run_the_command_in(refused(place, "H: 64, but .*nframes_5-.* holds frames of 48", keys))
     open_inputs(PnPConfig(**keys))
-    refused(place, "W: 80, but .*nframes_5 holds frames of 64", {**keys, "W": WIDTH})
+    refused(place, "W: 80, but .*nframes_5-.* holds frames of 64", {**keys, "W": WIDTH})
 
 
 def test_timesteps_that_the_cache_does_not_hold_are_named(place, keys):
@@ -370,8 +364,8 @@ def test_a_manifest_of_another_format_is_refused(place, keys, cache, changes):
 
 
 def test_other_folders_beside_the_caches_are_no_matter(place, keys, cache):
-    shutil.copytree(cache, cache.with_name("nframes_5 (copy)"))
-    assert open_inputs(PnPConfig(**keys)).cache.folder.name == "nframes_5"
+    shutil.copytree(cache, cache.with_name(f"{cache.name} (copy)"))
+    assert open_inputs(PnPConfig(**keys)).cache.folder.name == cache.name
 
 
 @pytest.mark.parametrize(
@@ -389,9 +383,9 @@ def test_a_cache_of_another_number_of_frames_serves(place, keys, caplog, n_frame
 
 def test_the_longest_cache_serves_where_none_has_the_number_asked_for(place, keys, tiny_model):
     invert(place / "clip.mp4", place / "latents", tiny_model, n_frames=2)
-    for n_frames, served in ((2, "nframes_2"), (3, "nframes_5"), (9, "nframes_5")):
+    for n_frames, served in ((2, "nframes_2-"), (3, "nframes_5-"), (9, "nframes_5-")):
         config = PnPConfig(**{**keys, "n_frames": n_frames})
-        assert open_inputs(config).cache.folder.name == served
+        assert open_inputs(config).cache.folder.name.startswith(served)
 
 
 def test_a_short_clip_is_said_to_have_no_more(place, keys, tiny_model, caplog):

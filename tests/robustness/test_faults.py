@@ -120,8 +120,14 @@ class World:
         self.folder, self.model = folder, model
         self.clip = make_clip(folder / "star.mp4", N_FRAMES)
         self.other_clip = make_clip(folder / "other" / "star.mp4", N_FRAMES, seed=3)
+        self.cache = self._cache_folder(self.clip)
+        self.other_cache = self._cache_folder(self.other_clip)
         self._models = load_stable_diffusion(model, torch.device("cpu"), torch.float32)
         self._wholes: dict[str, Whole] = {}
+
+    def _cache_folder(self, clip: Path) -> Path:
+        """Where a clip's cache lies, in the folder of a job."""
+        return preprocess.open_inputs(parse_args(self.preprocess_argv(data_path=clip))).folder
 
     def load(self, *key: object) -> StableDiffusion:
         """A loader whose models are loaded already; forks share them."""
@@ -173,7 +179,8 @@ class World:
             options = options | {"data_path": self.other_clip}
         place = self.whole(before).place if before else None
         anew = "overwrite" in options
-        return Job(name, lambda: self.preprocess(**options), CACHE, place, anew)
+        folder = self.other_cache if name == "other" else self.cache
+        return Job(name, lambda: self.preprocess(**options), folder, place, anew)
 
     def _edit_job(self, name: str) -> Job:
         technique, anew, keys = EDITS[name]
@@ -205,14 +212,14 @@ class World:
         return self._wholes[name]
 
 
-CACHE = Path("latents/sd_2.1/star/steps_10", f"nframes_{N_FRAMES}")
 # What lies there before, and preprocess.py's options.
 PREPROCESSING: dict[str, tuple[str | None, dict[str, object]]] = {
     "inversion": (None, {"no_cache_features": ""}),
     "features": ("inversion", {}),
     "cache": (None, {"inversion_tol": 0.05, "save_tokens": "all"}),
     "other": (None, {"inversion_prompt": "a wolf", "save_tokens": "all"}),
-    "overwrite": ("other", {"overwrite": "", "inversion_tol": 0.05}),
+    "prompt": (None, {"inversion_prompt": "a wolf", "save_tokens": "all"}),
+    "overwrite": ("prompt", {"overwrite": "", "inversion_tol": 0.05}),
 }
 # Technique, --overwrite, keys of the configuration.
 EDITS: dict[str, tuple[str, bool, dict[str, object]]] = {
@@ -222,7 +229,7 @@ EDITS: dict[str, tuple[str, bool, dict[str, object]]] = {
     "controlnet": ("controlnet", False, {"checkpoint_every": 2}),
     "edit again": ("pnp", True, {}),
 }
-JOBS = [name for name in (*PREPROCESSING, *EDITS) if name != "other"]
+JOBS = [name for name in (*PREPROCESSING, *EDITS) if name not in ("other", "prompt")]
 
 
 def lying_in(folder: Path) -> tuple[dict, dict]:
@@ -481,7 +488,7 @@ def test_damage_in_a_cache(world, tally, rng, tmp_path, edits):
     """
     job = world.job("pnp")
     place = job.place(tmp_path / "place")
-    cache, other = place / CACHE, world.whole("other").place / CACHE
+    cache, other = place / world.cache, world.whole("other").place / world.other_cache
     todo = [
         (path, kind, content)
         for path in visible(cache)
@@ -513,7 +520,9 @@ def edit_of_damaged(world: World, job: Job, place: Path) -> None:
         shutil.rmtree(place / job.folder)
     else:
         line = the_line(child)
-        assert str(CACHE.parent) in line and CACHE.name in line and "run: " in line, line
+        assert str(world.cache.parent) in line and world.cache.name in line and "run: " in line, (
+            line
+        )
         assert not (place / job.folder).exists()
 
 
@@ -521,7 +530,7 @@ def edit_of_damaged(world: World, job: Job, place: Path) -> None:
 @pytest.mark.parametrize("part", [at_length("cache"), FEATURES])
 def test_the_advised_command_mends_damage(world, tally, rng, tmp_path, part, files):
     job = world.job("pnp")
-    paths = [path.relative_to(job.before) for path in visible(job.before / CACHE)]
+    paths = [path.relative_to(job.before) for path in visible(job.before / world.cache)]
     paths = [path for path in paths if (FEATURES in path.parts) == (part == FEATURES)]
     for path in rng.sample(paths, files):
         place = job.place(cleared(tmp_path / "place"))
@@ -544,7 +553,7 @@ def test_foreign_files_in_a_cache(world, tally, tmp_path):
     place = world.job("pnp").place(tmp_path / "place")
     for folder in ("", "latents", "frames", FEATURES, "new"):
         with tally.fault("foreign files"):
-            path = place / CACHE / folder / "my notes.txt"
+            path = place / world.cache / folder / "my notes.txt"
             path.parent.mkdir(exist_ok=True)
             path.write_text("foreign")
             said = verified(world, place)
@@ -973,16 +982,16 @@ def test_a_cache_that_vanishes_under_an_edit(world, tally, tmp_path, name, part)
     child = Child(lambda: command_line(lambda _: run()), place)
     meeting.await_child(child)
     with tally.fault("caches that vanish"):
-        shutil.move(place / CACHE / part, tmp_path / "away")
+        shutil.move(place / world.cache / part, tmp_path / "away")
         meeting.let_go()
         if child.end() == 0:
             assert lying_in(place / job.folder) == world.whole(name).made
         else:
             line = the_line(child)
-            assert str(CACHE) in line and "preprocess.py" in line, line
+            assert str(world.cache) in line and "preprocess.py" in line, line
             assert not (place / job.folder).exists()
-            shutil.rmtree(place / CACHE / part, ignore_errors=True)
-            shutil.move(tmp_path / "away", place / CACHE / part)
+            shutil.rmtree(place / world.cache / part, ignore_errors=True)
+            shutil.move(tmp_path / "away", place / world.cache / part)
             finish(world, job, place)
 
 
@@ -994,7 +1003,7 @@ def test_work_that_vanishes_under_its_maker(world, tally, tmp_path):
     child = Child(lambda: command_line(lambda _: run()), place)
     meeting.await_child(child)
     with tally.fault("caches that vanish"):
-        shutil.rmtree(place / CACHE.with_name(f".{CACHE.name}.work"))
+        shutil.rmtree(place / world.cache.with_name(f".{world.cache.name}.work"))
         meeting.let_go()
         child.end()
         assert "vanished while the work went on; run the same command again" in the_line(child)
@@ -1067,7 +1076,7 @@ def test_overwriting_waits_for_an_edit(world, tally, tmp_path):
         reads.let_go()
         assert (edit.end(), child.end()) == (0, 0), child.output
         assert lying_in(place / job.folder) == world.whole("live").made
-        assert lying_in(place / CACHE) == world.whole("cache").made
+        assert lying_in(place / world.cache) == world.whole("cache").made
         assert hidden(place) == []
 
 

@@ -133,7 +133,7 @@ def test_videos_have_all_frames_at_the_clip_s_rate(results, technique):
 
 def test_the_edit_changes_the_clip_and_techniques_differ(results, place):
     frames = {name: load_frames(only_result(out) / "frames") for name, (out, *_) in results.items()}
-    frames["source"] = load_frames(next(place.rglob("nframes_5")) / "frames")
+    frames["source"] = load_frames(next(place.rglob("nframes_5-*")) / "frames")
     names = sorted(frames)
     for i, one in enumerate(names):
         for other in names[:i]:
@@ -153,7 +153,7 @@ def test_the_saved_config_makes_the_same_result(results, technique, monkeypatch)
 @pytest.mark.parametrize("technique", SCRIPTS)
 def test_the_run_record_says_how_it_went(results, place, technique):
     run = load_yaml(only_result(results[technique][0]) / "run.yaml")
-    cache = next(place.rglob("nframes_5"))
+    cache = next(place.rglob("nframes_5-*"))
     assert run["technique"] == technique
     assert run["cache"] == str(cache)
     assert run["cache_sha256"] == open_cache(cache).sha256
@@ -277,7 +277,7 @@ def test_a_hostile_clip_name_is_a_folder_in_the_cache_and_in_the_results(
     (tmp_path / "work").mkdir()
     clip = make_clip(tmp_path / "clips" / f"{name}.mp4", n_frames=1)
     cache = invert(clip, tmp_path / "work" / "latents", tiny_model, n_frames=1)
-    assert cache == tmp_path / "work" / "latents" / "sd_2.1" / name / "steps_10" / "nframes_1"
+    assert cache.parent == tmp_path / "work" / "latents" / "sd_2.1" / name / "steps_10"
     keys = {
         "data_path": str(clip),
         "latents_path": str(tmp_path / "work" / "latents"),

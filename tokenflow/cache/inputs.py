@@ -109,7 +109,7 @@ def open_inputs(args: PreprocessOptions, team: Team = ALONE) -> PreprocessInputs
         control=control,
         depth_model=depth_model,
     )
-    folder = cache_folder(args.save_dir, args.sd_version, manifest.clip, args.steps, n_frames)
+    folder = cache_folder(args.save_dir, manifest)
     check_writable(folder, "--save_dir")
     return PreprocessInputs(
         clip=clip,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -224,3 +225,8 @@ def arguments(options: dict[str, object]) -> list[str]:
         else:
             words += [f"--{name}", str(value)] if value != "" else [f"--{name}"]
     return words
+
+
+def preprocess_command(options: dict[str, object]) -> str:
+    """The command that runs preprocess.py with these options, quoted for a shell."""
+    return shlex.join(["python", "preprocess.py", *arguments(options)])

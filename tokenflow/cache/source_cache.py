@@ -1,6 +1,6 @@
 """The source cache: what preprocess.py computes once per clip and every edit of it reads.
 
-    <save_dir>/sd_<version>/<clip>/steps_<S>/nframes_<n>/
+    <save_dir>/sd_<version>/<clip>/steps_<S>/nframes_<n>-<digest of source, range, model>/
         manifest.yaml            all that the cache depends on, and its files; written last
         frames/00000.png ...     the resized source frames
         latents/clean.safetensors, latents/noisy_latents_<t>.safetensors
@@ -19,6 +19,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -46,11 +47,14 @@ from util import (
     sha256_file,
 )
 
+log = logging.getLogger("tokenflow")
+
 FORMAT = 3
 MANIFEST = "manifest.yaml"
 CLEAN_LATENTS = "clean"
 DEPTH_FILE = "depth.safetensors"
 FEATURES = "features"  # their folder in a cache
+_CACHE_NAME = re.compile("nframes_[0-9]+(-[0-9a-f]{8})?")
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,7 @@ def identity(manifest: Manifest) -> dict[str, object]:
 def contents_sha256(manifest: Manifest) -> str:
     """A digest of what a cache was made from and of its files; not of how long that took."""
     files = {name: record["sha256"] for name, record in manifest.files.items()}
-    text = json.dumps([identity(manifest), files], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _digest([identity(manifest), files])
 
 
 def describe_difference(have: dict[str, object], want: dict[str, object]) -> str:
@@ -138,15 +141,43 @@ def describe_difference(have: dict[str, object], want: dict[str, object]) -> str
     )
 
 
-def cache_folder(
-    save_dir: str | Path, sd_version: str, clip: str, steps: int, n_frames: int
-) -> Path:
-    """Where the cache of a clip of n_frames lies."""
-    return _clip_folder(save_dir, sd_version, clip, steps) / f"nframes_{n_frames}"
+# The fields by which caches of one clip's name lie side by side; each has a folder of its own.
+PLACE = ("source_sha256", "frame_start", "frame_stride", "model_revision")
 
 
-def _clip_folder(save_dir: str | Path, sd_version: str, clip: str, steps: int) -> Path:
-    return Path(save_dir) / f"sd_{sd_version}" / clip / f"steps_{steps}"
+def cache_key(manifest: Manifest) -> str:
+    """A digest of `identity`: what a result is of, however often its cache is computed."""
+    return _digest(identity(manifest))
+
+
+def clip_folder(save_dir: str | Path, sd_version: str, clip: str) -> Path:
+    """The folder of the caches of all clips of a name."""
+    return Path(save_dir) / f"sd_{sd_version}" / clip
+
+
+def cache_folder(save_dir: str | Path, manifest: Manifest) -> Path:
+    """The folder of a cache: one for each source, range of frames, number of steps and model.
+
+    A cache that an earlier version wrote has no digest in its name; it stays where it is.
+    """
+    parent = clip_folder(save_dir, manifest.sd_version, manifest.clip) / f"steps_{manifest.steps}"
+    earlier = parent / f"nframes_{manifest.n_frames}"
+    folder = earlier.with_name(f"{earlier.name}-{_digest(_place(manifest))[:8]}")
+    if not folder.exists() and (earlier / MANIFEST).is_file():
+        try:
+            if _place(read_manifest(earlier)) == _place(manifest):
+                return earlier
+        except UserError as error:
+            log.warning("%s", error)
+    return folder
+
+
+def _place(manifest: Manifest) -> dict[str, object]:
+    return {key: getattr(manifest, key) for key in PLACE}
+
+
+def _digest(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def latents_file(folder: Path, name: str | int) -> Path:
@@ -332,53 +363,104 @@ def remake(manifest: Manifest | None) -> str:
 
 
 def find_cache(
-    save_dir: str | Path,
-    sd_version: str,
-    clip: str,
-    steps: int,
+    clip_folder: Path,
+    wanted: Mapping[str, object],
     n_frames: int,
     remedy: Callable[[Manifest | None], str] = remake,
     verify: bool = False,
 ) -> SourceCache:
-    """The cache of a clip for an edit of up to n_frames: that very one, else the longest.
+    """The cache of a clip for an edit of up to n_frames.
+
+    Of caches that differ in their number of frames only: the one of n_frames, else the longest.
 
     Args:
+        clip_folder: of the caches of all clips of that name.
+        wanted: what the cache's manifest must say: PLACE and steps; None leaves one open.
         remedy: says what to do about a cache that is missing (None) or damaged (its manifest).
         verify: as in `open_cache`.
 
     Raises:
         MissingFileError: if there is none, or only unfinished ones.
-        UserError: if its manifest or one of its files is damaged.
+        UserError: if several fit, or its manifest or one of its files is damaged.
     """
-    folder = _clip_folder(save_dir, sd_version, clip, steps)
-    manifests = [
-        path
-        for path in folder.glob(f"*/{MANIFEST}")
-        if re.fullmatch("nframes_[0-9]+", path.parent.name)
+    found, damaged = {}, []
+    steps = "*" if wanted["steps"] is None else wanted["steps"]
+    for folder in sorted(clip_folder.glob("steps_*/nframes_*")):
+        if _CACHE_NAME.fullmatch(folder.name) and (folder / MANIFEST).is_file():
+            try:
+                found[folder] = read_manifest(folder, remedy)
+            except UserError as error:
+                if folder.match(f"steps_{steps}/*"):
+                    damaged.append(error)
+    fitting = {folder: m for folder, m in found.items() if not _mismatches(m, wanted)}
+    if not fitting:
+        if damaged:
+            raise damaged[0]
+        raise MissingFileError(_no_cache(clip_folder, found, wanted, remedy(None)))
+    for error in damaged:
+        log.warning("%s", error)
+    if len({(m.steps, *_place(m).values()) for m in fitting.values()}) > 1:
+        raise UserError(
+            f"{clip_folder}: several caches fit: {_listed(fitting, clip_folder, wanted)}; choose "
+            "by n_inversion_steps, frame_start and frame_stride, or by data_path and model_key"
+        )
+    lengths = {m.n_frames: folder for folder, m in fitting.items()}
+    return open_cache(lengths.get(n_frames, lengths[max(lengths)]), remedy, verify)
+
+
+def _mismatches(manifest: Manifest, wanted: Mapping[str, object]) -> list[str]:
+    return [
+        key
+        for key, value in wanted.items()
+        if value is not None and value != getattr(manifest, key)
     ]
-    finished = {int(path.parent.name[8:]): path.parent for path in manifests}
-    if not finished:
-        others = [
-            path for path in Path(save_dir).glob(f"*/{glob.escape(clip)}/steps_*") if path != folder
-        ]
-        others = sorted(str(path.relative_to(save_dir)) for path in others)
-        hint = ""
-        if others:
-            hint = f" (there is {', '.join(others)}; sd_version and n_inversion_steps choose)"
-        state, advice = "no cache", remedy(None)
-        if any(folder.glob("nframes_*")):
-            name = next(folder.glob("nframes_*")).name
-            state = f"only a cache that lacks its manifest ({name})"
-            advice = f"{advice} --overwrite"
-        elif begun := begun_folders(folder, "nframes_*"):
-            at_work = any(map(is_locked, begun))
-            state = (
-                "another process is just making the cache"
-                if at_work
-                else "only an unfinished cache"
-            )
-        raise MissingFileError(f"{folder}: {state} for this clip{hint}; {advice}")
-    return open_cache(finished.get(n_frames, finished[max(finished)]), remedy, verify)
+
+
+def _listed(found: Mapping[Path, Manifest], clip_folder: Path, wanted: Mapping[str, object]) -> str:
+    """Caches by their folders, with what tells one from another."""
+    texts = []
+    for folder, manifest in found.items():
+        text = (
+            f"{folder.relative_to(clip_folder.parent.parent)} (n_frames {manifest.n_frames}, "
+            f"frame_start {manifest.frame_start}, frame_stride {manifest.frame_stride}, "
+            f"n_inversion_steps {manifest.steps}"
+        )
+        mismatches = _mismatches(manifest, wanted)
+        if "source_sha256" in mismatches:
+            text += f", another clip: {manifest.source_name}"
+        if "model_revision" in mismatches:
+            text += f", another model: {manifest.model_key}"
+        texts.append(f"{text})")
+    return ", ".join(texts)
+
+
+def _no_cache(
+    clip_folder: Path, found: Mapping[Path, Manifest], wanted: Mapping[str, object], advice: str
+) -> str:
+    """Says that a clip has no cache that fits, what there is instead, and what to do."""
+    others = [_listed(found, clip_folder, wanted)] if found else []
+    elsewhere = clip_folder.parent.parent.glob(f"*/{glob.escape(clip_folder.name)}/steps_*")
+    others += sorted(
+        str(path.relative_to(clip_folder.parent.parent))
+        for path in elsewhere
+        if path.parent != clip_folder
+    )
+    hint = f" (there is {', '.join(others)})" if others else ""
+    state, place = "no cache", clip_folder
+    if wanted["steps"] is not None:
+        place /= f"steps_{wanted['steps']}"
+    parents = [place] if wanted["steps"] is not None else sorted(place.glob("steps_*"))
+    folders = [folder for parent in parents for folder in sorted(parent.glob("nframes_*"))]
+    incomplete = [folder for folder in folders if not (folder / MANIFEST).is_file()]
+    begun = [folder for parent in parents for folder in begun_folders(parent, "nframes_*")]
+    if incomplete:
+        state = f"only a cache that lacks its manifest ({incomplete[0].name})"
+        advice = f"{advice} --overwrite"
+    elif any(map(is_locked, begun)):
+        state = "another process is just making a cache, there is none yet"
+    elif begun and not found:
+        state = "only an unfinished cache"
+    return f"{place}: {state} for this clip{hint}; {advice}"
 
 
 def open_cache(
@@ -425,15 +507,3 @@ def read_manifest(folder: Path, remedy: Callable[[Manifest | None], str] = remak
     if data["control"] is not None:
         data["control"] = ControlSettings(**data["control"])
     return Manifest(**data)
-
-
-# ---------------------------------------------------------------------------------------------
-
-
-def preprocess_command(**options: object) -> str:
-    """The preprocess command with these options (None: left out), quoted for a shell."""
-    words = ["python", "preprocess.py"]
-    for name, value in options.items():
-        if value is not None:
-            words += [f"--{name}", str(value)]
-    return shlex.join(words)

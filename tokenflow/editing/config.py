@@ -40,8 +40,17 @@ class EditConfig(Model):
         "latents", description="folder of the caches, preprocess.py's save_dir"
     )
     output_path: str = Field("tokenflow-results", description="folder of the results")
-    n_inversion_steps: int = Field(
-        500, ge=1, le=MAX_COUNT, description="preprocess.py's steps; selects the cache"
+    n_inversion_steps: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_COUNT,
+        description="preprocess.py's steps, if the clip has several caches; null: its only one",
+    )
+    frame_start: int | None = Field(
+        None, ge=0, le=MAX_COUNT, description="preprocess.py's frame_start, likewise"
+    )
+    frame_stride: int | None = Field(
+        None, ge=1, le=MAX_COUNT, description="preprocess.py's frame_stride, likewise"
     )
     n_frames: int = Field(
         40, ge=1, le=MAX_COUNT, description="use the first frames of the cache, at most this many"
@@ -149,7 +158,7 @@ class EditConfig(Model):
             raise ValueError(f"H: {self.H}, W: {self.W}; expected both or neither, multiples of 8")
         if self.propagation == "released" and self.blend != "sigmoid":
             raise ValueError("blend: linear goes with propagation: paper; released has its own")
-        if self.n_inversion_steps % self.n_timesteps:
+        if self.n_inversion_steps is not None and self.n_inversion_steps % self.n_timesteps:
             raise ValueError(
                 f"n_timesteps: {self.n_timesteps} does not divide n_inversion_steps: "
                 f"{self.n_inversion_steps}; the timesteps of the one must be among the other's"

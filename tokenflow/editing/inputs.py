@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
-from tokenflow.cache.options import default
-from tokenflow.cache.source_cache import Manifest, SourceCache, find_cache, preprocess_command
+from tokenflow.cache.options import default, preprocess_command
+from tokenflow.cache.source_cache import Manifest, SourceCache, clip_folder, find_cache
 from tokenflow.cache.source_features import find_features
 from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
@@ -63,29 +63,36 @@ def open_inputs(config: EditConfig, team: Team = ALONE) -> EditInputs:
     _check_backend(config.attention_backend, device)
     check_writable(config.output_path, "output_path")
     check_path(config.latents_path, "latents_path")
+    model_key = model_key_for(config.sd_version, config.model_key)
+    checkpoint = checkpoint_folder(model_key, config.allow_pickle)
+    source = _source(config)
+    wanted = {
+        "source_sha256": source and source_sha256(source),
+        "model_revision": checkpoint_revision(checkpoint),
+        "steps": config.n_inversion_steps,
+        "frame_start": config.frame_start,
+        "frame_stride": config.frame_stride,
+    }
     cache = find_cache(
-        config.latents_path,
-        config.sd_version,
-        clip_name(config.data_path),
-        config.n_inversion_steps,
+        clip_folder(config.latents_path, config.sd_version, clip_name(config.data_path)),
+        wanted,
         config.n_frames,
         partial(remedy, config),
         config.verify,
     )
+    if source is None:
+        log.warning(
+            "data_path: %s is not there to compare; using the frames of %s",
+            config.data_path,
+            cache.folder,
+        )
     manifest = cache.manifest
     if config.verify:
         features = find_features(cache, features_remedy(config, manifest))
         if features is not None:
             features.verify()
     remake = f"{remedy(config, manifest)} --overwrite"
-    _check_source(config, cache, remake)
-    model_key = model_key_for(config.sd_version, config.model_key)
-    checkpoint = checkpoint_folder(model_key, config.allow_pickle)
-    if checkpoint_revision(checkpoint) != manifest.model_revision:
-        raise UserError(
-            f"{cache.folder}: made with another model ({manifest.model_key}) than {checkpoint}; "
-            + remake
-        )
+    _check_frames(config, cache, remake)
     if manifest.control is not None:  # the source pass runs under the inversion's ControlNet
         check_controlnet_fits(checkpoint, manifest.control.key, config.allow_pickle)
     timesteps = NoiseSchedule.of_checkpoint(checkpoint).timesteps(config.n_timesteps)
@@ -127,15 +134,25 @@ def remedy(config: EditConfig, manifest: Manifest | None) -> str:
     Args:
         manifest: of a cache that does not fit; what the config leaves open is taken from it.
     """
-    if manifest is None:
-        there = _source(config) is not None
-        command = _preprocess_command(config, {"H": config.H, "W": config.W})
-        return f"run: {command}" if there else f"data_path is not there either; {command}"
-    settings = _made_with(manifest) | {
-        "H": config.H or manifest.height,
-        "W": config.W or manifest.width,
+    settings = {
+        "save_dir": config.latents_path,
+        "n_frames": config.n_frames,
+        "save_steps": config.n_timesteps,
+        "steps": config.n_inversion_steps,
+        "frame_start": config.frame_start,
+        "frame_stride": config.frame_stride,
+        "H": config.H,
+        "W": config.W,
     }
-    return f"run: {_preprocess_command(config, settings)}"
+    found = {} if manifest is None else _made_with(manifest)
+    settings = found | {key: value for key, value in settings.items() if value is not None}
+    if config.n_inversion_steps is None:  # a number near the usual one that preprocess.py takes
+        near = round(settings.get("steps", default("steps")) / config.n_timesteps)
+        settings["steps"] = max(near, 1) * config.n_timesteps
+    command = _command_for(config, settings)
+    if manifest is None and _source(config) is None:
+        return f"data_path is not there either; {command}"
+    return f"run: {command}"
 
 
 def features_remedy(config: EditConfig, manifest: Manifest) -> str:
@@ -145,26 +162,27 @@ def features_remedy(config: EditConfig, manifest: Manifest) -> str:
         manifest: the cache's. Its inversion is not made again.
     """
     settings = _made_with(manifest) | {
-        "H": manifest.height,
-        "W": manifest.width,
-        "steps": manifest.steps,
+        "save_dir": config.latents_path,
+        "n_frames": manifest.frames_asked,
         "save_steps": manifest.save_steps,
         "recon_steps": manifest.recon_steps,
-        "n_frames": manifest.frames_asked,
     }
-    return f"run: {_preprocess_command(config, settings)}"
+    return f"run: {_command_for(config, settings)}"
 
 
 def _made_with(manifest: Manifest) -> dict[str, object]:
-    """The options that a cache was made with, but for those that a config names too."""
+    """The options that tell an inversion from others of the clip and model; None: left out."""
     control = manifest.control
     settings = {
+        "steps": manifest.steps,
         "frame_start": manifest.frame_start,
         "frame_stride": manifest.frame_stride,
+        "H": manifest.height,
+        "W": manifest.width,
         "fit": manifest.fit,
-        "inversion_prompt": manifest.inversion_prompt,
+        "inversion_prompt": manifest.inversion_prompt or None,
         "inversion_iters": manifest.inversion_iters,
-        "inversion_tol": manifest.inversion_tol or None,  # None: the option is left out
+        "inversion_tol": manifest.inversion_tol or None,
         "dtype": manifest.dtype,
         "depth_model": manifest.depth_model,
     }
@@ -179,23 +197,19 @@ def _made_with(manifest: Manifest) -> dict[str, object]:
     return settings
 
 
-def _preprocess_command(config: EditConfig, settings: dict[str, object]) -> str:
-    """The command for a config; settings win over what it names."""
-    named = {
+def _command_for(config: EditConfig, settings: dict[str, object]) -> str:
+    """The command for the clip, model and features of a config, with these settings."""
+    of_config = {
         "data_path": config.data_path,
         "sd_version": config.sd_version,
         "model_key": config.model_key,
-        "steps": config.n_inversion_steps,
-        "save_steps": config.n_timesteps,
-        "n_frames": config.n_frames,
-        "save_dir": config.latents_path,
     }
     features = {
         option: getattr(config, key)
         for key, option in FEATURE_OPTIONS.items()
         if getattr(config, key, default(option)) != default(option)
     }
-    return preprocess_command(**{**named, **settings, **features})
+    return preprocess_command(of_config | settings | features)
 
 
 def _source(config: EditConfig) -> Path | None:
@@ -206,7 +220,7 @@ def _source(config: EditConfig) -> Path | None:
         return None
 
 
-def _check_source(config: EditConfig, cache: SourceCache, remake: str) -> None:
+def _check_frames(config: EditConfig, cache: SourceCache, remake: str) -> None:
     manifest = cache.manifest
     for key, have in (("H", manifest.height), ("W", manifest.width)):
         want = getattr(config, key)
@@ -220,17 +234,4 @@ def _check_source(config: EditConfig, cache: SourceCache, remake: str) -> None:
             config.n_frames,
             manifest.n_frames,
             reason,
-        )
-    source = _source(config)
-    if source is None:
-        log.warning(
-            "data_path: %s is not there to compare; using the frames of %s",
-            config.data_path,
-            cache.folder,
-        )
-        return
-    if source_sha256(source) != manifest.source_sha256:
-        raise UserError(
-            f"{cache.folder}: made from another clip of the same name ({manifest.source_name}) "
-            f"than {source}; {remake}"
         )

@@ -22,7 +22,7 @@ from diffusers import ControlNetModel
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenflow.cache.source_cache import CLEAN_LATENTS, check_file, refuse_foreign_files
+from tokenflow.cache.source_cache import CLEAN_LATENTS, cache_key, check_file, refuse_foreign_files
 from tokenflow.cache.source_features import (
     CachedFeatures,
     CachedSource,
@@ -77,6 +77,7 @@ log = logging.getLogger("tokenflow")
 
 RUN_FILE = "run.yaml"
 PLACES = ("output_path", "latents_path", "data_path")
+FIND_THE_CACHE = ("n_inversion_steps", "frame_start", "frame_stride")
 CHANGES_NO_RESULT = (
     "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
 )  # fmt: skip
@@ -640,10 +641,11 @@ def result_folder(inputs: EditInputs, technique: str) -> Path:
 
 
 def _result_settings(inputs: EditInputs) -> dict[str, object]:
-    """What a result depends on beside the cache."""
+    """What a result depends on; of the cache, what that was made from."""
     own = {"dtype": str(inputs.dtype), "device": inputs.device.type}
-    settings = inputs.config.model_dump() | own
-    return {k: v for k, v in settings.items() if k not in (*PLACES, *CHANGES_NO_RESULT)}
+    settings = inputs.config.model_dump() | own | {"cache": cache_key(inputs.cache.manifest)}
+    left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT)
+    return {key: value for key, value in settings.items() if key not in left_out}
 
 
 def _is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
