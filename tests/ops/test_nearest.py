@@ -174,7 +174,7 @@ def test_flops_are_those_of_the_product():
 
 KERNEL_CASES = """
 import torch
-import nearest, nearest_triton
+from tokenflow.ops import nearest
 
 for m, length, k, keys, channels, slots, dtype in [
     (1, 1, 1, 1, 1, 1, torch.float32),
@@ -186,13 +186,13 @@ for m, length, k, keys, channels, slots, dtype in [
     tokens = torch.randn((m, length, channels), generator=generator).to(dtype)
     keyframe_tokens = torch.randn((k, keys, channels), generator=generator).to(dtype)
     which = torch.randint(k, (m, slots), generator=generator)
-    found = nearest_triton.nearest_tokens(tokens, keyframe_tokens, which)
+    found = nearest._nearest_tokens_triton(tokens, keyframe_tokens, which)
     assert torch.equal(found, nearest.nearest_tokens_pytorch(tokens, keyframe_tokens, which))
 
 # Equal tokens, also in different tiles of keys; a keyframe named twice; a token of zeros.
 keyframe_tokens = torch.eye(4)[torch.arange(150).remainder(4)][None]
 tokens = torch.cat([2 * torch.eye(4), torch.zeros(1, 4)])[None]
-found = nearest_triton.nearest_tokens(tokens, keyframe_tokens, torch.zeros(1, 2).long())
+found = nearest._nearest_tokens_triton(tokens, keyframe_tokens, torch.zeros(1, 2).long())
 assert found.tolist() == [[[0, 1, 2, 3, 0]] * 2], found
 """
 
@@ -219,11 +219,9 @@ def test_the_triton_kernel_on_its_interpreter():
 @pytest.mark.parametrize("length", [66, 1008, 4096])
 def test_the_triton_kernel_on_a_gpu(dtype, length):
     pytest.importorskip("triton")
-    from tokenflow.ops import nearest_triton
-
     tokens, keyframe_tokens, which = (x.cuda() for x in clip(4, length, 3, length, 320))
     tokens, keyframe_tokens = tokens.to(dtype), keyframe_tokens.to(dtype)
-    found = nearest_triton.nearest_tokens(tokens, keyframe_tokens, which)
+    found = nearest._nearest_tokens_triton(tokens, keyframe_tokens, which)
     assert_nearest(found, tokens, keyframe_tokens, which)
     assert_nearest(
         nearest_tokens_pytorch(tokens, keyframe_tokens, which), tokens, keyframe_tokens, which

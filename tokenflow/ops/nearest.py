@@ -69,9 +69,7 @@ def _nearest_tokens(
     tokens: torch.Tensor, keyframe_tokens: torch.Tensor, which: torch.Tensor
 ) -> torch.Tensor:
     if tokens.device.type == "cuda" and _triton_works(tokens.device, tokens.dtype):
-        from tokenflow.ops import nearest_triton
-
-        return nearest_triton.nearest_tokens(tokens, keyframe_tokens, which)
+        return _nearest_tokens_triton(tokens, keyframe_tokens, which)
     return nearest_tokens_pytorch(tokens, keyframe_tokens, which)
 
 
@@ -102,11 +100,9 @@ def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     from triton.errors import TritonError
 
-    from tokenflow.ops import nearest_triton
-
     probe = torch.ones(1, 1, 1, device=device, dtype=dtype)
     try:
-        nearest_triton.nearest_tokens(probe, probe, torch.zeros_like(probe[0], dtype=torch.long))
+        _nearest_tokens_triton(probe, probe, torch.zeros_like(probe[0], dtype=torch.long))
     except (
         TritonError, RuntimeError, OSError, subprocess.CalledProcessError,
     ) as error:  # fmt: skip
@@ -117,6 +113,14 @@ def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
         )
         return False
     return True
+
+
+def _nearest_tokens_triton(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Tensor:
+    # Importing it needs Triton, which not every build of PyTorch brings.
+    from tokenflow.ops import nearest_triton
+
+    norms = inverse_norms(keyframe_tokens)
+    return nearest_triton.nearest_tokens(tokens, keyframe_tokens, norms, which)
 
 
 # ---------------------------------------------------------------------------------------------

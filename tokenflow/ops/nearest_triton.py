@@ -10,16 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenflow.ops.nearest import inverse_norms
-
 # 128 queries x 64 keys are large enough for the matrix units, and small enough that similarities
 # lie in registers (32 a thread) and three stages of loads in shared memory (48 KiB, on Hopper 72).
 QUERIES, KEYS, CHANNEL_BYTES = 128, 64, 128
 WARPS, STAGES = 8, 3
 
 
-def nearest_tokens(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Tensor:
-    """`nearest.nearest_tokens` of tensors on one CUDA device; waits for nothing."""
+def nearest_tokens(
+    tokens: Tensor, keyframe_tokens: Tensor, inverse_norms: Tensor, which: Tensor
+) -> Tensor:
+    """`nearest.nearest_tokens` of tensors on one CUDA device; waits for nothing.
+
+    Args:
+        inverse_norms: 1 / |token| of keyframe_tokens, (k, L') float32.
+    """
     tokens, keyframe_tokens = tokens.contiguous(), keyframe_tokens.contiguous()
     (m, length, channels), keys, slots = tokens.shape, keyframe_tokens.shape[1], which.shape[1]
     found = torch.empty((m, slots, length), dtype=torch.long, device=tokens.device)
@@ -29,7 +33,7 @@ def nearest_tokens(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Te
         nearest_kernel[grid](
             tokens,
             keyframe_tokens,
-            inverse_norms(keyframe_tokens),
+            inverse_norms,
             which.contiguous(),
             found,
             length,
@@ -78,21 +82,10 @@ def nearest_kernel(
         for start in range(0, n_keys, KEYS):
             columns = start + tl.arange(0, KEYS)
             key_columns = keyframe_tokens + (keyframe * n_keys + columns[None, :]) * channels
-            similarity = tl.zeros([QUERIES, KEYS], tl.float32)
-            for first_channel in range(0, channels, CHANNELS):
-                channel = first_channel + tl.arange(0, CHANNELS)
-                query = tl.load(
-                    query_rows + channel[None, :],
-                    mask=(rows[:, None] < length) & (channel[None, :] < channels),
-                    other=0.0,
-                )
-                key = tl.load(
-                    key_columns + channel[:, None],
-                    mask=(columns[None, :] < n_keys) & (channel[:, None] < channels),
-                    other=0.0,
-                )
-                # "ieee": float32 is not rounded to TF32's 10 bits. Other dtypes ignore it.
-                similarity = tl.dot(query, key, similarity, input_precision="ieee")
+            similarity = products(
+                query_rows, key_columns, rows < length, columns < n_keys, channels,
+                QUERIES, KEYS, CHANNELS,
+            )  # fmt: skip
             scale = tl.load(
                 inverse_norms + keyframe * n_keys + columns, mask=columns < n_keys, other=0.0
             )
@@ -111,3 +104,33 @@ def nearest_kernel(
                     nearest.to(tl.int64),
                     mask=rows < length,
                 )
+
+
+@triton.jit
+def products(
+    query_rows,  # (QUERIES, 1) pointers to the first channel
+    key_columns,  # (1, KEYS) pointers to the first channel
+    valid_queries,  # (QUERIES,) bool
+    valid_keys,  # (KEYS,) bool
+    channels,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The inner products of a tile, (QUERIES, KEYS) float32; 0 where one is not valid."""
+    similarity = tl.zeros([QUERIES, KEYS], tl.float32)
+    for first_channel in range(0, channels, CHANNELS):
+        channel = first_channel + tl.arange(0, CHANNELS)
+        query = tl.load(
+            query_rows + channel[None, :],
+            mask=valid_queries[:, None] & (channel[None, :] < channels),
+            other=0.0,
+        )
+        key = tl.load(
+            key_columns + channel[:, None],
+            mask=valid_keys[None, :] & (channel[:, None] < channels),
+            other=0.0,
+        )
+        # "ieee": float32 is not rounded to TF32's 10 bits. Other dtypes ignore it.
+        similarity = tl.dot(query, key, similarity, input_precision="ieee")
+    return similarity
