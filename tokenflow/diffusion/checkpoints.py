@@ -249,7 +249,7 @@ def load_unet_skeleton(folder: Path) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(config)
 
 
-def frozen(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Moves a model to a device for inference only."""
     return model.to(device).eval().requires_grad_(False)
 

@@ -12,7 +12,7 @@ from diffusers import ControlNetModel
 from torch import Tensor
 from transformers import DPTForDepthEstimation, DPTImageProcessor
 
-from tokenflow.diffusion.checkpoints import frozen, load_model, single_model_folder
+from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def load_controlnet(
     """
     folder = single_model_folder(key, "controlnet_key", allow_pickle)
     model = load_model(ControlNetModel, folder, allow_pickle, torch_dtype=dtype)
-    return frozen(model, device)
+    return for_inference(model, device)
 
 
 def draw_control(
@@ -138,7 +138,7 @@ def estimate_depth(
     """
     folder = single_model_folder(key, "depth_model", allow_pickle)
     processor = DPTImageProcessor.from_pretrained(folder)
-    model = frozen(load_model(DPTForDepthEstimation, folder, allow_pickle), device)
+    model = for_inference(load_model(DPTForDepthEstimation, folder, allow_pickle), device)
     depth = []
     for start in range(0, len(frames), batch_size):
         inputs = processor(images=list(frames[start : start + batch_size]), return_tensors="pt")

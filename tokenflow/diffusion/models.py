@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tokenflow.diffusion.checkpoints import frozen, load_model
+from tokenflow.diffusion.checkpoints import for_inference, load_model
 from tokenflow.diffusion.conditions import load_controlnet
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.ops.distributed import ALONE, Team
@@ -130,9 +130,9 @@ def load_stable_diffusion(
         unet = unet.to(memory_format=torch.channels_last)
     return StableDiffusion(
         tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-        text_encoder=frozen(text_encoder, device),
-        vae=frozen(vae, device),
-        unet=frozen(unet, device),
+        text_encoder=for_inference(text_encoder, device),
+        vae=for_inference(vae, device),
+        unet=for_inference(unet, device),
         schedule=NoiseSchedule.of_checkpoint(folder),
         device=device,
         dtype=dtype,

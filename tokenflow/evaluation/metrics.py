@@ -23,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-from tokenflow.diffusion.checkpoints import frozen, load_model, single_model_folder
+from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
 from tokenflow.diffusion.vae import SquaredError
 from tokenflow.evaluation.motion import Motion, warp
 from util import UserError
@@ -150,7 +150,7 @@ class ClipEmbedder:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         model = _load(CLIPModel, folder)
-        self.model, self.device = frozen(model, device), device
+        self.model, self.device = for_inference(model, device), device
         self.processor = CLIPImageProcessor.from_pretrained(folder)
         # The others need no such word: their class is named here, not by the folder's files.
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -230,7 +230,7 @@ class DinoKeys:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         model = _load(ViTModel, folder, add_pooling_layer=False)
-        self.model, self.device = frozen(model, device), device
+        self.model, self.device = for_inference(model, device), device
         self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         # transformers 4 calls this projection key, transformers 5 k_proj.
         names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in ("key", "k_proj")]

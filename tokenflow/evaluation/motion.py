@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 from tqdm import tqdm
 
-from tokenflow.diffusion.checkpoints import frozen
+from tokenflow.diffusion.checkpoints import for_inference
 from tokenflow.diffusion.conditions import optical_flow
 from tokenflow.storage.video import clip_name
 from util import MissingFileError, UserError, load_tensors, save_tensors, sha256_file
@@ -185,7 +185,7 @@ class Raft:
             raise UserError(f"{weights}: not weights of torchvision's RAFT-large: {reason}") from (
                 error
             )
-        self.model, self.device = frozen(model, device), device
+        self.model, self.device = for_inference(model, device), device
 
     @torch.inference_mode()
     def __call__(self, source: np.ndarray, target: np.ndarray) -> Tensor:
