@@ -9,10 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
-from tokenflow.figures.drawing import png
+from tokenflow.figures.drawing import DPI, picture_grid, png
 from tokenflow.storage.video import read_clip
 from util import (
     ArgumentParser,
@@ -22,23 +21,6 @@ from util import (
     setup_logging,
     write_reports,
 )
-
-FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
-PADDING = 6  # left and right of a label
-
-
-def label_width(labels: Sequence[str]) -> int:
-    """Pixels that the longest label takes."""
-    return 2 * PADDING + max(cv2.getTextSize(text, FONT, FONT_SCALE, 1)[0][0] for text in labels)
-
-
-def strip_row(label: str, width: int, frames: np.ndarray) -> np.ndarray:
-    """One row: the label in a margin, then the frames side by side; (H, width + k * W, 3) uint8."""
-    height = frames.shape[1]
-    margin = np.full((height, width, 3), 255, np.uint8)
-    where = (PADDING, height // 2 + 5)
-    cv2.putText(margin, label, where, FONT, FONT_SCALE, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([margin, *frames], axis=1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
     check_report_path(args.out, "OUT.png")
-    width = label_width([label for label, _ in args.rows])
     rows = []
-    for label, path in args.rows:
+    for _, path in args.rows:
         frames = read_clip(path, args.n_frames, size=(args.size, args.size)).frames
-        picks = np.linspace(0, len(frames) - 1, args.columns).round().astype(int)
-        rows.append(strip_row(label, width, frames[picks]))
-    write_reports(f"wrote {args.out}", [(args.out, png(np.concatenate(rows)))])
+        rows.append(frames[np.linspace(0, len(frames) - 1, args.columns).round().astype(int)])
+    labels = [label for label, _ in args.rows]
+    figure = picture_grid(rows, labels, width=args.size / DPI)
+    write_reports(f"wrote {args.out}", [(args.out, png(figure))])
 
 
 def _row(text: str) -> tuple[str, str]:

@@ -13,7 +13,6 @@ already (of the same model, frames and size) are not measured again.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from scripts.shapes.world import SAMPLES, random_scene
 from tokenflow.cache.options import FAST
@@ -166,85 +166,58 @@ def time_ratios(rows: Sequence[Row]) -> list[float]:
 
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table of rows."""
-    lines = [
-        "| inversion | reconstruction | image-forwards a frame | PSNR to the VAE's | seconds |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row.family}: {_name(row)} | {row.recon_steps} steps | {row.forwards:.1f} | "
-        f"{row.psnr:.1f} dB | {row.seconds:.1f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return tabulate(
+        [
+            (
+                f"{row.family}: {_name(row)}",
+                f"{row.recon_steps} steps",
+                f"{row.forwards:.1f}",
+                f"{row.psnr:.1f} dB",
+                f"{row.seconds:.1f}",
+            )
+            for row in rows
+        ],
+        ["inversion", "reconstruction", "image-forwards a frame", "PSNR to the VAE's", "seconds"],
+        "pipe",
+        disable_numparse=True,
+    )
 
 
 def _name(row: Row) -> str:
     return f"{row.label} (--fast)" if row.label == FAST_LABEL else row.label
 
 
-WIDTH, HEIGHT = 900, 560
-LEFT, RIGHT, TOP, BOTTOM = 80, 30, 30, 80  # margins of the axes
-PAPER, INK, GRID = (255, 255, 255), (0, 0, 0), (225, 225, 225)
-FAMILIES = {  # of settings, each in its colour
-    f"{PLAIN}, as many steps to reconstruct": (200, 60, 40),
-    f"{PLAIN}, 50 steps to reconstruct": (225, 150, 60),
-    ITERATED: (40, 90, 180),
-    STOPPED: (20, 130, 70),
-}
+FAMILIES = (  # of settings, a line for each
+    f"{PLAIN}, as many steps to reconstruct",
+    f"{PLAIN}, 50 steps to reconstruct",
+    ITERATED,
+    STOPPED,
+)
 
 
-def curve(rows: Sequence[Row]) -> np.ndarray:
-    """The picture of `means`: PSNR over image-forwards (logarithmic), a colour for each family."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    ticks_x = [n for n in (50, 100, 200, 500, 1000, 2000, 5000) if n <= 1.4 * _most(rows)]
-    lowest = math.floor(min(row.psnr for row in rows) / 5) * 5
-    highest = math.ceil(max(row.psnr for row in rows) / 5) * 5
-    span_x = math.log(0.55 * min(row.forwards for row in rows)), math.log(1.4 * _most(rows))
-
-    def place(forwards: float, decibels: float) -> tuple[float, float]:
-        across = (math.log(forwards) - span_x[0]) / (span_x[1] - span_x[0])
-        up = (decibels - lowest) / (highest - lowest)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (
-            HEIGHT - TOP - BOTTOM
+def curve(rows: Sequence[Row]) -> Figure:
+    """The picture of `means`: PSNR over image-forwards (logarithmic), a line for each family."""
+    figure = Figure((9, 5.6), layout="constrained")
+    axis = figure.subplots()
+    for family in FAMILIES:
+        own = [row for row in rows if _of(row, family)]
+        (line,) = axis.semilogx(
+            [row.forwards for row in own], [row.psnr for row in own], "o-", label=family
         )
-
-    for decibels in range(lowest, highest + 1, 5):
-        _, y = place(100, decibels)
-        draw.line([(LEFT, y), (WIDTH - RIGHT, y)], GRID)
-        draw.text((LEFT - 8, y), str(decibels), INK, font, anchor="rm")
-    for forwards in ticks_x:
-        x, _ = place(forwards, lowest)
-        if x >= LEFT:
-            draw.line([(x, TOP), (x, HEIGHT - BOTTOM)], GRID)
-            draw.text((x, HEIGHT - BOTTOM + 8), str(forwards), INK, font, anchor="mt")
-    draw.rectangle([LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM], outline=INK)
-    label = "image-forwards a frame, inversion and reconstruction (logarithmic)"
-    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 30), label, INK, font, anchor="mm")
-    draw.text((LEFT, 4), "PSNR against the VAE's own decoding, dB", INK, font)
-
-    for number, (family, colour) in enumerate(FAMILIES.items()):
-        points = [(place(row.forwards, row.psnr), _name(row)) for row in rows if _of(row, family)]
-        draw.line([point for point, _ in points], colour, 3)
-        for (x, y), name in points:
-            draw.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
-            # Lines rise to the right: beside them is room above to the left, below to the right.
-            below = family == ITERATED or family.endswith(" 50 steps to reconstruct")
-            side, shift = ("lt", (7, 3)) if below else ("rb", (-5, -5))
-            draw.text((x + shift[0], y + shift[1]), name, colour, font, anchor=_anchor(side))
-        y = TOP + 16 + 22 * number
-        draw.line([(WIDTH - 370, y), (WIDTH - 340, y)], colour, 3)
-        draw.text((WIDTH - 330, y), family, INK, font, anchor="lm")
-    return np.asarray(image)
-
-
-def _anchor(side: str) -> str:
-    """Pillow's name of the corner of a text that a point is given for."""
-    return {"lt": "lt", "rb": "rd"}[side]
-
-
-def _most(rows: Sequence[Row]) -> float:
-    return max(row.forwards for row in rows)
+        for row in own:
+            axis.annotate(
+                _name(row),
+                (row.forwards, row.psnr),
+                (5, -12),
+                textcoords="offset points",
+                color=line.get_color(),
+                fontsize="small",
+            )
+    axis.set_xlabel("image-forwards a frame, inversion and reconstruction")
+    axis.set_ylabel("PSNR against the VAE's own decoding, dB")
+    axis.grid(True)
+    axis.legend()
+    return figure
 
 
 def _of(row: Row, family: str) -> bool:

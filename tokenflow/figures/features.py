@@ -6,16 +6,17 @@ denoiser: ordinary attention, no guidance, no TokenFlow.
 
 from __future__ import annotations
 
-import argparse
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ from tokenflow.diffusion.models import (
     resolve_dtype,
 )
 from tokenflow.diffusion.vae import encode_frames
+from tokenflow.storage.schema import Model
 from tokenflow_utils import (
     Neighbours,
     Pass,
@@ -89,27 +91,45 @@ class View:
         )
 
 
-def open_view(args: argparse.Namespace, cache: SourceCache) -> View:
-    """Checks the options that say how features are taken.
+class ViewOptions(Model):
+    """The options of visualize.py that say how features are taken."""
+
+    layer: str = Field(LAYER, description="a self-attention layer")
+    timestep: int | None = Field(
+        None, description="of the inversion's (default: the middle of sampling)"
+    )
+    what: Literal["input", "output"] = Field(
+        "input", description="the self-attention's input tokens or its output"
+    )
+    model_key: str | None = Field(
+        None, description="the checkpoint, if it is not where the cache says"
+    )
+    batch_size: int = Field(8, ge=1, description="frames evaluated at once")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="auto is float16 on CUDA, float32 elsewhere"
+    )
+
+
+def open_view(options: ViewOptions, cache: SourceCache) -> View:
+    """Checks how features are to be taken.
 
     Raises:
         UserError: naming the option, and what it could be.
     """
     manifest = cache.manifest
-    device = resolve_device(args.device)
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size: {args.batch_size}, expected a number of at least 1")
-    checkpoint = checkpoint_folder(args.model_key or manifest.model_key)
+    device = resolve_device(options.device)
+    checkpoint = checkpoint_folder(options.model_key or manifest.model_key)
     if checkpoint_revision(checkpoint) != manifest.model_revision:
         raise UserError(
             f"{checkpoint}: not the model that {cache.folder} was made with "
             f"({manifest.model_key}); name that one with --model_key, or make the cache anew"
         )
-    layer = find_layer(load_unet_skeleton(checkpoint), args.layer)
+    layer = find_layer(load_unet_skeleton(checkpoint), options.layer)
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
     inversion = schedule.timesteps(manifest.steps)[::-1]
     sampling = schedule.timesteps(manifest.save_steps)
-    timestep = sampling[len(sampling) // 2] if args.timestep is None else args.timestep
+    timestep = sampling[len(sampling) // 2] if options.timestep is None else options.timestep
     if timestep not in inversion:
         nearest = min(inversion, key=lambda t: abs(t - timestep))
         raise UserError(
@@ -122,10 +142,10 @@ def open_view(args: argparse.Namespace, cache: SourceCache) -> View:
         inversion=inversion[: inversion.index(timestep) + 1],
         sampling=sampling,
         layer=layer,
-        what=args.what,
+        what=options.what,
         device=device,
-        dtype=resolve_dtype(args.dtype, device),
-        batch_size=args.batch_size,
+        dtype=resolve_dtype(options.dtype, device),
+        batch_size=options.batch_size,
     )
 
 
@@ -289,3 +309,144 @@ def rebuilt_from_keyframe(denoiser: Denoiser, start: Tensor, timesteps: Sequence
             frame = ddim_step(frame, eps, *levels)
             keyframe = ddim_step(keyframe, keyframe_eps, *levels)
     return frame
+
+
+# ---------------------------------------------------------------------------------------------
+# Feature tokens as colours
+
+
+@dataclass(frozen=True)
+class Components:
+    """The principal components of tokens.
+
+    Attributes:
+        mean: (c,) float64.
+        basis: (c, k) float64, orthonormal columns, by descending variance; of each, the entry of
+            the largest magnitude is positive.
+        explained: (k,) float64, the share of the variance along each.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    explained: Tensor
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Coordinates (..., k) float32 of tokens (..., c)."""
+        return torch.cat([
+            ((piece.double() - self.mean) @ self.basis).float()
+            for piece in tokens.flatten(0, -2).split(1 << 16)
+        ]).unflatten(0, tokens.shape[:-1])  # fmt: skip
+
+
+def principal_components(tokens: Tensor, n_components: int = 3) -> Components:
+    """The principal components of (N, c) tokens, from the exact eigenvectors of their covariance.
+
+    Float64 throughout, so that a second run and another machine find the same colours.
+    """
+    pieces = tokens.split(1 << 16)  # a copy in float64 of all would be large
+    mean = sum(piece.double().sum(0) for piece in pieces) / len(tokens)
+    covariance = sum((piece.double() - mean).T @ (piece.double() - mean) for piece in pieces)
+    covariance /= len(tokens)
+    values, vectors = torch.linalg.eigh(covariance)  # ascending
+    basis = vectors[:, -n_components:].flip(1)
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))  # (1, k)
+    explained = values[-n_components:].flip(0) / values.sum().clamp(min=1e-300)
+    return Components(mean, basis * largest.sign(), explained)
+
+
+def component_colours(coordinates: np.ndarray) -> np.ndarray:
+    """Three components as colours, on one scale for all that is given.
+
+    The first component is green, the second red, the third blue: in this order they weigh in a
+    colour's brightness, so that a print in grey shows mostly the first.
+
+    Args:
+        coordinates: (..., 3) float; the 1st to the 99th percentile of each becomes 0 to 255.
+
+    Returns:
+        (..., 3) uint8 RGB.
+    """
+    flat = coordinates.reshape(-1, 3)
+    low, high = np.percentile(flat, [1, 99], axis=0)
+    scaled = (coordinates - low) / np.maximum(high - low, 1e-12)
+    return (scaled.clip(0, 1) * 255).round().astype(np.uint8)[..., [1, 0, 2]]
+
+
+def feature_colours(
+    tokens: Sequence[Tensor], grid: tuple[int, int], size: tuple[int, int]
+) -> tuple[list[np.ndarray], float]:
+    """The three principal components of tokens in colour, in one basis and on one scale for all.
+
+    Args:
+        tokens: of each video, (n, L, c).
+        grid: (h, w), h * w = L.
+        size: (H, W) of the pictures.
+
+    Returns:
+        of each video (n, H, W, 3) uint8; and the share of the variance that they show.
+    """
+    together = torch.stack(list(tokens))  # (videos, n, L, c)
+    components = principal_components(together.flatten(0, 2))
+    colours = component_colours(components.project(together).numpy())
+    cells = colours.reshape(*colours.shape[:2], *grid, 3)
+    return [cells_to_pixels(video, size) for video in cells], float(components.explained.sum())
+
+
+def token_grid(latent_grid: tuple[int, int], n_tokens: int) -> tuple[int, int]:
+    """The (h, w) of a layer with this many tokens: the UNet halves the latents' grid, rounding up.
+
+    Raises:
+        ValueError: if no such grid has that many.
+    """
+    h, w = latent_grid
+    while h * w > n_tokens and h * w > 1:
+        h, w = (h + 1) // 2, (w + 1) // 2
+    if h * w != n_tokens:
+        raise ValueError(f"{n_tokens} tokens fit no grid of latents of {latent_grid}")
+    return h, w
+
+
+def cells_of_pixels(grid: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The cell that each pixel lies in: rows (H, 1) and columns (1, W) of the grid."""
+    y, x = ((np.arange(n) * 2 + 1) * cells // (2 * n) for n, cells in zip(size, grid, strict=True))
+    return y[:, None], x[None]
+
+
+def cells_to_pixels(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Cells (..., h, w, k) enlarged to (..., H, W, k): a pixel shows the cell that it lies in."""
+    y, x = cells_of_pixels(cells.shape[-3:-1], size)
+    return cells[..., y, x, :]
+
+
+# ---------------------------------------------------------------------------------------------
+# Correspondences
+
+
+def displacements(match: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """How far away the counterpart of each cell lies, (h, w, 2) float: right and down, in pixels.
+
+    Args:
+        match: (h * w,) int, the cell of the other frame that each cell corresponds to.
+        grid: (h, w).
+        size: (H, W) of the frames.
+    """
+    h, w = grid
+    here_y, here_x = np.divmod(np.arange(h * w), w)
+    there_y, there_x = np.divmod(match, w)
+    moved = np.stack([(there_x - here_x) * (size[1] / w), (there_y - here_y) * (size[0] / h)], -1)
+    return moved.reshape(h, w, 2)
+
+
+def warp_by_cells(other: np.ndarray, field: np.ndarray) -> np.ndarray:
+    """A frame rebuilt from the pixels of another at the counterparts of its cells.
+
+    Args:
+        other: (H, W, 3), where the pixels are taken from.
+        field: (h, w, 2) of `displacements`; a pixel moves as its cell does, to whole pixels, and
+            no further than the frame's edge.
+    """
+    height, width = other.shape[:2]
+    moved = np.rint(cells_to_pixels(field, (height, width))).astype(int)
+    y = (np.arange(height)[:, None] + moved[..., 1]).clip(0, height - 1)
+    x = (np.arange(width) + moved[..., 0]).clip(0, width - 1)
+    return other[y, x]

@@ -1,0 +1,308 @@
+"""The paper's Figures 2 and 3 of results: what each shows, from options to files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pydantic import Field, model_validator
+
+from tokenflow.cache.source_cache import SourceCache, open_cache
+from tokenflow.diffusion.inversion import reconstruct
+from tokenflow.diffusion.vae import decode_latents, psnr
+from tokenflow.editing.results import Result, read_result
+from tokenflow.figures.drawing import (
+    DPI,
+    PANEL,
+    draw_field,
+    draw_lengths,
+    draw_wheel,
+    longest_shown,
+    picture_grid,
+    save_figure,
+    video_frames,
+    xt_slice,
+)
+from tokenflow.figures.features import (
+    View,
+    ViewOptions,
+    displacements,
+    edit_tokens,
+    feature_colours,
+    open_view,
+    rebuilt_from_keyframe,
+    source_denoiser,
+    source_tokens,
+    token_grid,
+    warp_by_cells,
+)
+from tokenflow.ops.nearest import nearest_tokens
+from tokenflow.storage.video import load_frames, save_video
+from util import UserError, check_writable
+
+# ---------------------------------------------------------------------------------------------
+# Figure 2
+
+
+class FeatureOptions(ViewOptions):
+    """Of `draw_features`."""
+
+    result: str = Field(description="the edit's folder")
+    per_frame: str | None = Field(None, description="of another edit: consistency: none")
+    row: int | None = Field(None, description="image row of the x-t slices (default: the middle)")
+    n_frames: int | None = Field(None, ge=1, description="of these first (default: all)")
+    columns: int = Field(6, ge=1, description="frames that features.png shows")
+    out: str = Field(description="folder of the pictures")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One video of Figure 2, (n, H, W, 3) uint8, with its features in colour, of that size."""
+
+    label: str
+    frames: np.ndarray
+    features: np.ndarray
+
+
+def draw_features(options: FeatureOptions) -> list[Path]:
+    """Figure 2: frames, features and x-t slices of the source and of edits of it.
+
+    Returns:
+        the files: features.png, features_xt.png, features.mp4.
+    """
+    folders = [options.per_frame, options.result] if options.per_frame else [options.result]
+    edits = [read_result(Path(folder)) for folder in folders]
+    cache = edits[-1].cache()
+    for other in edits[:-1]:
+        _check_same_clip(other, cache)
+    n_frames = _frames_to_draw(options.n_frames, edits)
+    height, size = cache.manifest.height, (cache.manifest.height, cache.manifest.width)
+    y = height // 2 if options.row is None else options.row
+    if not 0 <= y < height:
+        raise UserError(f"--row: {y}, expected 0 to {height - 1}: frames are {height} high")
+    videos = [cache.frames(n_frames), *(_edited_frames(edit, n_frames, size) for edit in edits)]
+    view = open_view(options, cache)
+    out = Path(options.out)
+    check_writable(out, "--out")
+
+    rows, title = _feature_rows(view, edits, videos)
+    picks = np.linspace(0, n_frames - 1, min(options.columns, n_frames)).round().astype(int)
+    moments = picture_grid(
+        [[row.frames[0] for row in rows], [row.features[0] for row in rows]],
+        ["RGB", "features"],
+        [row.label.replace("\n", " ") for row in rows],
+    )
+
+    def show_moment(i: int) -> None:
+        shown = [row.frames[i] for row in rows] + [row.features[i] for row in rows]
+        for axis, picture in zip(moments.axes, shown, strict=True):
+            axis.images[0].set_data(picture)
+        moments.suptitle(f"frame {i}", fontsize="medium")
+
+    save_video(out / "features.mp4", video_frames(moments, show_moment, n_frames), cache.fps)
+    return [
+        save_figure(out / "features.png", frames_and_features(rows, picks, title)),
+        save_figure(out / "features_xt.png", slices(rows, y, title)),
+        out / "features.mp4",
+    ]
+
+
+def _feature_rows(
+    view: View, edits: Sequence[Result], videos: Sequence[np.ndarray]
+) -> tuple[list[Row], str]:
+    """The source's and the edits' frames with their features; and what these are."""
+    models = view.load()
+    tokens = [source_tokens(view, models, range(len(videos[0])))]
+    for edit, frames in zip(edits, videos[1:], strict=True):
+        tokens.append(edit_tokens(view, models, frames, edit.prompt or ""))
+    size = height, width = videos[0].shape[1:3]
+    grid = token_grid((height // models.vae_factor, width // models.vae_factor), tokens[0].shape[1])
+    colours, explained = feature_colours(tokens, grid, size)
+    labels = ["source", *(edit.method.replace(", ", "\n", 1) for edit in edits)]
+    rows = [Row(*row) for row in zip(labels, videos, colours, strict=True)]
+    return rows, (
+        f"PCA of {view.describe(grid)}\n"
+        f"3 components with {explained:.0%} of the variance, one basis for all"
+    )
+
+
+def frames_and_features(rows: Sequence[Row], picks: np.ndarray, title: str) -> Figure:
+    """Frames over time and, below them, their features."""
+    return picture_grid(
+        [[*shown[picks]] for row in rows for shown in (row.frames, row.features)],
+        [text for row in rows for text in (row.label, f"{row.label}\nfeatures")],
+        [f"frame {i}" for i in picks],
+        title,
+    )
+
+
+def slices(rows: Sequence[Row], y: int, title: str) -> Figure:
+    """One image row over time, of frames and of features."""
+    n_frames, height = rows[0].frames.shape[:2]
+    return picture_grid(
+        [[xt_slice(shown, y) for shown in (row.frames, row.features)] for row in rows],
+        [row.label for row in rows],
+        ["RGB", "features"],
+        f"x-t slices: image row {y} of {height}; time runs down, {n_frames} frames\n{title}",
+        width=1.5 * PANEL,
+    )
+
+
+def _frames_to_draw(n_frames: int | None, edits: Sequence[Result]) -> int:
+    lengths = {edit.n_frames for edit in edits}
+    if n_frames is None and len(lengths) > 1:
+        raise UserError(
+            f"{edits[0].folder} has {edits[0].n_frames} frames, {edits[1].folder} "
+            f"{edits[1].n_frames}; choose a common part: --n_frames {min(lengths)}"
+        )
+    if n_frames is not None and n_frames > min(lengths):
+        raise UserError(f"--n_frames: {n_frames}, but there are only {min(lengths)} frames")
+    return n_frames or min(lengths)
+
+
+def _check_same_clip(edit: Result, cache: SourceCache) -> None:
+    """Refuses a result of other frames; it may be of another cache of the same ones."""
+    other, mine = edit.cache().manifest, cache.manifest
+    for key in ("source_sha256", "frame_start", "frame_stride", "height", "width", "fit"):
+        if getattr(other, key) != getattr(mine, key):
+            raise UserError(
+                f"{edit.folder}: a result of another clip ({other.source_name}: {key} "
+                f"{getattr(other, key)}) than {cache.folder} ({mine.source_name}: {key} "
+                f"{getattr(mine, key)})"
+            )
+
+
+def _edited_frames(edit: Result, n_frames: int, size: tuple[int, int]) -> np.ndarray:
+    frames = load_frames(edit.folder / "frames", n_frames)
+    if frames.shape[1:3] != size:
+        raise UserError(
+            f"{edit.folder}: its frames are of {frames.shape[1]} x {frames.shape[2]}, the source's "
+            f"of {size[0]} x {size[1]}"
+        )
+    return frames
+
+
+# ---------------------------------------------------------------------------------------------
+# Figure 3
+
+
+class CorrespondenceOptions(ViewOptions):
+    """Of `draw_correspondence`."""
+
+    cache: str | None = Field(None, description="the clip's cache, as preprocess.py prints it")
+    result: str | None = Field(None, description="an edit's folder: its cache")
+    frame: int = Field(description="the frame to rebuild, from 0")
+    keyframe: int = Field(description="the frame to rebuild it from")
+    out: str = Field(description="folder of the pictures")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CorrespondenceOptions:
+        if (self.cache is None) == (self.result is None):
+            raise ValueError("--cache and --result: give one of them")
+        return self
+
+
+def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
+    """Figure 3: a frame rebuilt from another one's pixels, and from its tokens.
+
+    Returns:
+        the file: correspondence.png.
+    """
+    if options.result is not None:
+        result = read_result(Path(options.result))
+        cache, n_frames = result.cache(), result.n_frames
+    else:
+        cache = open_cache(Path(options.cache))
+        n_frames = cache.manifest.n_frames
+    chosen = [options.frame, options.keyframe]
+    for name, number in zip(("frame", "keyframe"), chosen, strict=True):
+        if not 0 <= number < n_frames:
+            raise UserError(f"--{name}: {number}, expected 0 to {n_frames - 1}")
+    view = open_view(options, cache)
+    out = Path(options.out)
+    check_writable(out, "--out")
+
+    models = view.load()
+    frame, keyframe = cache.frames(max(chosen) + 1)[chosen]
+    size = frame.shape[:2]
+    tokens = source_tokens(view, models, chosen)
+    grid = token_grid(tuple(n // models.vae_factor for n in size), tokens.shape[1])
+    match = nearest_tokens(tokens[:1], tokens[1:], torch.zeros(1, 1, dtype=torch.long))[0, 0]
+    field = displacements(match.numpy(), grid, size)
+
+    denoiser = source_denoiser(view, models, chosen)
+    start = cache.latents(view.sampling[0], max(chosen) + 1)[chosen]
+    latents = torch.cat([
+        reconstruct(denoiser, start, view.sampling, batch_size=1)[:1],
+        rebuilt_from_keyframe(denoiser, start, view.sampling),
+    ])  # fmt: skip
+    own, swapped = decode_latents(models, latents)
+
+    rebuilt = {
+        f"keyframe {options.keyframe}": keyframe,
+        "own reconstruction": own,
+        "(a) keyframe's pixels": warp_by_cells(keyframe, field),
+        "(c) keyframe's tokens": swapped,
+    }
+    print(f"PSNR to frame {options.frame}:")
+    captions = [f"frame {options.frame},\nto be rebuilt"]
+    for name, picture in rebuilt.items():
+        score = decibels(psnr(picture, frame))
+        print(f"    {name:24}{score:>9}")
+        captions.append(f"{name}\nPSNR: {score}")
+    title = (
+        f"Frame {options.frame} rebuilt from keyframe {options.keyframe}\n"
+        f"(a), (b): by {view.describe(grid)}; (c): all layers, all {len(view.sampling)} steps"
+    )
+    figure = correspondence(
+        [frame, *rebuilt.values()], captions, field, (options.frame, options.keyframe), title
+    )
+    return [save_figure(out / "correspondence.png", figure)]
+
+
+def correspondence(
+    pictures: Sequence[np.ndarray],
+    captions: Sequence[str],
+    field: np.ndarray,
+    numbers: tuple[int, int],
+    title: str,
+) -> Figure:
+    """The frame and what it was rebuilt as, and the field by which pixels were moved.
+
+    Args:
+        pictures: the frame, the keyframe, the frame's own reconstruction, the keyframe's pixels
+            moved, the frame of the keyframe's tokens; (H, W, 3) uint8.
+        captions: of each.
+        field: of `displacements`.
+        numbers: of the frame and of the keyframe.
+    """
+    frame, keyframe, own, moved, swapped = pictures
+    figure = picture_grid(
+        [[frame, keyframe, own, swapped], [moved] * 4],
+        title=title,
+        width=max(PANEL, frame.shape[1] / DPI),
+        caption_lines=2,
+    )
+    for axis, number in zip(figure.axes, (0, 1, 2, 4, 3), strict=False):
+        axis.set_title(captions[number], fontsize="medium")
+    longest = longest_shown(field, frame.shape[:2])
+    limit = f"{longest:.0f} px or more"
+    colours, lengths, wheel = figure.axes[5:]
+    draw_field(
+        colours,
+        field,
+        longest,
+        f"(b) where cells of frame {numbers[0]}\nlie in keyframe {numbers[1]}",
+    )
+    draw_lengths(lengths, field, longest, f"(b) how far: white 0,\nblack {limit}")
+    draw_wheel(wheel, min(frame.shape[:2]), f"(b) colours of directions,\nrim: {limit}")
+    return figure
+
+
+def decibels(score: float) -> str:
+    """A PSNR as text; pictures that do not differ have none."""
+    return "identical" if score > 100 else f"{score:.2f} dB"
