@@ -1,25 +1,27 @@
 #!/bin/sh
 #SBATCH --job-name=tokenflow
-#SBATCH --array=0-3                # four tasks, which share the batch out among themselves
-#SBATCH --gpus-per-task=1
-#SBATCH --ntasks=1
-#SBATCH --cpus-per-task=8
-#SBATCH --mem=48G
+#SBATCH --nodes=2                  # one Ray cluster over these nodes, each for this job alone
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=4          # one job of the batch on each
+#SBATCH --mem=0
 #SBATCH --time=08:00:00
-#SBATCH --signal=TERM@120          # two minutes before that time is up: what is at work is saved,
-#SBATCH --requeue                  # and the task is put into the queue again
+#SBATCH --signal=TERM@120          # two minutes before that time is up the batch is interrupted,
+#SBATCH --requeue                  # and put into the queue again: it resumes
 #SBATCH --open-mode=append
-#SBATCH --output=tokenflow-%A_%a.log
+#SBATCH --output=tokenflow-%j.log
 #
 # An example: sbatch scripts/slurm_davis.sh configs/davis.yaml
 #
-# Run it from the repository's root, with the environment active. Every task runs the same command.
-# They take jobs by locks on files below latents_path and output_path, which all nodes must see and
-# whose file system must have flock(2) across nodes (NFS 4, GPFS; Lustre mounted with -o flock).
+# Run it from the repository's root, with the environment active. All nodes must see the repository,
+# latents_path and output_path at the same paths.
 set -u
-srun sh scripts/run_davis.sh "$@" --run "slurm-$SLURM_ARRAY_JOB_ID"
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$head:$((20000 + SLURM_JOB_ID % 10000))
+srun ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    --disable-usage-stats -- env RAY_ADDRESS="$address" sh scripts/run_davis.sh "$@"
 status=$?
 if [ "$status" -eq 143 ]; then # 128 + SIGTERM
-    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

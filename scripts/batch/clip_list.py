@@ -1,36 +1,32 @@
-"""What lists of clips in YAML have in common: their sections, settings and inversions."""
+"""Lists of clips in YAML, for batches and for Table 1: their format, and the jobs they ask for."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 import run_tokenflow_controlnet as controlnet
 import run_tokenflow_pnp as pnp
 import run_tokenflow_sdedit as sdedit
+from scripts.batch.davis import sequences
 from tokenflow.cache.options import PreprocessOptions
+from tokenflow.diffusion.checkpoints import check_controlnet_fits, checkpoint_folder, model_key_for
+from tokenflow.diffusion.models import resolve_device
 from tokenflow.editing.config import EditConfig
-from tokenflow.storage.schema import parse
-from util import UserError, check_text
+from tokenflow.storage.schema import Model, parse
+from tokenflow.storage.video import clip_name
+from util import UserError, load_yaml, slug
 
-
-@dataclass(frozen=True)
-class Technique:
-    """A kind of edits: the class of its configuration, and what makes a result of one."""
-
-    config: type[EditConfig]
-    make: Callable[..., Any]
-
-
-TECHNIQUES = {
-    "pnp": Technique(pnp.PnPConfig, pnp.edit),
-    "sdedit": Technique(sdedit.SDEditConfig, sdedit.edit),
-    "controlnet": Technique(controlnet.ControlNetConfig, controlnet.edit),
-}
-
-# Options of preprocess.py, and the keys of an edit that ask for them.
+INVERSION = "inversion"  # the kind of a job; an edit's kind is the name of its variant
+# Options of preprocess.py, and the keys of an edit that set them.
 INVERSION_OPTIONS = {
     "data_path": "data_path",
     "save_dir": "latents_path",
@@ -38,6 +34,8 @@ INVERSION_OPTIONS = {
     "model_key": "model_key",
     "steps": "n_inversion_steps",
     "save_steps": "n_timesteps",
+    "frame_start": "frame_start",
+    "frame_stride": "frame_stride",
     "n_frames": "n_frames",
     "H": "H",
     "W": "W",
@@ -50,76 +48,385 @@ INVERSION_OPTIONS = {
     "allow_pickle": "allow_pickle",
     "verify": "verify",
 }
+FRAME_RANGE = ("frame_start", "frame_stride")
+# Edits of one cache may differ in these: its features are built for the largest, or the first.
+LARGEST = ("pnp_attn_t", "pnp_f_t")
+FIRST = ("interval", "keyframe_seed")
+CONTROL_OPTIONS = (  # of an inversion with sd_version: ControlNet; the keys of an edit are the same
+    "control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high", "depth_model",
+)  # fmt: skip
 
 
-def mapping(value: object, where: str) -> dict[str, Any]:
-    """A section of a list: keys and values.
+@dataclass(frozen=True)
+class Technique:
+    """The class of an edit's configuration, and the function that returns its result's folder."""
 
-    Raises:
-        UserError: it is something else.
+    config: type[EditConfig]
+    make: Callable[..., Path]
+
+
+TECHNIQUES = {
+    "pnp": Technique(pnp.PnPConfig, pnp.edit),
+    "sdedit": Technique(sdedit.SDEditConfig, sdedit.edit),
+    "controlnet": Technique(controlnet.ControlNetConfig, controlnet.edit),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to edit every clip.
+
+    Attributes:
+        name: of a technique, or of a row of Table 1.
+        section: the technique whose settings in the list apply.
+        settings: keys that the list cannot change.
     """
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{where}: expected keys and values, got {value!r:.60}")
-    return value
+
+    name: str
+    section: str
+    technique: Technique
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def text(value: object, where: str) -> str:
-    """A text of a list.
+VARIANTS = {name: Variant(name, name, technique) for name, technique in TECHNIQUES.items()}
 
-    Raises:
-        UserError: it is something else.
+
+@dataclass(frozen=True)
+class Job:
+    """One inversion or edit.
+
+    Attributes:
+        clip: its name.
+        variant: None for an inversion.
+        work: the options of preprocess.py, or the keys of the edit's config.
+        needs: the key of the inversion that an edit reads.
+        key: identifies the job, in every run of the list.
     """
-    if not isinstance(value, str):
-        raise UserError(f"{where}: expected text, got {value!r:.60}")
-    check_text(value, where)
-    return value
+
+    clip: str
+    variant: Variant | None
+    work: dict[str, Any]
+    needs: str | None = None
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        content = json.dumps([self.kind, self.work], sort_keys=True)
+        object.__setattr__(self, "key", hashlib.sha256(content.encode()).hexdigest()[:12])
+
+    @property
+    def kind(self) -> str:
+        return INVERSION if self.variant is None else self.variant.name
+
+    @property
+    def title(self) -> str:
+        return title(self.clip, self.kind, self.work.get("prompt"))
+
+    @property
+    def log_name(self) -> str:
+        """The file name of the clip's log."""
+        name = slug(self.clip)
+        if name != self.clip:
+            name += f"-{hashlib.sha256(self.clip.encode()).hexdigest()[:8]}"
+        return f"{name}.log"
 
 
-def check_keys(given: Iterable[object], known: Iterable[str], where: str) -> None:
-    """Refuses a key that is not known.
-
-    Raises:
-        UserError: naming it and the nearest known one, or all.
-    """
-    known = sorted(known)
-    for key in sorted(map(str, set(given) - set(known))):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-        raise UserError(f"{where}: {key}: unknown key; {hint}")
+def title(clip: str, kind: str, prompt: str | None) -> str:
+    """A job in one line."""
+    quoted = [] if prompt is None else [json.dumps(prompt, ensure_ascii=False)]
+    return ": ".join([shown_name(clip), kind, *quoted])
 
 
-def merged_config(
-    cls: type[EditConfig], sections: Iterable[Mapping[str, Any]], where: str
-) -> EditConfig:
-    """The configuration of an edit from sections of a list, of which later ones win.
-
-    Raises:
-        UserError: naming the key that is unknown, missing or wrong.
-    """
-    keys: dict[str, Any] = {}
-    for section in sections:
-        keys |= section
-    return parse(cls, keys, where)
+def shown_name(clip: str) -> str:
+    """A clip's name in one line."""
+    return clip if clip.isprintable() else json.dumps(clip)
 
 
-def inversion_options(config: EditConfig) -> dict[str, Any]:
-    """The options of preprocess.py that an edit asks for; None leaves one out, "" is a flag."""
-    options = {
-        option: getattr(config, key)
-        for option, key in INVERSION_OPTIONS.items()
-        if hasattr(config, key)
-    }
-    return {
-        option: ("" if value else None) if isinstance(value, bool) else value
-        for option, value in options.items()
-    }
+# ------------------------------------------------------------------------------------ the format
 
 
-def of_inversion(config: EditConfig, args: PreprocessOptions) -> EditConfig:
-    """A config that names the cache of an inversion, whatever other caches of the clip there are.
+class _Keys(Model):
+    """The keys that a list has for all clips and a clip for itself."""
+
+    prompts: list[str] | None = None
+    techniques: list[Literal[tuple(TECHNIQUES)]] | None = None
+    inversion_prompt: str | None = None
+    preprocess: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("prompts", "techniques")
+    @classmethod
+    def _is_a_set(cls, items: list[str] | None) -> list[str] | None:
+        if items is not None and not items:
+            raise ValueError("expected a list of texts, got []")
+        for item in items or ():
+            if items.count(item) > 1:
+                raise ValueError(f"{item!r:.60} is given twice")
+        return items
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> _Keys:
+        for place, section in self.sections():
+            for key in ("data_path", "latents_path", "output_path", "prompt"):
+                if key in section:
+                    place = f"{place}: {key}" if place else key
+                    raise ValueError(f"{place}: is not a setting; see configs/davis.yaml")
+        for option in self.preprocess:
+            key = INVERSION_OPTIONS.get(option)
+            if key and option not in ("H", "W", *FRAME_RANGE):  # edits take those of the cache
+                raise ValueError(
+                    f"preprocess: {option}: comes from the edits; say {key} in settings"
+                )
+            if option == "overwrite":
+                raise ValueError("preprocess: overwrite: would rebuild the caches each time")
+        return self
+
+    def sections(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The names and contents of all sections that hold settings."""
+        yield "", self.model_extra or {}
+        for name in ("settings", *TECHNIQUES):
+            yield name, getattr(self, name, {})
+
+
+class _Entry(_Keys):
+    model_config = ConfigDict(extra="allow")  # other keys are settings
+
+    data_path: str
+    prompt: str | None = None
+
+
+class _Davis(Model):
+    root: str
+    image_set: str | None = None
+    resolution: str = "480p"
+
+
+_SECTIONS = dict.fromkeys(TECHNIQUES, (dict[str, Any], Field(default_factory=dict)))
+Entry = create_model("Entry", __base__=_Entry, **_SECTIONS)
+
+
+class _ClipList(_Keys):
+    latents_path: str = "latents"
+    output_path: str = "tokenflow-results"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    evaluate: dict[str, Any] = Field(default_factory=dict)  # for Table 1: options of evaluate.py
+    davis: _Davis | None = None
+    clips: list[Entry] = Field(default_factory=list)
+
+
+ClipList = create_model("ClipList", __base__=_ClipList, **_SECTIONS)
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The jobs of a list: each inversion is followed by the edits that need it."""
+
+    output_path: Path
+    jobs: list[Job]
+    given: ClipList
+
+    @property
+    def clips(self) -> list[str]:
+        return list(dict.fromkeys(job.clip for job in self.jobs))
+
+    def of_clip(self, name: str) -> Batch:
+        """The jobs of one clip.
+
+        Raises:
+            UserError: there is no such clip.
+        """
+        if name not in self.clips:
+            raise UserError(f"--clip: expected one of {', '.join(self.clips)}; got {name}")
+        return replace(self, jobs=[job for job in self.jobs if job.clip == name])
+
+    def only(self, keys: Sequence[str]) -> Batch:
+        """The jobs with these keys, and the inversions that they need.
+
+        Raises:
+            UserError: no job has such a key.
+        """
+        known = {job.key: job for job in self.jobs}
+        for key in keys:
+            if key not in known:
+                raise UserError(f"--only: {key}: this list has no such job")
+        wanted = {*keys, *(known[key].needs for key in keys)}
+        return replace(self, jobs=[job for job in self.jobs if job.key in wanted])
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """An edit of a clip, before edits are grouped by the cache that they read."""
+
+    clip: str
+    where: str
+    variant: Variant
+    config: EditConfig
+    preprocess: Mapping[str, Any]  # the clip's options of preprocess.py
+
+
+def read_batch(
+    path: Path,
+    overrides: Mapping[str, Any] | None = None,
+    variants: Sequence[Variant] | None = None,
+    verify: bool = False,
+) -> Batch:
+    """Reads a list and returns its jobs; checks everything that needs neither a clip nor a model.
 
     Args:
-        args: the inversion's.
+        path: configs/davis.yaml explains the keys.
+        overrides: keys that replace the list's; those of `davis` replace that section's keys.
+        variants: edits of every clip; None: those of the techniques that the list names.
+        verify: check all checksums of finished caches and results.
+
+    Raises:
+        UserError: naming what is unknown, missing or wrong.
     """
-    found = {key: getattr(args, key) for key in ("frame_start", "frame_stride")}
-    return config.model_copy(update=found | {"n_inversion_steps": args.steps})
+    content = load_yaml(path)
+    for key, value in (overrides or {}).items():
+        content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
+    given = parse(ClipList, content, str(path))
+    edits = []
+    for clip, entry in _clips(path, given).items():
+        edits += _edits(f"{path}: {shown_name(clip)}", given, clip, entry, variants, verify)
+    if variants is None:  # else an edit whose model is missing fails alone
+        _check_models(edits)
+    return Batch(Path(given.output_path), list(_jobs(edits)), given)
+
+
+def _clips(path: Path, given: ClipList) -> dict[str, Entry]:
+    """By name, the clips of a list, and the sequences of its DAVIS tree that no entry is about."""
+    entries, listed = list(given.clips), set()
+    for number, entry in enumerate(entries, start=1):
+        settings = entry.model_extra | entry.preprocess
+        shot = (Path(entry.data_path).resolve(), *(settings.get(key) for key in FRAME_RANGE))
+        if shot in listed:
+            raise UserError(f"{path}: clips: number {number}: {entry.data_path} is given twice")
+        listed.add(shot)
+    if davis := given.davis:
+        found = sequences(Path(davis.root), davis.resolution, davis.image_set, f"{path}: davis")
+        about = {folder for folder, *_ in listed}
+        entries += [Entry(data_path=str(p)) for p in found if p.resolve() not in about]
+    if not entries:
+        raise UserError(f"{path}: names no clips; expected clips, or davis with its root")
+    clips: dict[str, Entry] = {}
+    for entry in entries:  # a second clip or shot of a name gets a number
+        name = clip_name(entry.data_path)
+        names = itertools.chain([name], (f"{name} ({i})" for i in itertools.count(2)))
+        clips[next(name for name in names if name not in clips)] = entry
+    return clips
+
+
+def _edits(
+    where: str,
+    given: ClipList,
+    clip: str,
+    entry: Entry,
+    variants: Sequence[Variant] | None,
+    verify: bool,
+) -> Iterator[_Edit]:
+    """The edits of a clip: every prompt by every variant."""
+    spoken = re.sub(r"[-_]+", " ", clip_name(entry.data_path))
+    prompts = entry.prompts or ([entry.prompt] if entry.prompt is not None else [])
+    prompts = prompts or [prompt.replace("{clip}", spoken) for prompt in given.prompts or ()]
+    if not prompts:
+        raise UserError(f"{where}: has no prompt; expected prompts, in the list or for the clip")
+    inversion_prompt = entry.inversion_prompt
+    if inversion_prompt is None:
+        inversion_prompt = (given.inversion_prompt or "").replace("{clip}", spoken)
+    preprocess = {"inversion_prompt": inversion_prompt} | given.preprocess | entry.preprocess
+    if variants is None:
+        variants = [VARIANTS[name] for name in entry.techniques or given.techniques or ["pnp"]]
+    places = {"latents_path": given.latents_path, "output_path": given.output_path}
+    places |= {"data_path": entry.data_path} | ({"verify": True} if verify else {})
+    for variant in variants:
+        settings = given.settings | getattr(given, variant.section)
+        settings |= entry.model_extra | getattr(entry, variant.section)
+        settings |= variant.settings | places
+        for prompt in prompts:
+            keys, place = settings | {"prompt": prompt}, f"{where}: {variant.name}"
+            config = parse(variant.technique.config, keys, place)
+            yield _Edit(clip, where, variant, config, preprocess)
+
+
+# ------------------------------------------------------------------------------------------- jobs
+
+
+def _jobs(edits: Sequence[_Edit]) -> Iterator[Job]:
+    """The jobs of these edits, those of one checkpoint together."""
+    caches: dict[tuple, dict[tuple, list[_Edit]]] = {}
+    for edit in edits:
+        config = edit.config
+        checkpoint = model_key_for(config.sd_version, config.model_key), config.dtype
+        cache = edit.clip, config.sd_version, config.n_inversion_steps, config.n_frames
+        cache += config.frame_start, config.frame_stride
+        caches.setdefault(checkpoint, {}).setdefault(cache, []).append(edit)
+    for of_checkpoint in caches.values():
+        for group in of_checkpoint.values():
+            options = _cache_options(group) | _flags(group[0].preprocess)
+            args = parse(PreprocessOptions, options, f"{group[0].where}: preprocess")
+            place = {key: getattr(args, key) for key in FRAME_RANGE}
+            place["n_inversion_steps"] = args.steps  # whatever other caches of the clip there are
+            inversion = Job(group[0].clip, None, options)
+            yield inversion
+            for edit in group:
+                yield Job(edit.clip, edit.variant, edit.config.model_dump() | place, inversion.key)
+
+
+def _cache_options(edits: Sequence[_Edit]) -> dict[str, Any]:
+    """The options of the inversion that serves all these edits."""
+    first = edits[0]
+    options: dict[str, Any] = dict.fromkeys(LARGEST, 0.0)
+    for edit in edits:
+        for option, key in INVERSION_OPTIONS.items():
+            value = getattr(edit.config, key, None)
+            if option in LARGEST:
+                options[option] = max(options[option], value or 0.0)
+            elif options.setdefault(option, value) != value and option not in FIRST:
+                raise UserError(
+                    f"{edit.where}: {edit.variant.name}: {key}: is {value} here and "
+                    f"{options[option]} for other edits from the same inversion; put it in settings"
+                )
+    options = {option: value for option, value in options.items() if value is not None}
+    if first.config.sd_version == "ControlNet":
+        configs = [e.config for e in edits if isinstance(e.config, controlnet.ControlNetConfig)]
+        controls = [{key: getattr(c, key) for key in CONTROL_OPTIONS} for c in configs]
+        if any(control != controls[0] for control in controls):
+            raise UserError(
+                f"{first.where}: controlnet: {', '.join(CONTROL_OPTIONS)}: the inversion uses them "
+                "too with sd_version: ControlNet; they must be equal for all edits from it"
+            )
+        options |= controls[0] if controls else {}
+    return options
+
+
+def _flags(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with `no_NAME: true` as `NAME: false`."""
+    return {
+        option.removeprefix("no_"): False if option.startswith("no_") and value is True else value
+        for option, value in section.items()
+    }
+
+
+def _check_models(edits: Sequence[_Edit]) -> None:
+    """Raises if a device, a checkpoint or a ControlNet that edits name is missing or unfit."""
+    seen = set()
+    for edit in edits:
+        config = edit.config
+        device, model = config.device, model_key_for(config.sd_version, config.model_key)
+        settings = None
+        try:
+            if isinstance(config, controlnet.ControlNetConfig):
+                settings = controlnet.control_settings(config)
+            what = edit.variant.section, device, model, settings, config.allow_pickle
+            if what in seen:
+                continue
+            resolve_device(device)
+            checkpoint = checkpoint_folder(model, config.allow_pickle)
+            if settings is not None:
+                check_controlnet_fits(checkpoint, settings.key, config.allow_pickle)
+            if isinstance(config, pnp.PnPConfig):
+                pnp.check_injection_layers(checkpoint)
+        except UserError as error:
+            raise UserError(f"{edit.where}: {edit.variant.name}: {error}") from error
+        seen.add(what)

@@ -6,13 +6,12 @@ python -m scripts.studies.max_keyframes latents/shapes/clips.yaml --interval 1 -
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-import preprocess
-import run_tokenflow_pnp as pnp
+from scripts.batch.engine import run_jobs
 from scripts.table1 import table1
-from tokenflow.cache.options import arguments
 from tokenflow.evaluation.evaluator import Evaluator
 from util import ArgumentParser, UserError, command_line, setup_logging
 
@@ -29,17 +28,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.interval < 1 or min(args.bounds) < 2:
         raise UserError("--interval: expected at least 1; --bounds: expected at least 2")
     setup_logging()
-    plan = table1.read_list(args.clips)
-    evaluator = Evaluator(plan.protocol)
-    rows = {bound: [] for bound in (None, *args.bounds)}
-    for clip in plan.clips:
-        options = plan.inversion(clip) | {"interval": args.interval}
-        preprocess.preprocess(preprocess.parse_args(arguments(options)))
-        config = plan.config(clip, PNP).model_copy(update={"batch_size": args.interval})
-        for bound, found in rows.items():
-            folder = pnp.edit(config.model_copy(update={"max_keyframes": bound}))
-            found.append(evaluator.score_result(folder))
-    print(f"{len(plan.clips)} clips, {args.interval} frames per keyframe; means")
+    settings = {"batch_size": args.interval}
+    variants = [
+        replace(PNP, name=str(bound), settings=PNP.settings | settings | {"max_keyframes": bound})
+        for bound in (None, *args.bounds)
+    ]
+    batch, protocol = table1.read_list(args.clips, variants)
+    evaluator = Evaluator(protocol)
+    outcomes = run_jobs(batch.jobs, batch.output_path / "batch")
+    scored = table1.score(batch, outcomes, evaluator)
+    if missing := len(batch.clips) * len(variants) - len(scored):
+        raise UserError(f"{missing} edits failed; see the logs in {batch.output_path / 'batch'}")
+    rows = {b: [r for r in scored if r.method == str(b)] for b in (None, *args.bounds)}
+    print(f"{len(batch.clips)} clips, {args.interval} frames per keyframe; means")
     print("max_keyframes", *SHOWN.values(), "clips with less flicker than unbounded", sep="  ")
     for bound, found in rows.items():
         pairs = zip(found, rows[None], strict=True)

@@ -21,6 +21,7 @@ import torch
 import run_tokenflow_pnp as pnp
 from tokenflow.cache.source_cache import CLEAN_LATENTS
 from tokenflow.diffusion.conditions import optical_flow
+from tokenflow.diffusion.models import Loader
 from tokenflow.diffusion.vae import decode_latents, encode_frames
 from tokenflow.editing.config import read_config
 from tokenflow.editing.inputs import open_inputs
@@ -30,7 +31,9 @@ from tokenflow.storage.video import load_frames
 from util import UserError, command_line, load_yaml, setup_logging
 
 
-def reconstruction(config: pnp.PnPConfig, overwrite: bool = False) -> Path:
+def reconstruction(
+    config: pnp.PnPConfig, overwrite: bool = False, load: Loader | None = None
+) -> Path:
     """The result whose frames are the VAE's reconstruction; returns its folder."""
 
     def edit(session: EditSession) -> Edited:
@@ -39,13 +42,15 @@ def reconstruction(config: pnp.PnPConfig, overwrite: bool = False) -> Path:
             frames = decode_latents(session.models, latents, session.chunk_size)
         return Edited(frames, latents)
 
-    return make_result("reconstruction", open_inputs(config), edit, overwrite)
+    return make_result("reconstruction", open_inputs(config), edit, overwrite, load)
 
 
-def rgb_propagation(config: pnp.PnPConfig, overwrite: bool = False) -> Path:
+def rgb_propagation(
+    config: pnp.PnPConfig, overwrite: bool = False, load: Loader | None = None
+) -> Path:
     """The result whose frames are warps of the edited middle frame; returns its folder."""
     inputs = open_inputs(config)
-    per_frame = pnp.edit(config.model_copy(update={"consistency": "none"}), overwrite)
+    per_frame = pnp.edit(config.model_copy(update={"consistency": "none"}), overwrite, load)
 
     def edit(session: EditSession) -> Edited:
         middle = inputs.n_frames // 2
@@ -57,7 +62,7 @@ def rgb_propagation(config: pnp.PnPConfig, overwrite: bool = False) -> Path:
         # No latents were edited: those of the frames stand in their place.
         return Edited(frames, encode_frames(session.models, frames, session.chunk_size))
 
-    return make_result("rgb_propagation", inputs, edit, overwrite)
+    return make_result("rgb_propagation", inputs, edit, overwrite, load)
 
 
 def propagate_rgb(keyframe: np.ndarray, source: np.ndarray, number: int) -> np.ndarray:

@@ -224,7 +224,7 @@ def _fault_text(cls: type[Model], fault: ErrorDetails, where: str, command_line:
     if fault["type"] in ("value_error", "assertion_error"):
         return str(fault["ctx"]["error"])
     if fault["type"] in _UNKNOWN:
-        owner = _declared(cls, fault["loc"][:-1])[0]
+        owner = plain_type(_declared(cls, fault["loc"][:-1])[0])
         fields = [*owner.model_fields, *owner.ALIASES]
         near = difflib.get_close_matches(shown_key(fault["loc"][-1]), fields, n=1)
         known = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"

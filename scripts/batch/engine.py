@@ -1,0 +1,360 @@
+"""Runs the jobs of a batch on Ray: one process a GPU, which keeps its model loaded.
+
+Ray runs on this machine, or on the cluster that RAY_ADDRESS names. A job that kills its process
+fails alone: the other jobs go on in a new process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preprocess import preprocess
+from scripts.batch.clip_list import Job
+from tokenflow.cache.options import PreprocessOptions
+from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
+from util import Interrupted, UserError, setup_logging
+
+log = logging.getLogger("tokenflow")
+
+ROOT = Path(__file__).resolve().parents[2]
+MADE, FOUND, FAILED = "made", "found", "failed"  # how a job ends; found: it was finished before
+NOT_TRIED = "not tried: the inversion failed"
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum: jobs and outcomes are small
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a job has one process
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        state: MADE, FOUND or FAILED.
+        reason: why it failed, in one line.
+        folder: the cache or the result.
+    """
+
+    state: str
+    seconds: float = 0.0
+    reason: str = ""
+    folder: str = ""
+
+
+# ------------------------------------------------------------------------------ in a Ray process
+
+
+class KeptModels:
+    """Loads checkpoints as `load_stable_diffusion` does, and keeps the last one in memory.
+
+    Attributes:
+        calls: how often models were asked for; a job that finds its result asks for none.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._key: tuple | None = None
+        self._models: StableDiffusion | None = None
+
+    def __call__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
+    ) -> StableDiffusion:
+        self.calls += 1
+        key = folder.resolve(), device, dtype, allow_pickle
+        if key != self._key:
+            self.forget()  # never two checkpoints in memory
+            self._models = load_stable_diffusion(folder, device, dtype, allow_pickle)
+            self._key = key
+        return self._models
+
+    def forget(self) -> None:
+        """Drops the models and frees their memory."""
+        self._key = self._models = None
+        free_memory()
+
+
+def free_memory() -> None:
+    """Returns the memory of deleted tensors to the GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+class Worker:
+    """The Ray actor: runs one job after another.
+
+    Args:
+        folder: the working directory of the command, to which paths in jobs are relative.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        os.chdir(folder)
+        faulthandler.enable()
+        setup_logging()
+        for name in LAUNCHER:
+            os.environ.pop(name, None)
+        self.load = KeptModels()
+
+    def ready(self) -> None:
+        """Returns when the process has started."""
+
+    def run(self, job: Job, log_file: Path) -> Outcome:
+        """Runs a job; everything that it prints is appended to the log file."""
+        calls, start = self.load.calls, time.monotonic()
+        try:
+            redirect_output(log_file)
+            log.info("--- %s, %s", time.strftime("%Y-%m-%d %H:%M:%S"), job.title)
+            folder = make(job, self.load)
+        except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            log.error("%s", reason(error))
+            return Outcome(FAILED, time.monotonic() - start, reason(error))
+        except Exception:  # a bug: the next job does not get models in an unknown state
+            self.load.forget()
+            raise
+        finally:
+            free_memory()
+        state = MADE if self.load.calls > calls else FOUND
+        return Outcome(state, time.monotonic() - start, folder=str(folder))
+
+
+def make(job: Job, load: KeptModels) -> Path:
+    """Builds a cache or a result, or finds it finished; returns its folder."""
+    if job.variant is None:
+        return preprocess(PreprocessOptions(**job.work), load=load)
+    technique = job.variant.technique
+    config = technique.config(**job.work)
+    try:
+        return technique.make(config, load=load)
+    finally:
+        if config.compile:  # it changes the UNet for good
+            load.forget()
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory; lower chunk_size or n_frames, or H and W"
+    if isinstance(error, MemoryError):
+        return "out of memory; lower n_frames, or H and W"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def redirect_output(path: Path) -> None:
+    """Appends stdout and stderr of the whole process, libraries included, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+# -------------------------------------------------------------------------------- in the command
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[Any]:
+    """Connects to RAY_ADDRESS or starts Ray on this machine; yields the `ray` module.
+
+    A local Ray listens on the loopback interface only and reports no usage. At the end the
+    processes of this command are stopped, also in the middle of a job.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died"  # the job's reason says it
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # `device: cuda:1` sees all GPUs
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RAY_ADDRESS"):
+            options: dict[str, Any] = {}
+        else:
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on Linux: loopback only
+            os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex()
+            temporary = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")  # a short path
+            options = {
+                "address": "local",
+                "include_dashboard": False,
+                "num_gpus": torch.cuda.device_count(),
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": stack.enter_context(temporary),
+            }
+        import ray  # reads the variables above
+
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except SystemExit as end:  # how Ray's handler answers SIGTERM
+            raise Interrupted(signal.SIGTERM) from end
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        stack.callback(ray.shutdown)
+        yield ray
+
+
+def run_jobs(
+    jobs: Sequence[Job], log_folder: Path, n_processes: int | None = None
+) -> dict[str, Outcome]:
+    """Runs all jobs, an edit after its inversion, and logs the progress.
+
+    Args:
+        jobs: an inversion before the edits that need it.
+        log_folder: for the log file of each clip.
+        n_processes: how many jobs run at once; None: one on each GPU, or one on each machine
+            where there is none.
+
+    Returns:
+        by the key of each job, how it ended.
+
+    Raises:
+        UserError: no process can be started.
+    """
+    queue, outcomes = deque(jobs), {}
+    with ray_cluster() as ray:
+        start, n_processes = _starter(ray, jobs, n_processes)
+        progress = Progress(jobs, n_processes)
+        idle = [start() for _ in range(n_processes)]
+        try:
+            ray.get([worker.ready.remote() for worker in idle])
+        except ray.exceptions.RayActorError as error:
+            raise UserError(f"no process can be started: {reason(error)}") from error
+        running: dict[Future, tuple[Job, Any]] = {}
+        while queue or running:
+            while idle and (job := _next_job(queue, outcomes)):
+                worker = idle.pop()
+                future = worker.run.remote(job, log_folder / job.log_name).future()
+                running[future] = job, worker
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, worker = running.pop(future)
+                try:
+                    outcome = future.result()
+                except ray.exceptions.RayError as error:
+                    outcome = _crash(error, job, log_folder / job.log_name)
+                    if not isinstance(error, ray.exceptions.RayTaskError) and queue:
+                        worker = start()
+                idle.append(worker)
+                outcomes[job.key] = outcome
+                progress.report(job, outcome)
+                _skip_edits(job, outcome, queue, outcomes)
+    return outcomes
+
+
+def _starter(ray: Any, jobs: Sequence[Job], n_processes: int | None) -> tuple[Any, int]:
+    """What starts a process, and how many are to be started."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    n_gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not any(job.work["device"] in ("auto", "cuda") for job in jobs):
+        n_gpus = 0
+    n_processes = n_processes or n_gpus or len(nodes)
+    n_processes = min(n_processes, len(jobs))
+    threads = (os.cpu_count() or 1) // math.ceil(n_processes / len(nodes))
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, threads)),
+        "TQDM_DISABLE": "1",
+    }
+    actor = ray.remote(Worker).options(
+        num_cpus=0,
+        num_gpus=1 / math.ceil(n_processes / n_gpus) if n_gpus else 0,
+        max_restarts=0,
+        scheduling_strategy="SPREAD",
+        runtime_env={"env_vars": environment},
+    )
+    return lambda: actor.remote(Path.cwd()), n_processes
+
+
+def _next_job(queue: deque[Job], outcomes: dict[str, Outcome]) -> Job | None:
+    """Removes the first job from the queue whose inversion, if it needs one, is finished."""
+    for job in queue:
+        if job.needs is None or job.needs in outcomes:
+            queue.remove(job)
+            return job
+    return None
+
+
+def _skip_edits(
+    job: Job, outcome: Outcome, queue: deque[Job], outcomes: dict[str, Outcome]
+) -> None:
+    """After a failed inversion, lets its edits fail too."""
+    if outcome.state == FAILED:
+        for edit in [other for other in queue if other.needs == job.key]:
+            queue.remove(edit)
+            outcomes[edit.key] = Outcome(FAILED, reason=NOT_TRIED)
+
+
+def _crash(error: Exception, job: Job, log_file: Path) -> Outcome:
+    """The outcome of a job that raised what it must not raise, or that ended its process."""
+    if cause := getattr(error, "cause", None):  # a bug: its traceback belongs in the log
+        with contextlib.suppress(OSError), log_file.open("a", encoding="utf-8") as messages:
+            messages.write(f"{error}\n")
+        return Outcome(FAILED, reason=f"{type(cause).__name__}: {cause}")
+    said = log_file.read_text(errors="replace") if log_file.is_file() else ""
+    said = said.rpartition(job.title)[2]
+    if fatal := re.search("Fatal Python error: (.*)", said):
+        return Outcome(FAILED, reason=f"its process was killed: {fatal[1]}")
+    if status := re.search(r"exit code (\d+)", str(error)):
+        return Outcome(FAILED, reason=f"its process ended with status {status[1]}")
+    return Outcome(FAILED, reason="its process was killed, perhaps because memory ran out")
+
+
+# -------------------------------------------------------------------------------------- progress
+
+
+@dataclass
+class Progress:
+    """Logs how far a batch is, and an estimate of the time that is left."""
+
+    jobs: Sequence[Job]
+    n_processes: int
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of jobs that ran, by kind
+    left: list[Job] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = list(self.jobs)
+
+    def report(self, job: Job, outcome: Outcome) -> None:
+        """Logs how a job ended; the edits of a failed inversion are counted as done."""
+        if outcome.state == MADE:
+            self.seconds.setdefault(job.kind, []).append(outcome.seconds)
+        failed = outcome.state == FAILED
+        self.left = [
+            j for j in self.left if j.key != job.key and not (failed and j.needs == job.key)
+        ]
+        how = {
+            MADE: f"made in {duration(outcome.seconds)}",
+            FOUND: "found finished",
+            FAILED: f"failed: {outcome.reason}",
+        }[outcome.state]
+        done, total = len(self.jobs) - len(self.left), len(self.jobs)
+        say = log.error if failed else log.info
+        say("[%d/%d] %s: %s%s", done, total, job.title, how, self._rest())
+
+    def _rest(self) -> str:
+        """The estimate, by the mean seconds of each kind; if none of it ran yet, of all jobs."""
+        if not self.left or not self.seconds:
+            return ""
+        overall = statistics.mean(s for of_kind in self.seconds.values() for s in of_kind)
+        seconds = sum(statistics.mean(self.seconds.get(job.kind, [overall])) for job in self.left)
+        return f"; about {duration(seconds / self.n_processes)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
