@@ -150,7 +150,10 @@ class Judge:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         if not (folder / "config.json").is_file():
-            raise MissingFileError(f"{folder}: no judge there (a CLIP model; train_tiny.py judge)")
+            raise MissingFileError(
+                f"{folder}: holds no judge (a CLIP model); run `python -m scripts.tiny_model.train "
+                "judge` first"
+            )
         self.processor = CLIPImageProcessor.from_pretrained(folder)
         self.model = CLIPModel.from_pretrained(folder).float().to(device).eval()
         self.choices = [

@@ -82,7 +82,9 @@ class Pictures:
         files = [path for _, path in _files(folder, count, size)]
         for path in files:
             if not path.exists():
-                raise MissingFileError(f"{path}: missing; run `train_tiny.py pictures` first")
+                raise MissingFileError(
+                    f"{path}: missing; run `python -m scripts.tiny_model.train pictures` first"
+                )
         self.chunks = [np.load(path, mmap_mode="r") for path in files]
 
     def __len__(self) -> int:

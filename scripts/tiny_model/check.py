@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from tabulate import tabulate
 from tqdm import tqdm
 
 import preprocess
@@ -285,9 +286,7 @@ def table(figures: dict) -> str:
             for name, value in figures["warp_error"].items()
         ),
     ]
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{'':<{width}}  {'measured':>10}  asked"]
-    lines += [f"{name:<{width}}  {value:>10}  {asked}".rstrip() for name, value, asked in rows]
+    lines = [tabulate(rows, ("", "measured", "asked"), "plain", colalign=("left", "right", "left"))]
     order = sorted(ORDER, key=figures["warp_error"].get)
     held = "holds" if order == list(ORDER) else f"does not hold, but {' < '.join(order)}"
     lines.append(f"The paper's order, {' < '.join(ORDER)}: {held}".replace("_", " "))
@@ -295,14 +294,11 @@ def table(figures: dict) -> str:
 
 
 def code_version() -> str:
-    """12 hex digits that change with any code that edits depend on."""
+    """12 hex digits that change with any code of the repository."""
     digest = hashlib.sha256()
-    scripts = [
-        ROOT / "scripts" / f"{name}.py" for name in ("tiny_model/check", "demo", "shapes/world")
-    ]
-    package = sorted((ROOT / "tokenflow").rglob("*.py"))
-    for path in (*sorted(ROOT.glob("*.py")), *package, *scripts):
-        digest.update(path.read_bytes())
+    for pattern in ("*.py", "tokenflow/**/*.py", "scripts/**/*.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -10,20 +10,15 @@ instead, to time and to size a run without the real weights; `medium` lies betwe
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -31,13 +26,22 @@ from transformers import (
     DPTConfig,
     DPTForDepthEstimation,
     DPTImageProcessor,
-    PreTrainedModel,
 )
 
+from scripts.tiny_model.model_files import (
+    END,
+    MAX_TOKENS,
+    START,
+    bpe_vocabulary,
+    ddim_scheduler,
+    model_index,
+    save_weights,
+    write_json,
+    write_tokenizer,
+)
 from util import (
     ArgumentParser,
     UserError,
-    atomic_file,
     check_writable,
     command_line,
     setup_logging,
@@ -46,10 +50,8 @@ from util import (
 log = logging.getLogger("tokenflow")
 
 KINDS = ("base", "depth", "v_prediction")
-MAX_TOKENS = 77
 # Std of what is random in the UNet's prediction: as much as still lets DDIM invert it in 50 steps.
 RANDOM_SHARE = 0.3
-START, END = "<|startoftext|>", "<|endoftext|>"
 # Common in prompts, and one token each; any other text is spelled out.
 WORDS = (
     "a an the of in on with and man woman dog cat wolf bird car horse running walking moving "
@@ -73,7 +75,12 @@ def tiny_architecture(width: int) -> Architecture:
         unet={
             "sample_size": 8,
             "block_out_channels": (width // 2, width, width, width),
-            "attention_head_dim": (2, 4, 4, 4),  # diffusers' name for the number of heads
+            "attention_head_dim": (
+                2,
+                4,
+                4,
+                4,
+            ),  # diffusers' name for the number of heads
             "cross_attention_dim": width,
             "norm_num_groups": 4,
         },
@@ -83,7 +90,11 @@ def tiny_architecture(width: int) -> Architecture:
             "layers_per_block": 1,
             "norm_num_groups": 2,  # each group's mean is lost: more groups, paler pictures
         },
-        text={"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4},
+        text={
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_attention_heads": 4,
+        },
         hint_channels=(8, 8, 16, 16),
     )
 
@@ -98,7 +109,11 @@ SD21 = Architecture(
         "cross_attention_dim": 1024,
         "use_linear_projection": True,
     },
-    vae={"sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    vae={
+        "sample_size": 512,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+    },
     text={"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16},
     hint_channels=(16, 32, 96, 256),
 )
@@ -113,7 +128,11 @@ MEDIUM = Architecture(
         "cross_attention_dim": 384,
         "use_linear_projection": True,
     },
-    vae={"sample_size": 512, "block_out_channels": (32, 64, 128, 128), "layers_per_block": 1},
+    vae={
+        "sample_size": 512,
+        "block_out_channels": (32, 64, 128, 128),
+        "layers_per_block": 1,
+    },
     text={"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6},
     hint_channels=(16, 32, 64, 96),
 )
@@ -394,127 +413,6 @@ def _controlnet(sizes: Architecture, unet: UNet2DConditionModel) -> ControlNetMo
     for conv in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         torch.nn.init.normal_(conv.weight, std=0.2 * conv.in_channels**-0.5)
     return controlnet
-
-
-def ddim_scheduler(kind: str) -> DDIMScheduler:
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        steps_offset=1,
-        timestep_spacing="leading",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        prediction_type="v_prediction" if kind == "v_prediction" else "epsilon",
-    )
-
-
-# --------------------------------------------------------------------- tokenizer and index
-
-
-def bpe_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's kind of byte-level BPE with merges for a few words.
-
-    Every byte is a token, alone and at a word's end (</w>), so that any text has tokens.
-
-    Args:
-        words: ASCII words; each becomes one token.
-
-    Returns:
-        The token numbers, and the merges in order of precedence.
-    """
-    letters = list(_byte_symbols().values())
-    segmented = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
-    merges = []
-    while pairs := Counter(pair for parts in segmented for pair in itertools.pairwise(parts)):
-        merges.append(pairs.most_common(1)[0][0])
-        segmented = [_merge(parts, merges[-1]) for parts in segmented]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
-    return {token: i for i, token in enumerate([*tokens, START, END])}, merges
-
-
-def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    for part in parts:
-        if merged and (merged[-1], part) == pair:
-            merged[-1] += part
-        else:
-            merged.append(part)
-    return merged
-
-
-def _byte_symbols() -> dict[int, str]:
-    """The printable character that stands for each byte in a byte-level BPE vocabulary.
-
-    Printable Latin-1 characters stand for themselves, the other bytes for those from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
-
-
-def save_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Write a model as diffusers and transformers do, with every library version's tensor names."""
-    if isinstance(model, PreTrainedModel):
-        file = "model.safetensors"
-        model.config.save_pretrained(folder)
-    else:
-        file = "diffusion_pytorch_model.safetensors"
-        model.save_config(folder)
-    # transformers 5 drops this prefix of the published checkpoints, and reads them with it;
-    # transformers 4 reads nothing else.
-    prefix = "text_model." if isinstance(model, CLIPTextModel) else ""
-    tensors = {
-        prefix + name.removeprefix(prefix): tensor.to(dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    with atomic_file(folder / file) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-
-
-def write_tokenizer(
-    folder: Path,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    max_tokens: int = MAX_TOKENS,
-) -> None:
-    """Write CLIP's kind of tokenizer, of `bpe_vocabulary`'s tokens, as transformers reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "vocab.json", vocabulary)
-    lines = ["#version: 0.2", *map(" ".join, merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    write_json(folder / "special_tokens_map.json", special)
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, **special}
-    write_json(folder / "tokenizer_config.json", config)
-
-
-def model_index(kind: str) -> dict:
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if kind == "depth":
-        del index["safety_checker"], index["requires_safety_checker"]
-        index |= {
-            "_class_name": "StableDiffusionDepth2ImgPipeline",
-            "depth_estimator": ["transformers", "DPTForDepthEstimation"],
-            "feature_extractor": ["transformers", "DPTImageProcessor"],
-        }
-    return index
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

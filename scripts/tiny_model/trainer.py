@@ -69,7 +69,7 @@ def train(
     sheet: Callable[[nn.Module, Path], None],
     sheet_every: int,
 ) -> nn.Module:
-    """Train a model, or go on where an interrupted run left it.
+    """Train a model, or resume an interrupted run.
 
     Step k draws its batch from a generator seeded with (seed, k), so that a run in several pieces
     sees what a run in one piece sees.
@@ -92,47 +92,18 @@ def train(
         UserError: the folder holds a run of another recipe, seed or inputs, or the loss is not
             finite.
     """
-    device = next(model.parameters()).device
-    average = AveragedModel(
-        model, multi_avg_fn=lambda means, news, n: torch._foreach_lerp_(
-            means, news, average_share(int(n))
-        )
-    )  # fmt: skip
-    averaged = average.module.eval().requires_grad_(False)
-    # Matrices and convolutions are decayed, biases and the scales of norms are not.
-    groups = [
-        {"params": [p for p in model.parameters() if (p.ndim > 1) is decayed], "weight_decay": w}
-        for decayed, w in ((True, recipe.weight_decay), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True)
-    known = {**asdict(recipe), "seed": seed, **inputs}
-    state = _State(folder, known, model, average, optimizer)
-    first = state.begin()
+    run = _Run(folder, recipe, seed, inputs, model)
+    first = run.resume()
     if first >= recipe.steps:
         log.info("%s: %d steps are done already", name, first)
-        return averaged
-
-    saved = time.monotonic()
-    recent = 0.0
+        return run.averaged
+    saved, recent = time.monotonic(), 0.0
     bar = tqdm(range(first, recipe.steps), name, initial=first, total=recipe.steps, unit="step")
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(step)
-        # A generator on the CPU takes no more than 32 bits of its seed.
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-        )
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            value = loss(model, generator)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(model)
-
-        done = step + 1
-        saves = time.monotonic() - saved > SAVE_SECONDS or done == recipe.steps
-        logs = done % 20 == 0 or done == recipe.steps
+        value = run.step(step, loss, dtype)
+        done, last = step + 1, step + 1 == recipe.steps
+        saves = time.monotonic() - saved > SAVE_SECONDS or last
+        logs = done % 20 == 0 or last
         if logs or saves:
             current = value.item()
             if not math.isfinite(current):
@@ -143,28 +114,77 @@ def train(
         if logs:
             recent = current if recent == 0 else 0.9 * recent + 0.1 * current
             bar.set_postfix(loss=f"{recent:.4f}")
-            state.log(done, current)
+            run.log(done, current)
         if saves:
-            state.save(done)
+            run.save(done)
             saved = time.monotonic()
-        if done % sheet_every == 0 or done == recipe.steps:
-            sheet(averaged, folder / f"sheet_{done:06d}.png")
-    return averaged
+        if done % sheet_every == 0 or last:
+            sheet(run.averaged, folder / f"sheet_{done:06d}.png")
+    return run.averaged
 
 
-@dataclass(frozen=True)
-class _State:
-    """What a run needs to go on, in files."""
+class _Run:
+    """The state of a training: weights, their moving average and the optimiser, kept in a folder.
 
-    folder: Path
-    recipe: Mapping[str, object]  # and the seed and inputs
-    model: nn.Module
-    average: AveragedModel
-    optimizer: torch.optim.Optimizer
+    Attributes:
+        known: what state.safetensors depends on: the recipe, the seed and the inputs.
+        averaged: the model with the moving average of its weights.
+    """
 
-    def begin(self) -> int:
-        """Open the folder, and read its state if there is one; returns the number of steps done."""
-        known = dict(self.recipe)
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        seed: int,
+        inputs: Mapping[str, str],
+        model: nn.Module,
+    ) -> None:
+        self.folder, self.recipe, self.seed, self.model = folder, recipe, seed, model
+        self.known = {**asdict(recipe), "seed": seed, **inputs}
+        self.average = AveragedModel(
+            model, multi_avg_fn=lambda means, news, n: torch._foreach_lerp_(
+                means, news, average_share(int(n))
+            )
+        )  # fmt: skip
+        self.averaged = self.average.module.eval().requires_grad_(False)
+        # Matrices and convolutions are decayed, biases and the scales of norms are not.
+        groups = [
+            {
+                "params": [p for p in model.parameters() if (p.ndim > 1) is decayed],
+                "weight_decay": w,
+            }
+            for decayed, w in ((True, recipe.weight_decay), (False, 0.0))
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True
+        )
+
+    def step(
+        self,
+        step: int,
+        loss: Callable[[nn.Module, torch.Generator], Tensor],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Takes one step; returns its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate_at(step)
+        # A generator on the CPU takes no more than 32 bits of its seed.
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+        )
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            value = loss(self.model, generator)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update_parameters(self.model)
+        return value
+
+    def resume(self) -> int:
+        """Reads the folder's state if there is one; returns the number of steps done."""
+        known = self.known
         path = self.folder / "state.safetensors"
         if not path.exists():
             save_yaml(self.folder / "recipe.yaml", known)
@@ -175,7 +195,7 @@ class _State:
         if changed:
             raise UserError(
                 f"{self.folder}: was trained with another {', '.join(changed)}; "
-                "remove the folder to start anew"
+                "remove the folder to start again"
             )
         known["steps"] = max(known["steps"], before["steps"])
         save_yaml(self.folder / "recipe.yaml", known)
@@ -203,7 +223,10 @@ class _State:
         for number, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
         # Clones: safetensors takes no two tensors in one memory.
-        save_tensors(self.folder / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
+        save_tensors(
+            self.folder / "state.safetensors",
+            {k: v.clone() for k, v in tensors.items()},
+        )
 
     def _shorten_log(self, last: int) -> None:
         """Drop what was logged after the state was saved."""

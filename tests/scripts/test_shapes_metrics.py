@@ -132,5 +132,5 @@ def test_only_what_is_away_from_the_objects_counts_as_background() -> None:
 
 
 def test_a_folder_without_a_judge_is_refused(tmp_path) -> None:
-    with pytest.raises(MissingFileError, match="no judge there"):
+    with pytest.raises(MissingFileError, match="holds no judge"):
         Judge(tmp_path, torch.device("cpu"))

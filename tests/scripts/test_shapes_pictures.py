@@ -36,7 +36,7 @@ def test_pictures_are_those_of_their_numbers_in_whatever_file_they_are(tmp_path,
 
 def test_missing_pictures_are_named(tmp_path):
     render_pictures(tmp_path, 2, (16,))
-    with pytest.raises(MissingFileError, match=r"32_000000_2\.npy: missing; run `train_tiny"):
+    with pytest.raises(MissingFileError, match=r"32_000000_2\.npy: missing; run `.*train pictures"):
         Pictures(tmp_path, 2, 32)
 
 

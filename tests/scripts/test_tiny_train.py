@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from scripts.shapes.world import random_scene
-from scripts.tiny_model import train as train_tiny
-from scripts.tiny_model import trainer as training
+from scripts.tiny_model import judge, train, trainer
+from scripts.tiny_model.denoiser import NoisyLatents
+from scripts.tiny_model.settings import MAX_TOKENS, WIDTH
 from tokenflow.diffusion.checkpoints import check_controlnet_fits
 from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.diffusion.models import load_stable_diffusion
@@ -20,7 +21,7 @@ from util import UserError, load_tensors, save_tensors
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `train_tiny.py all` leaves after a few steps of each part: model/ and work/."""
+    """What `train all` leaves after a few steps of each part: model/ and work/."""
     folder = tmp_path_factory.mktemp("train")
     run(folder, "all")
     return folder
@@ -28,14 +29,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, part: str) -> None:
     folders = ["--model", str(folder / "model"), "--work", str(folder / "work")]
-    train_tiny.main([part, "--budget", "smoke", "--device", "cpu", *folders])
+    train.main([part, "--budget", "smoke", "--device", "cpu", *folders])
 
 
 def test_the_model_loads_as_a_stable_diffusion_with_its_controlnet(trained):
     model = trained / "model"
     pipe = StableDiffusionControlNetPipeline.from_pretrained(
         model,
-        controlnet=train_tiny.ControlNetModel.from_pretrained(model / "controlnet"),
+        controlnet=ControlNetModel.from_pretrained(model / "controlnet"),
         safety_checker=None,
     )
     assert len(pipe.unet.attn_processors) == 32
@@ -44,16 +45,16 @@ def test_the_model_loads_as_a_stable_diffusion_with_its_controlnet(trained):
         load_stable_diffusion(model, torch.device("cpu"), torch.float32),
         [random_scene(0).caption, ""],
     )
-    assert text.shape == (2, train_tiny.MAX_TOKENS, train_tiny.WIDTH)
+    assert text.shape == (2, MAX_TOKENS, WIDTH)
 
 
 def test_the_judge_loads_as_a_clip_model(trained):
-    judge = trained / "model" / "judge"
-    model = CLIPModel.from_pretrained(judge)
-    pixels = CLIPImageProcessor.from_pretrained(judge)(
+    folder = trained / "model" / "judge"
+    model = CLIPModel.from_pretrained(folder)
+    pixels = CLIPImageProcessor.from_pretrained(folder)(
         images=[torch.zeros(3, 100, 100)], return_tensors="pt"
     ).pixel_values
-    tokens = CLIPTokenizer.from_pretrained(judge)(["a red star"], return_tensors="pt").input_ids
+    tokens = CLIPTokenizer.from_pretrained(folder)(["a red star"], return_tensors="pt").input_ids
     assert model.float()(input_ids=tokens, pixel_values=pixels).logits_per_image.shape == (1, 1)
 
 
@@ -87,16 +88,16 @@ def test_an_interrupted_part_ends_as_one_in_one_piece(trained, tmp_path, monkeyp
     for part in ("pictures", "vae"):
         run(tmp_path, part)
     steps = iter(range(6))
-    draw = train_tiny.NoisyLatents.draw
+    draw = NoisyLatents.draw
 
     def interrupted(batches, generator):
         if next(steps, None) is None:
             raise KeyboardInterrupt
         return draw(batches, generator)
 
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", -1)
     with monkeypatch.context() as context:
-        context.setattr(train_tiny.NoisyLatents, "draw", interrupted)
+        context.setattr(NoisyLatents, "draw", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "unet")
     assert not (tmp_path / "model" / "unet").exists()
@@ -117,14 +118,14 @@ def test_what_comes_of_other_weights_is_not_gone_on_with(trained, tmp_path):
 @pytest.mark.parametrize(("part", "missing"), [("unet", "vae"), ("controlnet", "unet")])
 def test_a_part_asks_for_those_before_it(part, missing, tmp_path):
     run(tmp_path, "pictures")
-    with pytest.raises(UserError, match=f"{missing}: missing; run `train_tiny.py {missing}` first"):
+    with pytest.raises(UserError, match=f"{missing}: missing; run `.*train {missing}` first"):
         run(tmp_path, part)
 
 
 @pytest.mark.parametrize("option", ["--seed=-1", "--sheet_every=0"])
 def test_numbers_out_of_range_are_refused(option):
     with pytest.raises(UserError, match="expected at least"):
-        train_tiny.main(["all", option])
+        train.main(["all", option])
 
 
 def test_every_word_of_a_caption_is_one_token(trained):
@@ -135,25 +136,25 @@ def test_every_word_of_a_caption_is_one_token(trained):
 
 
 def test_pictures_that_are_missing_are_asked_for(tmp_path):
-    with pytest.raises(UserError, match="missing; run `train_tiny"):
+    with pytest.raises(UserError, match=r"missing; run `.*train pictures` first"):
         run(tmp_path, "vae")
 
 
 def test_a_batch_of_the_judge_is_of_few_groups_of_look_alikes():
-    groups = train_tiny._look_alikes(300)
+    groups = judge._look_alikes(300)
     assert sorted(torch.cat(groups).tolist()) == list(range(300))
-    drawn = train_tiny._draw_alike(groups, 64, torch.Generator().manual_seed(0)).tolist()
+    drawn = judge._draw_alike(groups, 64, torch.Generator().manual_seed(0)).tolist()
     assert len(drawn) == 64
     scenes = [random_scene(number) for number in set(drawn)]
     pairs = {(scene.background, scene.objects[0].color) for scene in scenes}
-    assert 1 < len(pairs) <= train_tiny.GROUPS
+    assert 1 < len(pairs) <= judge.GROUPS
     assert len({scene.objects[0].shape for scene in scenes}) == 5
 
 
 def test_the_judge_s_pictures_are_moved_round():
-    pictures = torch.rand(20, 3, train_tiny.JUDGE_SIZE, train_tiny.JUDGE_SIZE)
-    moved = train_tiny._shifted(pictures, torch.Generator().manual_seed(0))
-    shifts = range(-train_tiny.PATCH, train_tiny.PATCH + 1)
+    pictures = torch.rand(20, 3, judge.JUDGE_SIZE, judge.JUDGE_SIZE)
+    moved = judge._shifted(pictures, torch.Generator().manual_seed(0))
+    shifts = range(-judge.PATCH, judge.PATCH + 1)
     found = [
         next(
             by

@@ -1,0 +1,274 @@
+"""Trains the UNet of the small model with its text encoder, then a ControlNet for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from scripts.shapes.pictures import (
+    HELD_OUT,
+    SIZE,
+    held_out_pictures,
+    picture,
+    save_sheet,
+    to_frames,
+)
+from scripts.shapes.world import random_scene
+from scripts.tiny_model.autoencoder import load_vae, picture_latents
+from scripts.tiny_model.make_random import unet_blocks
+from scripts.tiny_model.model_files import (
+    ddim_scheduler,
+    model_index,
+    save_weights,
+    write_json,
+)
+from scripts.tiny_model.settings import WIDTH, Training, text_config
+from tokenflow.diffusion.conditions import canny_edges
+from util import sha256_file
+
+NO_TEXT = 0.1  # share of captions that are dropped, for classifier-free guidance
+
+MIN_SNR = 5.0  # Hang et al. 2023: caps the weight of nearly clean latents
+
+# SD's noisiest latents still hold a trace of their picture's mean, and sampling starts from noise
+# that holds none: a model that reads the background off that trace draws any background. So the
+# noise's mean is shifted at random (std, as a share of the noise's), which drowns the trace and
+# leaves it to the caption. The shift is noise like the rest, to be predicted with it.
+MEAN_SHIFT = 0.1
+
+CANNY_LOW, CANNY_HIGH = 100, 200  # as edits have them by default
+
+UNET = {
+    "sample_size": SIZE // 8,
+    "block_out_channels": (32, 64, 128, 128),
+    "attention_head_dim": (1, 2, 4, 4),  # diffusers' name for the number of heads
+    "cross_attention_dim": WIDTH,
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+}
+
+HINT_CHANNELS = (8, 16, 32, 64)  # of the ControlNet's embedding of its picture
+
+
+class TextToNoise(nn.Module):
+    """The UNet and the text encoder, which are trained together."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text_encoder = CLIPTextModel(text_config(tokenizer, layers=2))
+        self.unet = unet_blocks(UNET, in_channels=4)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        return self.unet(latents, timesteps, self.text_encoder(tokens)[0]).sample
+
+
+def train_unet(training: Training) -> None:
+    """Train the UNet and its text encoder, at half the size first, where a step is cheap."""
+    torch.manual_seed(training.seed)
+    model = TextToNoise(training.tokenizer).to(training.device)
+    model.unet.to(memory_format=torch.channels_last)
+    inputs = training.hashes("vae")
+    for name, size in (("unet_small", SIZE // 2), ("unet", SIZE)):
+        batches = NoisyLatents(training, size, training.budget.recipes[name].batch_size)
+        averaged = training.train(
+            name,
+            model,
+            partial(_noise_loss, batches),
+            lambda averaged, path, size=size: _text_sheet(training, averaged, size, path),
+            inputs,
+        )
+        inputs |= {name: sha256_file(training.work / name / "state.safetensors")[:12]}
+        model.load_state_dict(averaged.state_dict())
+    save_weights(training.model / "unet", averaged.unet, torch.float16)
+    save_weights(training.model / "text_encoder", averaged.text_encoder, torch.float16)
+    training.write_tokenizer(training.model / "tokenizer")
+    ddim_scheduler("base").save_pretrained(training.model / "scheduler")
+    write_json(training.model / "model_index.json", model_index("base"))
+
+
+def _noise_loss(batches: NoisyLatents, model: TextToNoise, generator: torch.Generator) -> Tensor:
+    batch = batches.draw(generator)
+    return batch.loss(model(batch.noisy, batch.timesteps, batch.tokens))
+
+
+class NoisyLatents:
+    """Draws what a noise prediction is trained on: noisy latents, their captions and the noise.
+
+    Timesteps are drawn evenly, or more of the noisier ones (as the larger of two draws is).
+    """
+
+    def __init__(
+        self, training: Training, size: int, batch_size: int, noisier: bool = False
+    ) -> None:
+        self.latents = picture_latents(training, size).to(training.device)
+        captions = [random_scene(seed).caption for seed in range(len(self.latents))]
+        self.tokens = training.tokens([*captions, ""]).to(training.device)
+        self.alphas_squared = ddim_scheduler("base").alphas_cumprod.to(training.device)
+        self.batch_size = batch_size
+        self.noisier = noisier
+        self.device = training.device
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        count = (self.batch_size,)
+        numbers = torch.randint(len(self.latents), count, generator=generator)
+        timesteps = torch.randint(len(self.alphas_squared), count, generator=generator)
+        if self.noisier:
+            other = torch.randint(len(self.alphas_squared), count, generator=generator)
+            timesteps = timesteps.maximum(other)
+        has_text = torch.rand(count, generator=generator) >= NO_TEXT
+        noise = torch.randn(*count, *self.latents.shape[1:], generator=generator)
+        noise += MEAN_SHIFT * torch.randn(*count, 4, 1, 1, generator=generator)
+        noise = noise.to(self.device)
+        timesteps = timesteps.to(self.device)
+        alpha_squared = self.alphas_squared[timesteps].view(-1, 1, 1, 1)
+        clean = self.latents[numbers.to(self.device)].float()
+        noisy = alpha_squared.sqrt() * clean + (1 - alpha_squared).sqrt() * noise
+        captions = numbers.where(has_text, len(self.latents))
+        return Batch(
+            numbers=numbers,
+            noisy=noisy.contiguous(memory_format=torch.channels_last),
+            timesteps=timesteps,
+            tokens=self.tokens[captions.to(self.device)],
+            noise=noise,
+            snr=alpha_squared / (1 - alpha_squared),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of `NoisyLatents`.
+
+    numbers: (b,) of the pictures.
+    noisy, noise: (b, 4, h, w).
+    timesteps: (b,).
+    tokens: (b, MAX_TOKENS), of no text where the caption was dropped.
+    snr: (b, 1, 1, 1), alpha_t^2 / sigma_t^2.
+    """
+
+    numbers: Tensor
+    noisy: Tensor
+    timesteps: Tensor
+    tokens: Tensor
+    noise: Tensor
+    snr: Tensor
+
+    def loss(self, predicted: Tensor) -> Tensor:
+        """The mean squared error of predicted noise, with Min-SNR weights."""
+        weight = self.snr.clamp(max=MIN_SNR) / self.snr
+        return (weight * (predicted.float() - self.noise).square()).mean()
+
+
+def _text_sheet(training: Training, model: TextToNoise, size: int, path: Path) -> None:
+    """Pictures of held-out captions, which are in the text file of the same name."""
+    captions = [random_scene(HELD_OUT + i).caption for i in range(16)]
+    pipe = StableDiffusionPipeline(
+        vae=load_vae(training),
+        text_encoder=model.text_encoder,
+        tokenizer=training.tokenizer,
+        unet=model.unet,
+        scheduler=ddim_scheduler("base"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator(training.device).manual_seed(0)
+    frames = pipe(captions, size, size, generator=generator, **_sheet_options(training)).images
+    save_sheet(path, (frames * 255).round().astype(np.uint8), columns=8)
+    path.with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+
+
+def _sheet_options(training: Training) -> dict:
+    steps = training.budget.sheet_steps
+    return {"num_inference_steps": steps, "guidance_scale": 5.0, "output_type": "np"}
+
+
+class EdgesToNoise(nn.Module):
+    """A ControlNet in training beside the finished UNet, which stays as it is.
+
+    Its embedding of edges begins with weights under which they keep their strength: by PyTorch's
+    and diffusers' own, edges fade from layer to layer to exactly zero, which learns slowly.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.controlnet = ControlNetModel.from_unet(
+            unet, conditioning_embedding_out_channels=HINT_CHANNELS
+        )
+        embedding = self.controlnet.controlnet_cond_embedding
+        for conv in (embedding.conv_in, *embedding.blocks, embedding.conv_out):
+            nn.init.kaiming_normal_(conv.weight)
+        with torch.no_grad():
+            example = edges_of(np.stack([picture(number, SIZE)[0] for number in range(8)]))
+            embedding.conv_out.weight /= embedding(example).std()
+        self.frozen = [unet]  # in a list: no part of this module, its state or its average
+
+    def forward(self, batch: Batch, text: Tensor, edges: Tensor) -> Tensor:
+        down, middle = self.controlnet(
+            batch.noisy, batch.timesteps, text, controlnet_cond=edges, return_dict=False
+        )
+        return self.frozen[0](
+            batch.noisy,
+            batch.timesteps,
+            text,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        ).sample
+
+
+def train_controlnet(training: Training) -> None:
+    unet = UNet2DConditionModel.from_pretrained(training.trained("unet")).float()
+    unet = unet.to(training.device, memory_format=torch.channels_last).requires_grad_(False)
+    text_encoder = CLIPTextModel.from_pretrained(training.trained("text_encoder"))
+    text_encoder = text_encoder.float().to(training.device)
+    pictures = training.pictures()
+    # Edges tell most where the noise hides what they outline.
+    batch_size = training.budget.recipes["controlnet"].batch_size
+    batches = NoisyLatents(training, SIZE, batch_size, noisier=True)
+
+    def loss(model: EdgesToNoise, generator: torch.Generator) -> Tensor:
+        batch = batches.draw(generator)
+        edges = edges_of(np.stack([pictures[number] for number in batch.numbers.tolist()]))
+        with torch.no_grad():
+            text = text_encoder(batch.tokens)[0]
+        return batch.loss(model(batch, text, edges.to(training.device)))
+
+    def sheet(model: EdgesToNoise, path: Path) -> None:
+        frames, captions = held_out_pictures(8)
+        edges = edges_of(frames)
+        pipe = StableDiffusionControlNetPipeline.from_pretrained(
+            training.model,
+            controlnet=model.controlnet,
+            safety_checker=None,
+            torch_dtype=torch.float32,
+        ).to(training.device)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator(training.device).manual_seed(0)
+        drawn = pipe(captions, image=edges, generator=generator, **_sheet_options(training)).images
+        drawn = (drawn * 255).round().astype(np.uint8)
+        save_sheet(path, np.concatenate([to_frames(2 * edges - 1), drawn]), columns=8)
+
+    torch.manual_seed(training.seed)
+    model = EdgesToNoise(unet).to(training.device)
+    model.controlnet.to(memory_format=torch.channels_last)
+    averaged = training.train(
+        "controlnet", model, loss, sheet, training.hashes("vae", "unet", "text_encoder")
+    )
+    save_weights(training.model / "controlnet", averaged.controlnet, torch.float16)
+
+
+def edges_of(frames: np.ndarray) -> Tensor:
+    """Canny edges at the thresholds that edits use by default; (n, 3, H, W) float32, 0 or 1."""
+    return canny_edges(frames, CANNY_LOW, CANNY_HIGH)

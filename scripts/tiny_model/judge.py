@@ -1,0 +1,168 @@
+"""Trains the judge of the small model: a CLIP model that tells what pictures show."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+
+from scripts.shapes.pictures import held_out_pictures, save_sheet
+from scripts.shapes.world import random_scene
+from scripts.tiny_model.model_files import save_weights
+from scripts.tiny_model.settings import WIDTH, Training, text_config
+
+log = logging.getLogger("tokenflow")
+
+JUDGE_SIZE, PATCH = (
+    64,
+    8,
+)  # of the pictures that the judge sees, and of what it cuts them into
+
+GROUPS = 4  # of look-alikes in a batch of the judge's training
+
+
+def train_judge(training: Training) -> None:
+    """Train a CLIP model on the captions; a caption is right for all pictures that have it."""
+    recipe = training.budget.recipes["judge"]
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": JUDGE_SIZE},
+        crop_size={"height": JUDGE_SIZE, "width": JUDGE_SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    pictures = training.pictures()
+    pixels = torch.cat(
+        [
+            _judge_pixels(processor, chunk).half()
+            for chunk in tqdm(pictures.chunks, f"pictures at {JUDGE_SIZE}")
+        ]
+    )
+    captions = pictures.captions()
+    tokens = training.tokens(captions)
+    caption_numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    labels = torch.tensor([caption_numbers[caption] for caption in captions])
+    groups = _look_alikes(len(pictures))
+
+    def loss(model: CLIPModel, generator: torch.Generator) -> Tensor:
+        numbers = _draw_alike(groups, recipe.batch_size, generator)
+        batch = pixels[numbers].float()
+        mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+        batch = _shifted(batch.flip(-1).where(mirrored, batch), generator)
+        batch = batch + 0.05 * torch.randn(batch.shape, generator=generator)
+        similarity = model(
+            input_ids=tokens[numbers].to(training.device),
+            pixel_values=batch.to(training.device),
+        ).logits_per_image.float()
+        same = (labels[numbers][:, None] == labels[numbers]).float().to(training.device)
+        target = same / same.sum(dim=1, keepdim=True)
+        return 0.5 * (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target))
+
+    torch.manual_seed(training.seed)
+    judge = training.train(
+        "judge",
+        CLIPModel(_judge_config(training.tokenizer)).to(training.device),
+        loss,
+        _JudgeSheet(training, processor),
+        training.hashes(),
+    )
+    save_weights(training.model / "judge", judge, torch.float16)
+    processor.save_pretrained(training.model / "judge")
+    training.write_tokenizer(training.model / "judge")
+
+
+def _judge_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=JUDGE_SIZE,
+        patch_size=PATCH,
+        projection_dim=WIDTH,
+    )
+    text = text_config(tokenizer, layers=2)
+    return CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH
+    )
+
+
+class _JudgeSheet:
+    """Draws held-out pictures; the text file of the same name has the captions found for them."""
+
+    def __init__(self, training: Training, processor: CLIPImageProcessor) -> None:
+        self.training = training
+        self.frames, self.captions = held_out_pictures(256)
+        self.pixels = _judge_pixels(processor, self.frames).to(training.device)
+
+    @torch.inference_mode()
+    def __call__(self, model: CLIPModel, path: Path) -> None:
+        choices = sorted(set(self.captions))
+        similarity = model(
+            input_ids=self.training.tokens(choices).to(self.training.device),
+            pixel_values=self.pixels,
+        ).logits_per_image
+        found = [choices[best] for best in similarity.argmax(dim=1).tolist()]
+        right = sum(map(str.__eq__, found, self.captions))
+        log.info(
+            "judge: %.1f %% of held-out pictures found their caption among %d",
+            100 * right / len(found),
+            len(choices),
+        )
+        save_sheet(path, self.frames[:16], columns=8)
+        path.with_suffix(".txt").write_text("\n".join(found[:16]) + "\n", encoding="utf-8")
+
+
+def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture moved by up to a patch, wrapping round the edges.
+
+    Else the judge learns by heart how the patches happen to cut each picture.
+    """
+    side, picture = torch.arange(JUDGE_SIZE), torch.arange(len(pictures))
+    by = torch.randint(-PATCH, PATCH + 1, (2, len(pictures), 1), generator=generator)
+    rows, columns = (by + side) % JUDGE_SIZE
+    cells = pictures[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return cells.permute(0, 3, 1, 2)
+
+
+def _look_alikes(count: int) -> list[Tensor]:
+    """The numbers of the pictures that share the background and the first object's colour."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number in range(count):
+        scene = random_scene(number)
+        groups.setdefault((scene.background, scene.objects[0].color), []).append(number)
+    return [torch.tensor(group) for group in groups.values()]
+
+
+def _draw_alike(groups: Sequence[Tensor], count: int, generator: torch.Generator) -> Tensor:
+    """A batch's numbers, (count,), from only GROUPS of the groups.
+
+    Within a group only fills and shapes tell pictures apart. In a batch drawn from all pictures,
+    colours nearly always do, and shapes are learnt very slowly.
+    """
+    chosen = torch.randperm(len(groups), generator=generator)[:GROUPS]
+    picks = chosen[torch.randint(len(chosen), (count,), generator=generator)]
+    places = torch.rand(count, generator=generator)
+    return torch.stack(
+        [
+            groups[pick][int(place * len(groups[pick]))]
+            for pick, place in zip(picks.tolist(), places.tolist(), strict=True)
+        ]
+    )
+
+
+def _judge_pixels(processor: CLIPImageProcessor, frames: np.ndarray) -> Tensor:
+    """(n, 3, JUDGE_SIZE, JUDGE_SIZE) float32."""
+    return processor(images=list(frames), return_tensors="pt").pixel_values
