@@ -27,6 +27,7 @@ from tokenflow.cache.source_cache import (
 )
 from tokenflow.editing.results import RESULT_FILES, Result
 from tokenflow.evaluation.score_table import Row, rows_as_json
+from tokenflow.figures import report_page
 from tokenflow.storage.video import save_video
 from tokenflow.storage.work_dir import Workplace
 from util import UserError, command_line, load_yaml, save_yaml
@@ -154,7 +155,7 @@ def test_finished_results_are_found_once_and_others_counted(tmp_path, caplog):
     (unreadable / "config.yaml").write_text("a: [")
     (out / "link").symlink_to(out / "pnp")
     shutil.copytree(one, one / "frames" / "copy")
-    results, unfinished = report.readable_results([out, out / "pnp", one])
+    results, unfinished = report_page.readable_results([out, out / "pnp", one])
     assert [result.folder for result in results] == [one, two]
     assert unfinished == 5
     assert [str(record.args[0]).split(": ")[0] for record in caplog.records] == [
@@ -172,14 +173,14 @@ def test_results_of_one_source_are_one_group(tmp_path, caplog):
         for name, cache in (("1", wall), ("2", again), ("3", other), ("4", tmp_path / "gone"))
     }
     (other / "manifest.yaml").touch()
-    groups = report.group_results(report.readable_results([tmp_path / "r"])[0])
+    groups = report_page.group_results(report_page.readable_results([tmp_path / "r"])[0])
     members = sorted([result.folder.name for result in group.results] for group in groups)
     assert members == [["1", "2"], ["3"], ["4"]]
     assert {group.name for group in groups} == {"wall"}
     assert "no finished cache" in caplog.text
     run = load_yaml(folders["3"] / "run.yaml")
     save_yaml(folders["3"] / "run.yaml", run | {"cache_sha256": "0"})
-    report.group_results(report.readable_results([folders["3"]])[0])
+    report_page.group_results(report_page.readable_results([folders["3"]])[0])
     assert "was replaced since" in caplog.text
 
 
@@ -188,7 +189,7 @@ def test_a_relative_cache_is_found_from_above_the_result(tmp_path):
     folder = make_result(tmp_path / "out" / "pnp" / "wall" / "x", None)
     run = load_yaml(folder / "run.yaml") | {"cache": "latents/wall"}
     result = Result(folder, {}, run)
-    assert report.cache_of(result).folder == tmp_path / "latents" / "wall"
+    assert report_page.cache_of(result).folder == tmp_path / "latents" / "wall"
 
 
 def test_settings_differ_only_among_those_that_have_them():
@@ -196,8 +197,8 @@ def test_settings_differ_only_among_those_that_have_them():
         {"prompt": "a", "data_path": "x", "seed": 1, "fps": None, "start": 0.5, "blend": "linear"},
         {"prompt": "b", "data_path": "y", "seed": 1, "fps": 12, "pnp_f_t": 0.8, "blend": "sigmoid"},
     ]
-    assert report.differing_settings(configs) == ["fps", "blend"]
-    assert report.differing_settings(configs[:1]) == []
+    assert report_page.differing_settings(configs) == ["fps", "blend"]
+    assert report_page.differing_settings(configs[:1]) == []
 
 
 # ---------------------------------------------------------------- what is shown
@@ -284,7 +285,7 @@ def test_of_several_rows_the_last_counts_whole(tmp_path):
     folder = make_result(tmp_path / "r" / "x", None)
     first = write_rows(tmp_path / "1.json", {"folder": str(folder), "warp_error": 1, "psnr": 1})
     second = write_rows(tmp_path / "2.json", {"folder": "r/x", "warp_error": 2})
-    (found,) = report.rows_by_folder([first, second]).items()
+    (found,) = report_page.rows_by_folder([first, second]).items()
     assert (found[0], found[1].warp_error, found[1].psnr) == (str(folder), 2, None)
 
 
@@ -293,7 +294,7 @@ def test_twins_are_told_apart_by_their_settings():
         return {"label": label, "prompt": "p", "settings": list(settings.items())}
 
     edits = [edit("a", seed="1", blend="x"), edit("a", seed="2", blend="x"), edit("b", seed="3")]
-    report.add_hints(edits)
+    report_page.add_hints(edits)
     assert [edit["hint"] for edit in edits] == ["seed 1", "seed 2", ""]
 
 
@@ -313,18 +314,20 @@ def test_differing_protocols_are_said(tmp_path):
 def test_files_near_the_report_are_linked_and_others_named(tmp_path):
     out = tmp_path / "a" / "report"
     near = tmp_path / "r\u00e9sults #1?" / "50% <b>" / "edited.mp4"
-    assert report.relative_link(near, out) == (
+    assert report_page.relative_link(near, out) == (
         "../../r%C3%A9sults%20%231%3F/50%25%20%3Cb%3E/edited.mp4"
     )
     deep = tmp_path / "1" / "2" / "3" / "4"
-    assert report.relative_link(near, deep) is None
-    assert report.relative_link(Path("/usr/x"), Path("/home/report")) is None  # by the root only
-    assert report.relative_link(Path("/home/x"), Path("/home/report")) == "../x"
+    assert report_page.relative_link(near, deep) is None
+    assert (
+        report_page.relative_link(Path("/usr/x"), Path("/home/report")) is None
+    )  # by the root only
+    assert report_page.relative_link(Path("/home/x"), Path("/home/report")) == "../x"
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_no_text_ends_the_element_that_holds_it(text):
-    page = report.render_page({"title": text, "clips": [{text: text}]})
+    page = report_page.render_page({"title": text, "clips": [{text: text}]})
     assert page.count("<script") == 2
     assert page.count("</script>") == 2
     assert page.count("</title>") == 1
@@ -356,14 +359,14 @@ def test_no_text_of_users_is_markup(tmp_path):
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert json.dumps(data).count("<img src=x") > 8
     assert "<img" not in page and "alert(2)</script>" not in page
-    own = report.render_page({"title": "", "clips": []})
+    own = report_page.render_page({"title": "", "clips": []})
     for mark in ("<script", "</script", "<!--", "</title"):
         assert page.count(mark) == own.count(mark)
     files = [path.name for path in (tmp_path / "report" / "media").iterdir()]
     assert files and all(
         set(file) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.") for file in files
     )
-    script = (report.PAGE_PARTS / "page.js").read_text(encoding="utf-8")
+    script = (report_page.PAGE_PARTS / "page.js").read_text(encoding="utf-8")
     for sink in (
         "innerHTML",
         "outerHTML",
@@ -379,7 +382,7 @@ def test_no_text_of_users_is_markup(tmp_path):
 
 def test_values_are_text():
     values = [None, True, 1, 0.5, float("nan"), "x", [1] * 100, {"a": [[[]]]}]
-    assert [report.plain(value) for value in values] == [
+    assert [report_page.plain(value) for value in values] == [
         "null",
         "true",
         "1",
@@ -389,7 +392,7 @@ def test_values_are_text():
         "[1, 1, 1, 1, 1, 1, ...]",
         "{'a': [[[]]]}",
     ]
-    assert report.flat({"a": {"b": 1}, "c": 2}) == [("a.b", "1"), ("c", "2")]
+    assert report_page.flat({"a": {"b": 1}, "c": 2}) == [("a.b", "1"), ("c", "2")]
 
 
 # ---------------------------------------------------------------- the output folder
@@ -410,7 +413,7 @@ def test_a_failed_attempt_leaves_the_older_report(tmp_path, monkeypatch):
     out = tmp_path / "report"
     make_report(out, tmp_path / "r")
     before = contents(out)
-    monkeypatch.setattr(report, "render_page", lambda data: 1 / 0)
+    monkeypatch.setattr(report_page, "render_page", lambda data: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_report(out, tmp_path / "r")
     assert contents(out) == before
@@ -471,7 +474,7 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(
     place, words, message, monkeypatch, capsys
 ):
     before = contents(place)
-    monkeypatch.setattr(sys, "argv", ["report.py", *words])
+    monkeypatch.setattr(sys, "argv", ["report_page.py", *words])
     with pytest.raises(SystemExit) as left:
         command_line(report.main)
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,0 +1,429 @@
+"""Builds the page of results: source, reconstruction and every edit, playing in step."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import reprlib
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import av
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tokenflow.cache.source_cache import SourceCache, read_manifest
+from tokenflow.editing.results import RESULT_FILES, Result, find_results, read_result
+from tokenflow.evaluation.score_table import COLUMNS, Row, read_rows
+from tokenflow.storage.video import READING, read_clip, save_video
+from tokenflow.storage.work_dir import replacing_folder
+from util import UserError, check_writable, slug
+
+log = logging.getLogger("tokenflow")
+
+PAGE = "report.html"
+PAGE_PARTS = Path(__file__).resolve().parent / "page"
+GENERATOR = '<meta name="generator" content="tokenflow report.py">'
+LINKED = (*RESULT_FILES, "side_by_side.mp4", "frames")
+POSTER_SIDE = 640
+NEAR = 3  # a link may climb so many folders from the report; farther files are only named
+
+
+# Where things lie: no setting that a result depends on.
+PLACES = ("data_path", "latents_path", "output_path")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The results of one clip, and the caches that they were made from, where these still are."""
+
+    name: str
+    results: tuple[Result, ...]
+    caches: tuple[SourceCache, ...]
+
+
+def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
+    """Read all finished results in or below some folders.
+
+    Returns:
+        the results, ordered by their folders' paths, and the number of those that are unfinished
+        or cannot be read (which is warned of).
+
+    Raises:
+        UserError: a root is not a folder, or no result can be read.
+    """
+    finished, unfinished = find_results(roots)
+    results = []
+    for folder in sorted(map(Path.resolve, finished)):
+        try:
+            probe_video(folder / "edited.mp4")
+            results.append(read_result(folder))
+        except UserError as error:
+            log.warning("left out: %s", error)
+    if not results:
+        raise UserError(f"{', '.join(map(str, roots))}: no result that can be read")
+    return results, len(unfinished) + len(finished) - len(results)
+
+
+def rows_by_folder(paths: Sequence[Path]) -> dict[str, Row]:
+    """Read what evaluate.py measured.
+
+    Args:
+        paths: files that evaluate.py --json wrote. A row's `folder` is taken from the current
+            folder or, if it is not there, from the file's own. Of several rows of a result the
+            last counts, as a whole: rows may differ in protocol.
+
+    Returns:
+        rows by the real path of their folder; rows of other programs' videos have none and are
+        left out.
+    """
+    rows = {}
+    for path in paths:
+        for row in read_rows(path):
+            if row.folder:
+                place = Path(row.folder) if os.path.exists(row.folder) else path.parent / row.folder
+                rows[os.path.realpath(place)] = row
+    return rows
+
+
+def cache_of(result: Result) -> SourceCache | None:
+    """The cache that a result was made from; None, with a warning, if it is not there any more."""
+    try:
+        return result.cache(lambda folder: SourceCache(folder, read_manifest(folder)))
+    except UserError as error:
+        log.warning("%s", error)
+        return None
+
+
+def group_results(results: Iterable[Result]) -> list[Group]:
+    """Put together the results of the same frames of the same source, in the clips' order."""
+    groups: dict[tuple, tuple[list[Result], dict[str, SourceCache]]] = {}
+    for result in results:
+        cache = cache_of(result)
+        if cache is None:
+            key = (result.folder.parent.name, plain(result.run.get("cache")))
+        else:
+            m = cache.manifest
+            key = (m.clip, m.source_sha256, m.frame_start, m.frame_stride)
+        members, caches = groups.setdefault(key, ([], {}))
+        members.append(result)
+        if cache is not None:
+            caches.setdefault(os.path.realpath(cache.folder), cache)
+    return [
+        Group(str(key[0]), tuple(members), tuple(caches.values()))
+        for key, (members, caches) in sorted(groups.items(), key=lambda item: str(item[0]))
+    ]
+
+
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys in which those configs differ that have them, but for places and the prompt.
+
+    A key that only one technique knows (SDEdit's `start`) is no difference to the others.
+    """
+    values: dict[str, set[str]] = {}
+    for config in configs:
+        for key, value in config.items():
+            values.setdefault(plain(key), set()).add(plain(value))
+    return [key for key in values if len(values[key]) > 1 and key not in (*PLACES, "prompt")]
+
+
+# ---------------------------------------------------------------- media
+
+
+def probe_video(path: Path) -> tuple[int, Fraction, int, int]:
+    """Read a video's number of frames, frame rate, width and height from its header.
+
+    Raises:
+        UserError: it is not a video, or its header does not tell.
+    """
+    try:
+        with av.open(os.path.abspath(path), **READING) as container:
+            stream = container.streams.video[0]
+            facts = stream.frames, stream.average_rate, stream.width, stream.height
+    except (av.FFmpegError, IndexError) as error:
+        raise UserError(f"{path}: not a video that can be read") from error
+    if not all(facts):
+        raise UserError(f"{path}: its header does not tell frames, frame rate and size")
+    return facts
+
+
+class Media:
+    """The folder of a report's videos; each file's name is a number and a slug."""
+
+    def __init__(self, report: Path) -> None:
+        self.folder = report / "media"
+        self.folder.mkdir()
+        self._numbers = itertools.count(1)
+
+    def add(self, path: Path, name: str) -> dict[str, Any]:
+        """Add a video: a hard link where the file system allows one, else a copy."""
+        target = self._target(name)
+        try:
+            os.link(os.path.realpath(path), target)
+        except OSError:
+            shutil.copyfile(path, target)
+        return self._finish(target)
+
+    def encode(self, frames: np.ndarray, fps: Fraction, name: str) -> dict[str, Any]:
+        """Write a video of (n, H, W, 3) uint8 frames."""
+        target = self._target(name)
+        save_video(target, frames, fps)
+        return self._finish(target)
+
+    def _target(self, name: str) -> Path:
+        return self.folder / f"{next(self._numbers):04d}-{slug(name)}.mp4"
+
+    def _finish(self, path: Path) -> dict[str, Any]:
+        n_frames, fps, width, height = probe_video(path)
+        image = Image.fromarray(read_clip(path, 1, size=(height, width)).frames[0])
+        image.thumbnail((POSTER_SIDE, POSTER_SIDE))
+        poster = path.with_suffix(".jpg")
+        image.save(poster, quality=92)
+        src, poster = (f"{self.folder.name}/{file.name}" for file in (path, poster))
+        return {"src": src, "poster": poster, "fps": float(fps), "frames": n_frames,
+                "width": width, "height": height}  # fmt: skip
+
+
+def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
+    """A clip's source, as many frames as its edits have: (n, H, W, 3) uint8, and their rate.
+
+    It comes from the cache, or else from the left half of a result's side_by_side.mp4.
+    """
+    longest = max(probe_video(result.folder / "edited.mp4")[0] for result in group.results)
+    for cache in group.caches:
+        try:
+            return cache.frames(min(longest, cache.manifest.n_frames)), cache.fps
+        except UserError as error:
+            log.warning("%s", error)
+    for result in group.results:
+        path = result.folder / "side_by_side.mp4"
+        if path.is_file():
+            try:
+                n_frames, fps, width, height = probe_video(path)
+                both = read_clip(path, n_frames, size=(height, width)).frames
+                return both[:, :, : width // 4 * 2], fps
+            except UserError as error:
+                log.warning("%s", error)
+    return None
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write_report(groups: Sequence[Group], rows: Mapping[str, Row], out: Path, title: str) -> None:
+    """Write the report's folder, which appears whole or not at all; an older one is replaced.
+
+    Args:
+        groups: of `group_results`.
+        rows: of `rows_by_folder`.
+        out: the folder, absolute.
+        title: the page's.
+    """
+    with replacing_folder(out) as partial:
+        media = Media(partial)
+        work = tqdm(groups, desc="report", unit="clip")
+        clips = [clip_data(group, rows, media, out) for group in work]
+        text = render_page(page_data(clips, rows, title))
+        (partial / PAGE).write_text(text, encoding="utf-8", errors="replace")
+
+
+def page_data(
+    clips: Sequence[Mapping[str, Any]], rows: Mapping[str, Row], title: str
+) -> dict[str, Any]:
+    """All that the page shows, as plain JSON values."""
+    edits = [edit for clip in clips for edit in clip["edits"]]
+    measured = {key for edit in edits for key in edit["metrics"]}
+    protocols = [edit["protocol"] for edit in edits if edit["protocol"]]
+    return {
+        "title": title,
+        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "metrics": [
+            {**asdict(column), "key": key, "label": column.label[0].upper() + column.label[1:]}
+            for key, column in COLUMNS.items()
+            if key in measured
+        ],
+        "protocol": protocols[0] if protocols else [],
+        "protocols_differ": any(protocol != protocols[0] for protocol in protocols),
+        "clips": list(clips),
+    }
+
+
+def clip_data(group: Group, rows: Mapping[str, Row], media: Media, out: Path) -> dict[str, Any]:
+    """What the page shows of a clip; adds its videos to the media."""
+    name, results = group.name, group.results
+    source, notes = source_frames(group), []
+    if source is None:
+        notes.append("The source is missing: its cache is no longer there.")
+    references = []
+    if source is not None:
+        video = media.encode(*source, f"{name}-source")
+        references.append({"label": "Source", "video": video, "facts": []})
+    for cache in group.caches:
+        path = cache.folder / "inverted.mp4"
+        if path.is_file():
+            several = f" ({cache.manifest.sd_version})" if len(group.caches) > 1 else ""
+            video = media.add(path, f"{name}-reconstruction")
+            label = f"Reconstruction{several}"
+            facts = _reconstruction_facts(cache)
+            references.append({"label": label, "video": video, "facts": facts})
+    if source is not None and len(references) < 2:
+        notes.append("The reconstruction is missing: its cache is no longer there.")
+
+    differing = differing_settings([result.config for result in results])
+    prompts = list(dict.fromkeys(result.prompt or "" for result in results))
+    edits = [
+        edit_data(result, rows.get(os.path.realpath(result.folder)), differing, media, out)
+        for result in results
+    ]
+    edits.sort(key=lambda edit: (edit["label"], edit["prompt"]))
+    add_hints(edits)
+    source_prompts = dict.fromkeys(cache.manifest.inversion_prompt for cache in group.caches)
+    return {
+        "name": name,
+        "data_path": plain(results[0].config.get("data_path", "")),
+        "source_prompts": [prompt for prompt in source_prompts if prompt],
+        "prompt": prompts[0] if len(prompts) == 1 else None,
+        "notes": notes,
+        "references": references,
+        "edits": edits,
+    }
+
+
+def _reconstruction_facts(cache: SourceCache) -> list[tuple[str, str]]:
+    both = (("PSNR", cache.manifest.psnr), ("PSNR of the VAE alone", cache.manifest.vae_psnr))
+    return [(name, f"{value:.2f} dB") for name, value in both if math.isfinite(value)]
+
+
+def edit_data(
+    result: Result,
+    row: Row | None,
+    differing: Sequence[str],
+    media: Media,
+    out: Path,
+) -> dict[str, Any]:
+    """What the page shows of a result; adds its video to the media."""
+    settings = [(plain(key), plain(value)) for key, value in result.config.items()]
+    name = f"{result.folder.parent.name}-{result.prompt or ''}"
+    video = media.add(result.folder / "edited.mp4", name)
+    return {
+        "label": row.method if row else result.method,
+        "video": video,
+        "prompt": result.prompt or "",
+        "differing": [(key, value) for key, value in settings if key in differing],
+        "metrics": metrics_of(result, row),
+        "settings": settings,
+        "run": flat(result.run),
+        "protocol": flat(row.protocol if row else {}),
+        "path": str(result.folder),
+        "files": [
+            {"name": name, "href": relative_link(result.folder / name, out)}
+            for name in LINKED
+            if (result.folder / name).exists()
+        ],
+    }
+
+
+def add_hints(edits: Sequence[dict[str, Any]]) -> None:
+    """Give edits of one clip that share label and prompt a `hint`: the settings they differ in."""
+    for edit in edits:
+        twins = [e for e in edits if (e["label"], e["prompt"]) == (edit["label"], edit["prompt"])]
+        keys = differing_settings([dict(twin["settings"]) for twin in twins])
+        edit["hint"] = ", ".join(f"{key} {value}" for key, value in edit["settings"] if key in keys)
+
+
+def metrics_of(result: Result, row: Row | None) -> dict[str, float]:
+    """A result's measures by key: its row's, else what run.yaml says of its cost."""
+    known = {
+        "peak_memory_bytes": result.run.get("peak_memory_bytes"),
+        "seconds_per_frame": result.seconds_per_frame,
+    }
+    if row is not None:
+        known |= row.model_dump(include=set(COLUMNS), exclude_none=True)
+    return {key: known[key] for key in COLUMNS if known.get(key) is not None}
+
+
+def plain(value: Any) -> str:
+    """A value of YAML or JSON as text, as YAML writes it; what is nested is cut short."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value) if isinstance(value, (str, int, float)) else reprlib.repr(value)
+
+
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A mapping's keys and values as text, one level of nesting spelled `outer.inner`."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in mapping.items():
+        if isinstance(value, dict) and not prefix:
+            pairs += flat(value, f"{plain(key)}.")
+        else:
+            pairs.append((f"{prefix}{plain(key)}", plain(value)))
+    return pairs
+
+
+def relative_link(path: Path, out: Path) -> str | None:
+    """The percent-encoded path from a report to a file near it; None if it is not near.
+
+    Near is what has a folder in common with the report, other than the root, at most NEAR folders
+    up: report and results of one project, which are moved together.
+    """
+    relative = Path(os.path.relpath(os.path.realpath(path), os.path.realpath(out)))
+    up = relative.parts.count(os.pardir)
+    if up > NEAR or up >= len(Path(os.path.realpath(out)).parts) - 1:
+        return None
+    return quote(os.fsencode(relative.as_posix()))
+
+
+def render_page(data: Mapping[str, Any]) -> str:
+    """Put data, style and script into the page; nothing in the data can end its element."""
+    blob = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    parts = {
+        "title": html.escape(data["title"]),
+        "generator": GENERATOR,
+        "style": (PAGE_PARTS / "page.css").read_text(encoding="utf-8"),
+        "script": (PAGE_PARTS / "page.js").read_text(encoding="utf-8"),
+        "data": blob,
+    }
+    template = (PAGE_PARTS / "page.html").read_text(encoding="utf-8")
+    # One pass: what is put in is not searched again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+# ---------------------------------------------------------------- the output folder
+
+
+def check_out(out: Path, results: Sequence[Result], caches: Sequence[SourceCache]) -> None:
+    """Refuse an output folder that is none of ours, or is mixed up with what the page shows.
+
+    Raises:
+        UserError: says why.
+    """
+    if not out.name:
+        raise UserError(f"--out: {out}: expected the name of a folder")
+    check_writable(out.parent, "--out")
+    for place in (*(result.folder for result in results), *(cache.folder for cache in caches)):
+        folder = Path(os.path.realpath(place))
+        if out.is_relative_to(folder):
+            raise UserError(f"--out: {out}: lies inside of {folder}, which the report shows")
+        if folder.is_relative_to(out):
+            raise UserError(f"--out: {out}: holds {folder}, which the report shows")
+    is_empty = out.is_dir() and not any(out.iterdir())
+    if os.path.lexists(out) and not is_empty and not is_report(out):
+        raise UserError(f"--out: {out}: exists and is not a report; name another folder")
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder was written by this script."""
+    page = folder / PAGE
+    return page.is_file() and GENERATOR.encode() in page.read_bytes()[:4096]
