@@ -11,13 +11,13 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from tokenflow.cache.options import ControlKind
 from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
     controlnet_key_for,
     single_model_folder,
 )
-from tokenflow.diffusion.conditions import Control, ControlSettings, draw_control, estimate_depth
+from tokenflow.diffusion.conditions import Control, draw_control, estimate_depth
+from tokenflow.diffusion.control_settings import ControlKind, ControlSettings
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR
 from tokenflow.diffusion.models import Loader
 from tokenflow.editing.config import EditConfig
@@ -75,7 +75,11 @@ def control_settings(config: ControlNetConfig) -> ControlSettings:
     """
     key = controlnet_key_for(config.sd_version, config.control, config.controlnet_key)
     return ControlSettings(
-        config.control, key, config.controlnet_scale, config.canny_low, config.canny_high
+        kind=config.control,
+        key=key,
+        scale=config.controlnet_scale,
+        low=config.canny_low,
+        high=config.canny_high,
     )
 
 

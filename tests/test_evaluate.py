@@ -374,7 +374,7 @@ def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place, tmp_pa
 
     def without_prompt(folder: Path) -> SourceCache:
         cache = open_cache(folder)
-        manifest = dataclasses.replace(cache.manifest, inversion_prompt="")
+        manifest = cache.manifest.model_copy(update={"inversion_prompt": ""})
         return dataclasses.replace(cache, manifest=manifest)
 
     opened = evaluate_inputs.open_result(folder, without_prompt, "something else")

@@ -5,7 +5,6 @@ import logging
 import re
 import shutil
 import weakref
-from dataclasses import asdict
 from fractions import Fraction
 
 import av
@@ -609,7 +608,7 @@ def test_features_are_cached_by_default(tiny_model, tmp_path):
     clip = make_clip(tmp_path / "clip.mp4")
     folder = invert(clip, tmp_path / "latents", tiny_model, cache_features="", interval=2)
     settings = features_of(folder).settings
-    assert asdict(settings) == {
+    assert settings.model_dump() == {
         "n_frames": 5,
         "interval": 2,
         "keyframe_seed": 1,

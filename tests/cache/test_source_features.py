@@ -226,7 +226,7 @@ def test_files_hold_what_the_docstring_says(keys):
 
 def test_tokens_of_all_frames_can_be_saved(keys, tiny_model, tmp_path):
     other = make_cache(tmp_path, tiny_model)
-    write(other, replace(SETTINGS, save_tokens="all"), chunk_size=3)
+    write(other, SETTINGS.model_copy(update={"save_tokens": "all"}), chunk_size=3)
     session = session_of(other)
     found = find_features(session.cache)
     t, kf = session.inputs.timesteps[0], SETTINGS.keyframes()[0]
@@ -248,7 +248,7 @@ def test_tokens_of_all_frames_can_be_saved(keys, tiny_model, tmp_path):
     for other_view in ({"what": "output"}, {"timestep": 901}, {"dtype_name": "float16"}):
         assert features.saved_tokens(SimpleNamespace(**{**vars(view), **other_view})) is None
     grid = session.cache.latents("clean", 1).shape[-2:]
-    everything = replace(SETTINGS, save_tokens="all")
+    everything = SETTINGS.model_copy(update={"save_tokens": "all"})
     sizes = [sum(p.stat().st_size for p in folder_of(k).glob("*.s*")) for k in (keys, other)]
     added = feature_bytes(session.models.unet, grid, everything)
     added -= feature_bytes(session.models.unet, grid, SETTINGS)
@@ -296,12 +296,20 @@ def test_features_of_another_cache_are_refused(keys, tiny_model, tmp_path):
         find_features(session_of(other).cache)
 
 
-@pytest.mark.parametrize("changes", [{"format": 1}, {"settings": None}, {"settings": {"a": 1}}])
-def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": 1}, "not a manifest of format 2"),
+        ({"settings": None}, "settings: expected keys and values, got nothing"),
+        ({"settings": {"a": 1}}, "settings: a: unknown key"),
+        ({"files": {"a": {"bytes": 1}}}, "files: a: sha256: is missing"),
+    ],
+)
+def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path, changes, said):
     other, _ = damaged_cache(keys, tiny_model, tmp_path)
     path = folder_of(other) / "manifest.yaml"
     save_sealed_yaml(path, {**load_sealed_yaml(path), **changes})
-    with pytest.raises(UserError, match="not a manifest of format 2; run: rm -r"):
+    with pytest.raises(UserError, match=f"manifest.yaml: {said}.*; run: rm -r"):
         pnp(other)
 
 

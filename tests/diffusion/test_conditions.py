@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from tokenflow.diffusion.conditions import (
-    ControlSettings,
     canny_edges,
     depth_latents,
     draw_control,
     load_controlnet,
     optical_flow,
 )
+from tokenflow.diffusion.control_settings import ControlSettings
 
 
 def test_canny_finds_the_edge_and_nothing_else():
@@ -43,7 +43,9 @@ def test_optical_flow_points_where_pixels_go():
 
 def test_a_controlnet_s_pictures_are_its_canny_edges(tiny_model):
     frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
-    settings = ControlSettings("canny", str(tiny_model / "controlnet"), 1.0, 100, 200)
+    settings = ControlSettings(
+        kind="canny", key=str(tiny_model / "controlnet"), scale=1.0, low=100, high=200
+    )
     controlnet = load_controlnet(settings.key, torch.device("cpu"), torch.float32)
     control = draw_control(controlnet, settings, frames, None)
     assert control.images.dtype == torch.uint8

@@ -356,11 +356,20 @@ def test_a_damaged_manifest_is_refused(place, keys, cache, damage):
     refused(place, r"manifest\.yaml: damaged.*preprocess\.py .*--overwrite", keys)
 
 
-@pytest.mark.parametrize("changes", [{"format": 2}, {"more": 1}])
-def test_a_manifest_of_another_format_is_refused(place, keys, cache, changes):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": 2}, "not a manifest of format 3"),
+        ({"more": 1}, "more: unknown key"),
+        ({"steps": "10"}, "steps: expected a whole number, got '10'"),
+        ({"control": {"kind": "canny"}}, "control: key: is missing"),
+        ({"files": {"a": 3}}, "files: a: "),
+    ],
+)
+def test_a_manifest_of_another_format_is_refused(place, keys, cache, changes, said):
     path = cache / "manifest.yaml"
     save_sealed_yaml(path, {**load_sealed_yaml(path), **changes})
-    refused(place, r"manifest\.yaml: not a manifest of format 3; .*preprocess\.py .*--over", keys)
+    refused(place, rf"manifest\.yaml: {said}.*; .*preprocess\.py .*--over", keys)
 
 
 def test_other_folders_beside_the_caches_are_no_matter(place, keys, cache):

@@ -310,7 +310,7 @@ def test_source_pass_has_the_controlnet_of_its_inversion(tiny_model, tmp_path):
     session = EditSession(open_inputs(ControlNetConfig(**keys)))
     assert session.cache.manifest.control.key == str(control)
     # Without it in the source pass, tokens and with them matches differ.
-    manifest = replace(session.cache.manifest, control=None)
+    manifest = session.cache.manifest.model_copy(update={"control": None})
     inputs = replace(session.inputs, cache=replace(session.cache, manifest=manifest))
     unconditioned = EditSession(inputs)
     settings = run_tokenflow_controlnet.control_settings(session.config)

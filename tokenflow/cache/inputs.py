@@ -19,7 +19,7 @@ from tokenflow.diffusion.checkpoints import (
     model_key_for,
     single_model_folder,
 )
-from tokenflow.diffusion.conditions import ControlSettings
+from tokenflow.diffusion.control_settings import ControlSettings
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.diffusion.inversion import InversionTimesteps, inversion_timesteps
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
@@ -154,7 +154,11 @@ def _conditions(
         key = controlnet_key_for(args.sd_version, args.control, args.controlnet_key)
         check_controlnet_fits(checkpoint, key, args.allow_pickle)
         control = ControlSettings(
-            args.control, key, args.controlnet_scale, args.canny_low, args.canny_high
+            kind=args.control,
+            key=key,
+            scale=args.controlnet_scale,
+            low=args.canny_low,
+            high=args.canny_high,
         )
     if in_channels == 5 or (control is not None and control.kind == "depth"):
         single_model_folder(args.depth_model, "depth_model", args.allow_pickle)

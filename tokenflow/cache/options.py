@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from tokenflow.diffusion.control_settings import ControlKind
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, MODELS
 from tokenflow.storage.schema import MAX_COUNT, MAX_SEED, Model, add_arguments, from_arguments
 from tokenflow.storage.video import check_size, frame_rate
@@ -47,7 +48,6 @@ def _batch_size(value: Any) -> Any:
 FrameRate = Annotated[Fraction, PlainValidator(_frame_rate), PlainSerializer(str)]
 SdVersion = Literal[tuple(MODELS)]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-ControlKind = Literal["canny", "depth"]
 
 
 class PreprocessOptions(Model):

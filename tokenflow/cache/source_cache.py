@@ -26,16 +26,19 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import AllowInfNan, Field
 from torch import Tensor
 
-from tokenflow.diffusion.conditions import ControlSettings
+from tokenflow.diffusion.control_settings import ControlSettings
+from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import frame_name, frame_rate, load_frames, save_frames
-from tokenflow.storage.work_dir import begun_folders, is_locked
+from tokenflow.storage.work_dir import FileRecord, begun_folders, is_locked
 from util import (
     MissingFileError,
     UserError,
@@ -57,8 +60,10 @@ FEATURES = "features"  # their folder in a cache
 _CACHE_NAME = re.compile("nframes_[0-9]+(-[0-9a-f]{8})?")
 
 
-@dataclass(frozen=True)
-class Manifest:
+Figure = Annotated[float, AllowInfNan(True)]
+
+
+class Manifest(Model):
     """All that a cache depends on, the figures of its making, and its files.
 
     The fields of `IDENTITY` are what a second preprocess run, or an edit, must agree with.
@@ -89,13 +94,13 @@ class Manifest:
     control: ControlSettings | None
     depth_model: str | None
     # How it went: set by `finish_cache`.
-    psnr: float = math.nan  # of the reconstruction against the frames, dB
-    vae_psnr: float = math.nan  # of the VAE's own reconstruction, dB
-    psnr_to_vae: float = math.nan  # of the reconstruction against the VAE's own, dB
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage
-    image_forwards: dict[str, int] = field(default_factory=dict)  # by stage: images x branches
-    versions: dict[str, str] = field(default_factory=dict)
-    files: dict[str, dict] = field(default_factory=dict)  # relative path -> bytes, sha256
+    psnr: Figure = math.nan  # of the reconstruction against the frames, dB
+    vae_psnr: Figure = math.nan  # of the VAE's own reconstruction, dB
+    psnr_to_vae: Figure = math.nan  # of the reconstruction against the VAE's own, dB
+    seconds: dict[str, float] = Field(default_factory=dict)  # by stage
+    image_forwards: dict[str, int] = Field(default_factory=dict)  # by stage: images x branches
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, FileRecord] = Field(default_factory=dict)  # by the path within the cache
     format: int = FORMAT
 
 
@@ -123,7 +128,7 @@ IDENTITY = (
 
 def identity(manifest: Manifest) -> dict[str, object]:
     """The settings by which two caches are the same, as plain YAML values."""
-    return {key: value for key, value in asdict(manifest).items() if key in IDENTITY}
+    return {key: value for key, value in manifest.model_dump().items() if key in IDENTITY}
 
 
 def contents_sha256(manifest: Manifest) -> str:
@@ -217,8 +222,8 @@ def finish_cache(
     Returns:
         the manifest as written.
     """
-    manifest = replace(manifest, files=files, **figures)
-    save_sealed_yaml(folder / MANIFEST, asdict(manifest))
+    manifest = manifest.model_copy(update={"files": files, **figures})
+    save_sealed_yaml(folder / MANIFEST, manifest.model_dump())
     return manifest
 
 
@@ -500,10 +505,8 @@ def read_manifest(folder: Path, remedy: Callable[[Manifest | None], str] = remak
     path = folder / MANIFEST
     try:
         data = load_sealed_yaml(path)
+        if data.get("format") != FORMAT:
+            raise UserError(f"{path}: not a manifest of format {FORMAT}")
+        return parse(Manifest, data, str(path))
     except UserError as error:
         raise type(error)(f"{error}; {remedy(None)} --overwrite") from error
-    if data.get("format") != FORMAT or set(data) != {f.name for f in fields(Manifest)}:
-        raise UserError(f"{path}: not a manifest of format {FORMAT}; {remedy(None)} --overwrite")
-    if data["control"] is not None:
-        data["control"] = ControlSettings(**data["control"])
-    return Manifest(**data)

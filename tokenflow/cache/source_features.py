@@ -27,10 +27,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -48,7 +48,8 @@ from tokenflow.cache.source_cache import (
 from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.ops.distributed import ALONE, Team
 from tokenflow.ops.profiling import Stopwatch
-from tokenflow.storage.work_dir import resumable_folder
+from tokenflow.storage.schema import Model, parse
+from tokenflow.storage.work_dir import FileRecord, resumable_folder
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
@@ -126,8 +127,7 @@ class LiveSource:
 # What cached features depend on
 
 
-@dataclass(frozen=True)
-class FeatureSettings:
+class FeatureSettings(Model):
     """What cached features depend on beside the cache that they lie in.
 
     Attributes:
@@ -146,7 +146,7 @@ class FeatureSettings:
     attention_steps: int
     feature_steps: int
     dtype: str
-    save_tokens: str = "keyframes"
+    save_tokens: Literal["keyframes", "all"] = "keyframes"
 
     def keyframes(self) -> Tensor:
         """(n_timesteps, k) int64."""
@@ -169,6 +169,17 @@ class FeatureSettings:
             f"{name} is {getattr(self, name)} there, {getattr(needed, name)} here"
             for name in differing
         )
+
+
+class FeaturesManifest(Model):
+    """What a cache's features depend on, the figures of their making, and their files."""
+
+    format: int
+    cache_sha256: str
+    settings: FeatureSettings
+    seconds: float
+    image_forwards: int
+    files: dict[str, FileRecord]
 
 
 def feature_bytes(
@@ -290,7 +301,7 @@ def write_features(
     live = LiveSource(denoiser, context, latents)
     steps = list(zip(timesteps, settings.keyframes(), strict=True))
     unet = denoiser.models.unet
-    identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": asdict(settings)}
+    identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": settings.model_dump()}
     with resumable_folder(cache.folder / FEATURES, identity, team) as work:
         before = {"steps": 0, "seconds": 0.0, "image_forwards": 0}  # of an interrupted run
         if work.state is not None:
@@ -470,17 +481,16 @@ def find_features(
     path = folder / MANIFEST
     try:
         data = load_sealed_yaml(path)
+        if data.get("format") != FORMAT:
+            raise UserError(f"{path}: not a manifest of format {FORMAT}")
+        manifest = parse(FeaturesManifest, data, str(path))
     except UserError as error:
         raise type(error)(f"{error}; {advice}") from error
-    names = {field.name for field in fields(FeatureSettings)}
-    whole = {"format", "cache_sha256", "settings", "files"} <= set(data)
-    if not whole or data["format"] != FORMAT or set(data["settings"] or ()) != names:
-        raise UserError(f"{path}: not a manifest of format {FORMAT}; {advice}")
-    if data["cache_sha256"] != cache.sha256:
+    if manifest.cache_sha256 != cache.sha256:
         raise UserError(f"{folder}: belongs to another cache; {advice}")
-    for name in data["files"]:
-        check_file(folder, name, data["files"], advice, read=False)
-    return CachedFeatures(folder, FeatureSettings(**data["settings"]), data["files"], advice)
+    for name in manifest.files:
+        check_file(folder, name, manifest.files, advice, read=False)
+    return CachedFeatures(folder, manifest.settings, manifest.files, advice)
 
 
 @dataclass(frozen=True)

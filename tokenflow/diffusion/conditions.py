@@ -13,24 +13,7 @@ from torch import Tensor
 from transformers import DPTForDepthEstimation, DPTImageProcessor
 
 from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
-
-
-@dataclass(frozen=True)
-class ControlSettings:
-    """What a ControlNet follows, as configs and manifests say it.
-
-    Attributes:
-        kind: "canny" or "depth".
-        key: hub id or folder of the ControlNet.
-        scale: weight of its residuals.
-        low, high: Canny's thresholds.
-    """
-
-    kind: str
-    key: str
-    scale: float
-    low: int
-    high: int
+from tokenflow.diffusion.control_settings import ControlSettings
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenflow.diffusion.conditions import Control, ControlSettings, depth_latents, draw_control
+from tokenflow.diffusion.conditions import Control, depth_latents, draw_control
+from tokenflow.diffusion.control_settings import ControlSettings
 from tokenflow.diffusion.models import BETTER_DTYPE, StableDiffusion
 from util import UserError
 

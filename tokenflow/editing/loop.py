@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -47,8 +47,9 @@ from tokenflow.ops.profiling import (
     reset_peak_memory,
     versions,
 )
+from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import MAX_FPS_DENOMINATOR, clip_name, save_frames, save_video
-from tokenflow.storage.work_dir import Workplace, locked, recover, resumable_folder
+from tokenflow.storage.work_dir import FileRecord, Workplace, locked, recover, resumable_folder
 from tokenflow_utils import (
     Correspondence,
     Neighbours,
@@ -279,7 +280,9 @@ class EditSession:
         reason = features.settings.serve(needed)
         if not reason:
             return features, ""
-        settled = replace(needed, **{key: getattr(features.settings, key) for key in OF_THE_CACHE})
+        settled = needed.model_copy(
+            update={key: getattr(features.settings, key) for key in OF_THE_CACHE}
+        )
         if features.settings.serve(settled):  # others of the same cache would serve
             reason += f"; for others, {advice}"
         return None, f"{features.folder}: {reason}"
@@ -648,20 +651,27 @@ def _result_settings(inputs: EditInputs) -> dict[str, object]:
     return {key: value for key, value in settings.items() if key not in left_out}
 
 
+class _Finished(Model, extra="ignore"):
+    """What run.yaml says of a finished result's files and the cache it was made from."""
+
+    cache_sha256: str
+    files: dict[str, FileRecord]
+
+
 def _is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
     """Whether a result is there, whole, and made from this very cache; the log says why not."""
     if not (folder / RUN_FILE).is_file():
         return False
     try:
-        run = load_sealed_yaml(folder / RUN_FILE)
-        for name in run["files"]:
-            check_file(folder, name, run["files"], "the edit is made again", read=verify)
+        run = parse(_Finished, load_sealed_yaml(folder / RUN_FILE), str(folder / RUN_FILE))
+        for name in run.files:
+            check_file(folder, name, run.files, "the edit is made again", read=verify)
     except UserError as error:
         log.warning("%s", error)
         return False
     if verify:
-        refuse_foreign_files(folder, {RUN_FILE: {}, **run["files"]})
-    if run["cache_sha256"] != cache_sha256:
+        refuse_foreign_files(folder, {RUN_FILE: {}, **run.files})
+    if run.cache_sha256 != cache_sha256:
         log.info("%s was made from another cache; the edit is made again", folder)
         return False
     return True

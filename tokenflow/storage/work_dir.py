@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
 from tokenflow.ops.distributed import ALONE, Team
 from util import (
@@ -271,7 +272,7 @@ class Workplace:
             write_safetensors(temporary, plain, metadata)
         self.state = State(stage, plain, figures)
 
-    def record_files(self) -> dict[str, dict[str, Any]]:
+    def record_files(self) -> dict[str, FileRecord]:
         """Records the files that are there by now; returns all of them.
 
         Raises:
@@ -290,8 +291,15 @@ class Workplace:
         return self.files
 
 
-def file_record(path: Path) -> dict[str, Any]:
-    """What manifests say of a file: its bytes and sha256."""
+class FileRecord(TypedDict):
+    """What manifests say of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def file_record(path: Path) -> FileRecord:
+    """What manifests say of a file now."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
