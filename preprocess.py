@@ -22,19 +22,15 @@ from tokenflow.cache.source_cache import (
     identity,
     open_cache,
 )
-from tokenflow.cache.source_features import (
-    check_room,
-    feature_bytes,
-    find_features,
-    size_text,
-    write_features,
-)
+from tokenflow.cache.source_features import feature_bytes, find_features
+from tokenflow.cache.source_pass import build_features
 from tokenflow.diffusion.batch_size import unet_batch_size
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.models import Loader, StableDiffusion, load_stable_diffusion
 from tokenflow.ops.distributed import ALONE, Team, start_team
 from tokenflow.ops.profiling import Stopwatch
+from tokenflow.storage.disk import check_free_space, format_bytes
 from tokenflow.storage.work_dir import locked, recover, resumable_folder, unfinished_bytes
 from util import UserError, command_line, setup_logging
 
@@ -99,7 +95,7 @@ def has_features(inputs: PreprocessInputs, verify: bool = False) -> bool:
         return False
     if verify:
         found.verify()
-    difference = found.settings.serve(inputs.features)
+    difference = found.settings.mismatch(inputs.features)
     if difference:
         log.info("%s is made anew: %s", found.folder, difference)
     return not difference
@@ -126,13 +122,13 @@ def check_disk(inputs: PreprocessInputs, made: bool) -> None:
     if inputs.features is not None:
         features = feature_bytes(unet, grid, inputs.features)
         log.info(
-            "source features: %s in %d files", size_text(features), inputs.features.n_timesteps
+            "source features: %s in %d files", format_bytes(features), inputs.features.n_timesteps
         )
         needed += features
         option += ", or --no_cache_features"
     # What an interrupted run left is gone on with, or makes room.
     needed -= unfinished_bytes(inputs.folder) + unfinished_bytes(inputs.folder / FEATURES)
-    check_room(inputs.folder, needed, option)
+    check_free_space(inputs.folder, needed, option)
 
 
 def make_features(
@@ -158,7 +154,7 @@ def make_features(
     # The pass holds tokens of all keyframes too, so memory alone shall not decide.
     at_once = unet_batch_size(batch_size, denoiser, frames.shape[1:3], most=FEATURE_BATCH)
     what = inputs.timesteps.sampling, inputs.features
-    write_features(cache, denoiser, *what, at_once, watch, inputs.team)
+    build_features(cache, denoiser, *what, at_once, watch, inputs.team)
 
 
 def make_cache(

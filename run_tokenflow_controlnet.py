@@ -6,7 +6,6 @@ python run_tokenflow_controlnet.py --config configs/config_controlnet.yaml --set
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -19,15 +18,11 @@ from tokenflow.diffusion.checkpoints import (
 from tokenflow.diffusion.conditions import Control, draw_control, estimate_depth
 from tokenflow.diffusion.control_settings import ControlKind, ControlSettings
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR
-from tokenflow.diffusion.models import Loader
 from tokenflow.editing.config import EditConfig
-from tokenflow.editing.inputs import open_inputs
-from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script
-from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.editing.inputs import EditInputs
+from tokenflow.editing.loop import EditPlan, EditSession
+from tokenflow.editing.techniques import Technique
 from util import command_line
-
-TECHNIQUE = "controlnet"
-CONFIG = "configs/config_controlnet.yaml"
 
 
 class ControlNetConfig(EditConfig):
@@ -95,7 +90,7 @@ def make_control(session: EditSession, settings: ControlSettings) -> Control:
     return draw_control(controlnet, settings, session.frames, depth)
 
 
-def plan(session: EditSession, settings: ControlSettings) -> EditPlan:
+def plan(session: EditSession) -> EditPlan:
     """From the clip's latents at the first timestep, guided by the ControlNet at every step.
 
     They are noised by DDIM's noise or by one Gaussian noise that all frames share.
@@ -105,38 +100,34 @@ def plan(session: EditSession, settings: ControlSettings) -> EditPlan:
     return EditPlan(
         timesteps=timesteps,
         start=noised(timesteps[0]),
-        control=make_control(session, settings),
+        control=make_control(session, control_settings(session.config)),
     )
 
 
-def edit(
-    config: ControlNetConfig,
-    overwrite: bool = False,
-    load: Loader | None = None,
-    wait: bool = True,
-    team: Team = ALONE,
-) -> Path:
-    """Makes the result of one edit, or finds it made; returns its folder.
+def check(inputs: EditInputs) -> None:
+    """Refuses a ControlNet or depth estimator that is missing or does not fit."""
+    config = inputs.config
+    key = control_settings(config).key
+    check_controlnet_fits(inputs.checkpoint, key, config.allow_pickle)
+    if config.control == "depth" and not inputs.cache.has_depth:
+        single_model_folder(config.depth_model, "depth_model", config.allow_pickle)
 
-    Args:
-        overwrite, load, wait: as of `editing.make_result`.
-        team: the processes that make it together, each of which calls this.
 
-    Raises:
-        UserError: naming what is missing or does not fit.
-    """
-    with team.together():
-        settings = control_settings(config)
-        inputs = open_inputs(config, team)
-        check_controlnet_fits(inputs.checkpoint, settings.key, config.allow_pickle)
-        if config.control == "depth" and not inputs.cache.has_depth:
-            single_model_folder(config.depth_model, "depth_model", config.allow_pickle)
-    return run_edit(TECHNIQUE, inputs, partial(plan, settings=settings), overwrite, load, wait)
+TECHNIQUE = Technique(
+    name="controlnet",
+    label="ControlNet",
+    about=__doc__.splitlines()[0],
+    config=ControlNetConfig,
+    config_file="configs/config_controlnet.yaml",
+    plan=plan,
+    check=check,
+)
+edit = TECHNIQUE.edit
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the result's folder."""
-    return run_script(edit, ControlNetConfig, argv, CONFIG, __doc__.splitlines()[0])
+    return TECHNIQUE.main(argv)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers import UNet2DConditionModel
 from pydantic import Field
 
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
-from tokenflow.diffusion.models import Loader
 from tokenflow.editing.config import EditConfig
-from tokenflow.editing.inputs import open_inputs
-from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script
-from tokenflow.ops.distributed import ALONE, Team
-from tokenflow_utils import missing_injection_layers
+from tokenflow.editing.loop import EditPlan, EditSession
+from tokenflow.editing.techniques import Technique
+from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, self_attention_layers
 from util import UserError, command_line
-
-TECHNIQUE = "pnp"
-CONFIG = "configs/config_pnp.yaml"
 
 
 class PnPConfig(EditConfig):
@@ -42,7 +38,7 @@ class PnPConfig(EditConfig):
 
 
 def check_injection_layers(checkpoint: Path) -> None:
-    """Refuses a checkpoint whose UNet lacks the layers that PnP injects into.
+    """Refuses a checkpoint whose UNet lacks a layer that PnP injects into.
 
     Raises:
         UserError: naming the first missing layer.
@@ -53,6 +49,14 @@ def check_injection_layers(checkpoint: Path) -> None:
             f"{checkpoint}: its UNet has no {missing[0]} ({len(missing)} of the layers that "
             "PnP injects into are missing); use a checkpoint with Stable Diffusion's blocks"
         )
+
+
+def missing_injection_layers(unet: UNet2DConditionModel) -> list[str]:
+    """The layers that PnP injects into and this UNet lacks; it may be on the meta device."""
+    missing = sorted(set(ATTENTION_LAYERS) - set(self_attention_layers(unet)))
+    if FEATURE_LAYER not in dict(unet.named_modules()):
+        missing.append(FEATURE_LAYER)
+    return missing
 
 
 def plan(session: EditSession) -> EditPlan:
@@ -66,31 +70,21 @@ def plan(session: EditSession) -> EditPlan:
     )
 
 
-def edit(
-    config: PnPConfig,
-    overwrite: bool = False,
-    load: Loader | None = None,
-    wait: bool = True,
-    team: Team = ALONE,
-) -> Path:
-    """Makes the result of one edit, or finds it made; returns its folder.
-
-    Args:
-        overwrite, load, wait: as of `editing.make_result`.
-        team: the processes that make it together, each of which calls this.
-
-    Raises:
-        UserError: naming what is missing or does not fit.
-    """
-    with team.together():
-        inputs = open_inputs(config, team)
-        check_injection_layers(inputs.checkpoint)
-    return run_edit(TECHNIQUE, inputs, plan, overwrite, load, wait)
+TECHNIQUE = Technique(
+    name="pnp",
+    label="PnP",
+    about=__doc__.splitlines()[0],
+    config=PnPConfig,
+    config_file="configs/config_pnp.yaml",
+    plan=plan,
+    check=lambda inputs: check_injection_layers(inputs.checkpoint),
+)
+edit = TECHNIQUE.edit
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the result's folder."""
-    return run_script(edit, PnPConfig, argv, CONFIG, __doc__.splitlines()[0])
+    return TECHNIQUE.main(argv)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from tokenflow.diffusion.models import Loader
 from tokenflow.editing.config import EditConfig
-from tokenflow.editing.inputs import open_inputs
-from tokenflow.editing.loop import EditPlan, EditSession, run_edit, run_script
-from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.editing.loop import EditPlan, EditSession
+from tokenflow.editing.techniques import Technique
 from util import command_line
-
-TECHNIQUE = "sdedit"
-CONFIG = "configs/config_sdedit.yaml"
 
 
 class SDEditConfig(EditConfig):
@@ -56,30 +51,20 @@ def plan(session: EditSession) -> EditPlan:
     return EditPlan(timesteps=timesteps, start=noised(timesteps[0]))
 
 
-def edit(
-    config: SDEditConfig,
-    overwrite: bool = False,
-    load: Loader | None = None,
-    wait: bool = True,
-    team: Team = ALONE,
-) -> Path:
-    """Makes the result of one edit, or finds it made; returns its folder.
-
-    Args:
-        overwrite, load, wait: as of `editing.make_result`.
-        team: the processes that make it together, each of which calls this.
-
-    Raises:
-        UserError: naming what is missing or does not fit.
-    """
-    with team.together():
-        inputs = open_inputs(config, team)
-    return run_edit(TECHNIQUE, inputs, plan, overwrite, load, wait)
+TECHNIQUE = Technique(
+    name="sdedit",
+    label="SDEdit",
+    about=__doc__.splitlines()[0],
+    config=SDEditConfig,
+    config_file="configs/config_sdedit.yaml",
+    plan=plan,
+)
+edit = TECHNIQUE.edit
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the result's folder."""
-    return run_script(edit, SDEditConfig, argv, CONFIG, __doc__.splitlines()[0])
+    return TECHNIQUE.main(argv)
 
 
 if __name__ == "__main__":

@@ -69,3 +69,11 @@ def video_facts(path: Path) -> tuple[int, Fraction, tuple[int, int]]:
 def no_model_may_load(*args: object) -> None:
     """Put this in the place of a loader that must not be reached."""
     pytest.fail("a model was loaded")
+
+
+def forward(unet, frames=2, seed=0):
+    """The prediction of a tiny UNet for some frames."""
+    x = randn(frames, 4, 6, 10, seed=seed)
+    text = randn(frames, 77, unet.config.cross_attention_dim, seed=seed + 1)
+    with torch.no_grad():
+        return unet(x, 500, encoder_hidden_states=text).sample

@@ -1,15 +1,16 @@
 """The method's functions against a loop-written float64 reference, and the UNet patch."""
 
-import itertools
 import sys
 
 import pytest
 import torch
 from diffusers import TextToVideoZeroPipeline, UNet2DConditionModel
 
+from run_tokenflow_pnp import missing_injection_layers
 from tests import reference
+from tests.helpers import forward, randn
 from tokenflow.diffusion.models import compile_unet
-from tokenflow.ops.nearest import nearest_tokens
+from tokenflow.ops import nearest
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
@@ -21,10 +22,8 @@ from tokenflow_utils import (
     blend,
     extended_attention,
     fixed_keyframes,
-    flow_tokens,
     keyframe_schedule,
-    keyframe_windows,
-    missing_injection_layers,
+    nearest_tokens,
     neighbours,
     propagate,
     released_neighbours,
@@ -37,10 +36,6 @@ from tokenflow_utils import (
 @pytest.fixture
 def unet(tiny_model):
     return UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet").eval()
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---------------------------------------------------------------- keyframes
@@ -151,14 +146,13 @@ def test_propagation_matches_the_reference(mode):
         assert torch.allclose(found[:, i].double(), expected, atol=1e-6)
 
 
-def test_flow_moves_tokens_right_and_down():
-    h, w = 3, 5
-    flow = torch.zeros(1, 2, 24, 40)
-    flow[:, 0], flow[:, 1] = 8.0, 16.0  # one cell right, two down
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    expected = ((y + 2).clamp(max=h - 1) * w + (x + 1).clamp(max=w - 1)).flatten()
-    assert torch.equal(flow_tokens(flow, (h, w))[0], expected)
-    assert torch.equal(flow_tokens(flow * 0, (h, w))[0], torch.arange(h * w))
+@pytest.mark.parametrize("shape", [(3, 12, 6), (2, 150, 5), (1, 1, 1)])
+def test_the_tiled_search_finds_what_the_definition_does(shape):
+    m, length, channels = shape
+    tokens, keys = randn(m, length, channels, seed=1), randn(4, length + 3, channels, seed=2)
+    which = torch.randint(4, (m, 2), generator=torch.Generator().manual_seed(3))
+    expected = nearest_tokens(tokens, keys, which)
+    assert torch.equal(nearest.nearest_tokens(tokens, keys, which), expected)
 
 
 # ---------------------------------------------------------------- attention
@@ -191,57 +185,7 @@ def test_queries_and_keys_of_one_branch_serve_both(unet):
         assert torch.allclose(found, expected, atol=1e-6)
 
 
-# ---------------------------------------------------------------- windows of many keyframes
-
-
-@pytest.mark.parametrize("at_once", [None, 1, 3])
-@pytest.mark.parametrize(("k", "most"), [(5, 5), (25, 8), (25, 2), (125, 12), (9, 3), (7, 100)])
-def test_every_keyframe_is_a_query_once_and_sees_itself_and_the_anchors(k, most, at_once):
-    windows = keyframe_windows(k, most, at_once)
-    queries = [i for window in windows for i in range(k)[window.queries]]
-    assert queries == list(range(k))
-    if most >= k:
-        assert all(window.seen is None for window in windows)
-        return
-    seen = [set(window.seen.tolist()) for window in windows]
-    for window, those in zip(windows, seen, strict=True):
-        assert set(range(k)[window.queries]) <= those
-        assert len(those) <= most
-    assert len(set.intersection(*seen)) >= max(1, most // 4)  # the anchors
-    if most > 3:  # neighbouring windows share more than these
-        for a, b in itertools.pairwise(seen):
-            assert len(a & b) > max(1, most // 4)
-
-
-def test_how_many_queries_at_once_changes_no_window():
-    whole = {i: w.seen.tolist() for w in keyframe_windows(25, 8) for i in range(25)[w.queries]}
-    parts = keyframe_windows(25, 8, at_once=1)
-    assert whole == {i: w.seen.tolist() for w in parts for i in range(25)[w.queries]}
-
-
-def test_windows_bound_what_attention_sees(unet):
-    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    tokens = randn(2, 9, 5, layer.to_q.in_features)
-    everyone = attend(layer, tokens, tokens, tokens)
-    in_parts = attend(layer, tokens, tokens, tokens, keyframe_windows(9, None, at_once=2))
-    assert torch.allclose(in_parts, everyone, atol=1e-6)
-    windows = keyframe_windows(9, 4)
-    bounded = attend(layer, tokens, tokens, tokens, windows)
-    for window in windows:
-        seen = tokens[:, window.seen]
-        expected = attend(layer, tokens[:, window.queries], seen, seen)
-        assert torch.allclose(bounded[:, window.queries], expected, atol=1e-6)
-    assert not torch.allclose(bounded, everyone, atol=1e-3)
-
-
 # ---------------------------------------------------------------- the patch
-
-
-def forward(unet, frames=2, seed=0):
-    x = randn(frames, 4, 6, 10, seed=seed)
-    text = randn(frames, 77, unet.config.cross_attention_dim, seed=seed + 1)
-    with torch.no_grad():
-        return unet(x, 500, encoder_hidden_states=text).sample
 
 
 def state_of(unet):
@@ -361,50 +305,6 @@ def test_first_frame_is_text2video_zero_s_attention(unet):
     assert not torch.allclose(found[1:], forward(unet, frames=3)[1:], atol=1e-3)
 
 
-@pytest.mark.parametrize("inject", [False, True])
-def test_images_in_pieces_give_the_same(unet, inject):
-    def edited(images_at_once):
-        context = TokenFlowContext(inject_features=inject, images_at_once=images_at_once)
-        with tokenflow_patch(unet, context):
-            forward(unet, frames=5)
-            context.mode = Pass.EXTENDED
-            return forward(unet, frames=5, seed=9)
-
-    whole = edited(None)
-    for images_at_once in (1, 2, 7):
-        assert torch.allclose(edited(images_at_once), whole, atol=1e-5)
-
-
-def test_no_convolution_or_feed_forward_sees_more_images_than_allowed(unet):
-    seen = set()
-
-    def note(module, args, output):
-        seen.add(len(args[0]))
-
-    names = {"Conv2d": [".conv1", ".conv2", "samplers.0.conv"], "GEGLU": [".net.0"]}
-    context = TokenFlowContext(images_at_once=2)
-    handles = [
-        module.register_forward_hook(note)
-        for name, module in unet.named_modules()
-        if name.endswith(tuple(names.get(type(module).__name__, ["never"])))
-        and not name.startswith(FEATURE_LAYER.rpartition(".")[0])
-    ]
-    assert len(handles) > 40
-    with tokenflow_patch(unet, context):
-        forward(unet, frames=5)
-    assert seen == {1, 2}
-    for handle in handles:
-        handle.remove()
-
-
-def test_a_forward_that_a_module_had_of_its_own_comes_back(unet):
-    block = unet.mid_block.resnets[0]
-    block.forward = own = block.forward
-    with tokenflow_patch(unet, TokenFlowContext(images_at_once=1)):
-        assert block.forward is not own
-    assert block.forward is own
-
-
 # ---------------------------------------------------------------- compiled
 
 
@@ -438,7 +338,6 @@ def every_pass(unet, context):
         for t in (900, 100):
             context.inject_attention = context.inject_features = True
             run(Pass.SOURCE, 2, t, 1)
-            context.windows = keyframe_windows(2, None, 1)
             run(Pass.EXTENDED, 4, t, 2)
             context.neighbours = neighbours(chunk, keyframes)
             run(Pass.MATCH, 3, t, 3)
@@ -450,7 +349,7 @@ def every_pass(unet, context):
     not hasattr(torch._dynamo.config, "recompile_limit"), reason="torch 2.6 cannot trace diffusers"
 )
 def test_the_compiled_unet_has_no_graph_break_and_predicts_the_same(small_unet):
-    context = TokenFlowContext(branches=2, images_at_once=4)
+    context = TokenFlowContext(branches=2)
     plain = every_pass(small_unet, context)
     compile_unet(small_unet, backend="eager")  # what is traced, without a compiler; whole or error
     compiled = small_unet.forward

@@ -31,7 +31,7 @@ from tokenflow.cache.source_cache import open_cache
 from tokenflow.diffusion import vae
 from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.diffusion.inversion import reconstruct
-from tokenflow.editing import loop as editing
+from tokenflow.editing import loop
 from tokenflow.editing.results import read_result
 from tokenflow.figures import features, paper_figures
 from tokenflow.figures.drawing import (
@@ -352,13 +352,15 @@ def edit(script, config_class, place, model, **changes):
     path = place / "config.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     keyframes = []
-    predict = editing._Loop.predict_tokenflow
+    predict = loop._Loop.predict
+
+    def noted(self, source, x, step):
+        if self.config.consistency == "tokenflow":
+            keyframes.append(step.keyframes.tolist())
+        return predict(self, source, x, step)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            editing._Loop,
-            "predict_tokenflow",
-            lambda *args: keyframes.append(args[-1].tolist()) or predict(*args),
-        )
+        patch.setattr(loop._Loop, "predict", noted)
         return script.main(["--config", str(path)]), keyframes
 
 

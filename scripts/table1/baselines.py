@@ -22,10 +22,12 @@ import run_tokenflow_pnp as pnp
 from tokenflow.cache.source_cache import CLEAN_LATENTS
 from tokenflow.diffusion.conditions import optical_flow
 from tokenflow.diffusion.models import Loader
-from tokenflow.diffusion.vae import decode_latents, encode_frames
+from tokenflow.diffusion.vae import encode_frames
 from tokenflow.editing.config import read_config
 from tokenflow.editing.inputs import open_inputs
-from tokenflow.editing.loop import Edited, EditSession, make_result
+from tokenflow.editing.loop import EditSession
+from tokenflow.editing.results import Edited
+from tokenflow.editing.techniques import open_result
 from tokenflow.evaluation.motion import warp
 from tokenflow.storage.video import load_frames
 from util import UserError, command_line, load_yaml, setup_logging
@@ -35,14 +37,12 @@ def reconstruction(
     config: pnp.PnPConfig, overwrite: bool = False, load: Loader | None = None
 ) -> Path:
     """The result whose frames are the VAE's reconstruction; returns its folder."""
-
-    def edit(session: EditSession) -> Edited:
-        latents = session.cache.latents(CLEAN_LATENTS, session.inputs.n_frames)
-        with session.watch("decode"):
-            frames = decode_latents(session.models, latents, session.chunk_size)
-        return Edited(frames, latents)
-
-    return make_result("reconstruction", open_inputs(config), edit, overwrite, load)
+    inputs = open_inputs(config)
+    with open_result("reconstruction", inputs, overwrite) as result:
+        if not result.finished:
+            session = EditSession(inputs, load=load, work=result.work)
+            result.save(session, session.decode(session.latents(CLEAN_LATENTS)))
+    return result.folder
 
 
 def rgb_propagation(
@@ -51,18 +51,19 @@ def rgb_propagation(
     """The result whose frames are warps of the edited middle frame; returns its folder."""
     inputs = open_inputs(config)
     per_frame = pnp.edit(config.model_copy(update={"consistency": "none"}), overwrite, load)
-
-    def edit(session: EditSession) -> Edited:
-        middle = inputs.n_frames // 2
-        keyframe = load_frames(per_frame / "frames")[middle]
-        with session.watch("edit"):
-            frames = propagate_rgb(keyframe, session.frames, middle)
-        for stage in ("edit", "decode"):  # the keyframe's edit, which was of all frames
-            session.watch.add(stage, load_yaml(per_frame / "run.yaml")["seconds"][stage])
-        # No latents were edited: those of the frames stand in their place.
-        return Edited(frames, encode_frames(session.models, frames, session.chunk_size))
-
-    return make_result("rgb_propagation", inputs, edit, overwrite, load)
+    with open_result("rgb_propagation", inputs, overwrite) as result:
+        if not result.finished:
+            session = EditSession(inputs, load=load, work=result.work)
+            middle = inputs.n_frames // 2
+            keyframe = load_frames(per_frame / "frames")[middle]
+            with session.watch("edit"):
+                frames = propagate_rgb(keyframe, session.frames, middle)
+            for stage in ("edit", "decode"):  # the keyframe's edit, which was of all frames
+                session.watch.add(stage, load_yaml(per_frame / "run.yaml")["seconds"][stage])
+            # No latents were edited: those of the frames stand in their place.
+            latents = encode_frames(session.models, frames, session.chunk_size)
+            result.save(session, Edited(frames, latents))
+    return result.folder
 
 
 def propagate_rgb(keyframe: np.ndarray, source: np.ndarray, number: int) -> np.ndarray:
@@ -103,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     elif name not in BASELINES:
         raise UserError(f"expected {' or '.join(BASELINES)} as the first word, got {name!r}")
     setup_logging()
-    config, overwrite = read_config(pnp.PnPConfig, rest, pnp.CONFIG, __doc__.splitlines()[0])
+    config, overwrite = read_config(
+        pnp.PnPConfig, rest, pnp.TECHNIQUE.config_file, __doc__.splitlines()[0]
+    )
     folder = BASELINES[name](config, overwrite)
     print(f"result: {folder}")
     return folder

@@ -22,18 +22,17 @@ from tokenflow.cache import source_features
 from tokenflow.cache.source_features import (
     READER,
     FeatureSettings,
-    check_room,
     feature_bytes,
     find_features,
-    layer_sizes,
     read_ahead,
-    size_text,
-    write_features,
 )
+from tokenflow.cache.source_pass import build_features, feature_keyframes
 from tokenflow.diffusion.denoiser import make_denoiser
+from tokenflow.diffusion.unet_layers import layer_sizes
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.figures import features
+from tokenflow.storage.disk import check_free_space, format_bytes
 from tokenflow_utils import ATTENTION_LAYERS, self_attention_layers
 from util import UserError, load_sealed_yaml, load_yaml, save_sealed_yaml
 
@@ -65,7 +64,7 @@ def write(keys, settings, chunk_size):
     prompt = session.cache.manifest.inversion_prompt
     denoiser = make_denoiser(session.models, session.frames, prompt, None, None)
     timesteps = session.inputs.timesteps
-    write_features(session.cache, denoiser, timesteps, settings, chunk_size, session.watch)
+    build_features(session.cache, denoiser, timesteps, settings, chunk_size, session.watch)
 
 
 def session_of(keys, **changes):
@@ -229,7 +228,7 @@ def test_tokens_of_all_frames_can_be_saved(keys, tiny_model, tmp_path):
     write(other, SETTINGS.model_copy(update={"save_tokens": "all"}), chunk_size=3)
     session = session_of(other)
     found = find_features(session.cache)
-    t, kf = session.inputs.timesteps[0], SETTINGS.keyframes()[0]
+    t, kf = session.inputs.timesteps[0], feature_keyframes(SETTINGS)[0]
     for layer in ATTENTION_LAYERS:
         everyone = found.tokens(t, layer)
         assert len(everyone) == N_FRAMES
@@ -350,13 +349,13 @@ def test_an_error_of_the_reader_reaches_the_loop():
 
 
 def test_no_room_is_an_error_that_says_how_much(tmp_path):
-    check_room(tmp_path / "not" / "yet", 1, "do without")
+    check_free_space(tmp_path / "not" / "yet", 1, "do without")
     with pytest.raises(UserError, match=r"1000000000 GB are needed, .* are free; do without"):
-        check_room(tmp_path / "not" / "yet", 10**18, "do without")
+        check_free_space(tmp_path / "not" / "yet", 10**18, "do without")
 
 
 def test_sizes_are_for_people():
-    assert [size_text(x) for x in (12, 12_300, 3_400_000, 2.94e9)] == [
+    assert [format_bytes(x) for x in (12, 12_300, 3_400_000, 2.94e9)] == [
         "12 bytes",
         "12 kB",
         "3.4 MB",

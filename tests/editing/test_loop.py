@@ -72,8 +72,7 @@ def sdedit(keys, **changes):
 def controlnet(keys, **changes):
     config = ControlNetConfig(**{**keys, **changes})
     session = EditSession(open_inputs(config))
-    settings = run_tokenflow_controlnet.control_settings(config)
-    return session.edit_latents(run_tokenflow_controlnet.plan(session, settings))
+    return session.edit_latents(run_tokenflow_controlnet.plan(session))
 
 
 # ---------------------------------------------------------------- against the reference
@@ -287,8 +286,7 @@ def test_no_convolution_sees_more_images_than_a_chunk_has(keys, tiny_model, chun
     control = {"controlnet_key": str(tiny_model / "controlnet"), "chunk_size": chunk_size}
     config = ControlNetConfig(**keys, **control)
     session, seen = EditSession(open_inputs(config)), {"unet": set(), "controlnet": set()}
-    settings = run_tokenflow_controlnet.control_settings(config)
-    plan = run_tokenflow_controlnet.plan(session, settings)
+    plan = run_tokenflow_controlnet.plan(session)
     plan = replace(plan, timesteps=plan.timesteps[-1:])
 
     def note(found):
@@ -313,8 +311,7 @@ def test_source_pass_has_the_controlnet_of_its_inversion(tiny_model, tmp_path):
     manifest = session.cache.manifest.model_copy(update={"control": None})
     inputs = replace(session.inputs, cache=replace(session.cache, manifest=manifest))
     unconditioned = EditSession(inputs)
-    settings = run_tokenflow_controlnet.control_settings(session.config)
-    plan = run_tokenflow_controlnet.plan(unconditioned, settings)
+    plan = run_tokenflow_controlnet.plan(unconditioned)
     assert not torch.equal(unconditioned.edit_latents(plan), conditioned)
 
 

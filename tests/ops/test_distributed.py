@@ -33,7 +33,6 @@ from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.ops.distributed import ALONE, Team, start_team
 from tokenflow.storage.video import load_frames
-from tokenflow_utils import keyframe_windows, windows_of
 from util import UserError, load_tensors, load_yaml, save_tensors, save_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,12 +126,7 @@ def keys(clip, cache, tiny_model, tmp_path_factory):
 TECHNIQUES = {
     "pnp": (PnPConfig, run_tokenflow_pnp.plan),
     "sdedit": (SDEditConfig, run_tokenflow_sdedit.plan),
-    "controlnet": (
-        ControlNetConfig,
-        lambda session: run_tokenflow_controlnet.plan(
-            session, run_tokenflow_controlnet.control_settings(session.config)
-        ),
-    ),
+    "controlnet": (ControlNetConfig, run_tokenflow_controlnet.plan),
 }
 EDITS = {
     "pnp": {},
@@ -448,22 +442,6 @@ def test_one_process_alone_shares_nothing():
     assert ALONE.of_all(4) == [4]
     with pytest.raises(UserError, match="as it is"), ALONE.together():
         raise UserError("as it is")
-
-
-@pytest.mark.parametrize(("k", "bound", "at_once"), [(7, None, None), (7, None, 2), (9, 4, 1)])
-def test_windows_of_all_processes_are_those_of_one(k, bound, at_once):
-    whole = keyframe_windows(k, bound, at_once)
-    seen = {}
-    for rank in range(3):
-        own = Team(rank, 3, rank).share(k).own
-        for window in windows_of(whole, own):
-            for query in range(own.start + window.queries.start, own.start + window.queries.stop):
-                assert query not in seen
-                seen[query] = window.seen
-    assert list(seen) == list(range(k))
-    for window in whole:
-        for query in range(window.queries.start, window.queries.stop):
-            assert seen[query] is window.seen
 
 
 def test_each_process_takes_its_gpu(monkeypatch):

@@ -46,7 +46,7 @@ from tokenflow.cache.source_cache import FEATURES, MANIFEST, open_cache
 from tokenflow.cache.source_features import find_features
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
-from tokenflow.editing import loop as editing
+from tokenflow.editing import results
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.storage import video
@@ -186,7 +186,7 @@ class World:
         technique, anew, keys = EDITS[name]
         latents = self.whole("cache").place / "latents"
         config = self.config(technique, **keys, latents_path=str(latents))
-        folder = editing.result_folder(open_inputs(config), technique)
+        folder = results.result_folder(open_inputs(config), technique)
         before = self.whole(technique if anew else "cache").place
         return Job(name, lambda: self.edit(technique, anew, **keys), folder, before, anew)
 
@@ -751,7 +751,7 @@ def as_script(job: Job) -> Callable[[], object]:
     """A job as a script's main runs it, on a disk whose room nobody checks beforehand."""
 
     def run() -> None:
-        preprocess.check_room = lambda *args: None
+        preprocess.check_free_space = lambda *args: None
         command_line(lambda _: job.run())
 
     return run

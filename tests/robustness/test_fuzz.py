@@ -35,7 +35,7 @@ import run_tokenflow_sdedit
 from tests.helpers import HEIGHT, WIDTH, invert, make_clip
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.editing.inputs import open_inputs
-from tokenflow.editing.loop import result_folder
+from tokenflow.editing.results import result_folder
 from tokenflow.storage import video
 from tokenflow.storage.schema import choices_of, load_config, plain_type
 from util import UserError

@@ -36,7 +36,9 @@ from tokenflow.diffusion.models import (
 )
 from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
 from tokenflow.editing.inputs import open_inputs
-from tokenflow.editing.loop import EditPlan, EditSession, result_folder
+from tokenflow.editing.loop import EditPlan, EditSession
+from tokenflow.editing.results import result_folder
+from tokenflow.editing.techniques import OpenResult
 from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
 from tokenflow.storage.work_dir import Workplace, replacing_folder
@@ -343,8 +345,9 @@ def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -
             inputs = open_inputs(config)
         session = EditSession(inputs, models, meter)
         edited = session.edit(make_plan(bench, session))
-        with replacing_folder(result_folder(inputs, bench.options.technique)) as folder:
-            session.save(edited, bench.options.technique, Workplace(folder))
+        technique = bench.options.technique
+        with replacing_folder(result_folder(inputs, technique)) as folder:
+            OpenResult(technique, folder, inputs, Workplace(folder)).save(session, edited)
     return meter
 
 

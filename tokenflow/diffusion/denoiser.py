@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenflow.diffusion.conditions import Control, depth_latents, draw_control
 from tokenflow.diffusion.control_settings import ControlSettings
@@ -49,6 +49,11 @@ class Denoiser:
     @property
     def branches(self) -> int:
         return len(self.text)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The UNet, and the ControlNet if there is one."""
+        return [self.models.unet, *([self.control.controlnet] if self.control else [])]
 
     def __call__(self, x: Tensor, t: int, frames: Tensor) -> Tensor:
         """eps(x, t) of every branch.

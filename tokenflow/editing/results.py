@@ -1,17 +1,63 @@
-"""Folders of results: which there are, what a result says of itself, what it was made from."""
+"""Result folders: what an edit writes, and reading it again.
+
+<output_path>/<technique>/<clip>/<prompt slug>-<8 hex>/
+    edited.mp4                  at the clip's own frame rate
+    frames/00000.png ...
+    side_by_side.mp4            source and edit
+    edited_latents.safetensors  (n, 4, h, w) float32
+    config.yaml                 every setting
+    run.yaml                    versions, device, seconds per stage, peak memory; written last
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenflow.cache.source_cache import MANIFEST, SourceCache, open_cache
+import numpy as np
+from torch import Tensor
+
+from tokenflow.cache.source_cache import (
+    MANIFEST,
+    SourceCache,
+    cache_key,
+    check_file,
+    open_cache,
+    refuse_foreign_files,
+)
 from tokenflow.storage.schema import Model, parse
-from util import MissingFileError, UserError, load_yaml
+from tokenflow.storage.video import MAX_FPS_DENOMINATOR, clip_name, save_frames, save_video
+from tokenflow.storage.work_dir import FileRecord, Workplace
+from util import (
+    MissingFileError,
+    UserError,
+    load_sealed_yaml,
+    load_yaml,
+    save_sealed_yaml,
+    save_tensors,
+    save_yaml,
+    slug,
+)
 
+if TYPE_CHECKING:  # importing them loads diffusers, which readers of results do not need
+    from tokenflow.editing.config import EditConfig
+    from tokenflow.editing.inputs import EditInputs
+
+log = logging.getLogger("tokenflow")
+
+RUN_FILE = "run.yaml"
+PLACES = ("output_path", "latents_path", "data_path")
+FIND_THE_CACHE = ("n_inversion_steps", "frame_start", "frame_stride")
+CHANGES_NO_RESULT = (
+    "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
+)  # fmt: skip
 RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")
 TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
 BASELINES = {"reconstruction": "VAE reconstruction", "rgb_propagation": "RGB propagation"}
@@ -20,6 +66,94 @@ CONSISTENCY = {
     "none": "per frame",
     "first_frame": "first frame",
 }
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclass(frozen=True)
+class Edited:
+    """An edited clip: (n, H, W, 3) uint8 frames and their (n, 4, h, w) float32 latents."""
+
+    frames: np.ndarray
+    latents: Tensor
+
+
+def result_folder(inputs: EditInputs, technique: str) -> Path:
+    """<output_path>/<technique>/<clip>/<prompt slug>-<8 hex of what the result depends on>."""
+    config = inputs.config
+    settings = json.dumps(result_settings(inputs), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    clip = clip_name(config.data_path)
+    return Path(config.output_path) / technique / clip / f"{slug(config.prompt)}-{digest}"
+
+
+def result_settings(inputs: EditInputs) -> dict[str, object]:
+    """What a result depends on; of the cache, what that was made from."""
+    own = {"dtype": str(inputs.dtype), "device": inputs.device.type}
+    settings = inputs.config.model_dump() | own | {"cache": cache_key(inputs.cache.manifest)}
+    left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT)
+    return {key: value for key, value in settings.items() if key not in left_out}
+
+
+def save_clips(
+    folder: Path, edited: Edited, source: np.ndarray, config: EditConfig, fps: Fraction
+) -> None:
+    """Writes an edit's videos, frames and latents.
+
+    Args:
+        source: (n, H, W, 3) uint8 source frames.
+        fps: of the clip; `config.fps` wins.
+    """
+    if config.fps is not None:
+        fps = Fraction(config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
+    save_frames(folder / "frames", edited.frames)
+    save_video(folder / "edited.mp4", edited.frames, fps)
+    pairs = zip(source, edited.frames, strict=True)
+    both = (np.concatenate(pair, axis=1) for pair in pairs)  # one pair of frames at a time
+    save_video(folder / "side_by_side.mp4", both, fps)
+    save_tensors(folder / "edited_latents.safetensors", {"latents": edited.latents})
+
+
+def save_records(work: Workplace, config: EditConfig, record: Mapping[str, Any]) -> None:
+    """Writes config.yaml, and run.yaml with the checksums of all other files."""
+    save_yaml(work.folder / "config.yaml", config.model_dump())
+    save_sealed_yaml(work.folder / RUN_FILE, {**record, "files": work.record_files()})
+
+
+class _Finished(Model, extra="ignore"):
+    """What run.yaml says of a finished result's files and the cache it was made from."""
+
+    cache_sha256: str
+    files: dict[str, FileRecord]
+
+
+def is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
+    """Whether a complete result of this very cache exists; logs why not.
+
+    Args:
+        verify: compare all checksums, and refuse unexpected files.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return False
+    try:
+        run = parse(_Finished, load_sealed_yaml(folder / RUN_FILE), str(folder / RUN_FILE))
+        for name in run.files:
+            check_file(folder, name, run.files, "the edit is made again", read=verify)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+    if verify:
+        refuse_foreign_files(folder, {RUN_FILE: {}, **run.files})
+    if run.cache_sha256 != cache_sha256:
+        log.info("%s was made from another cache; the edit is made again", folder)
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
 
 
 class _Config(Model, extra="allow"):

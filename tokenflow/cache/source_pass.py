@@ -1,0 +1,179 @@
+"""The source pass of edits: computed live, or once per clip for the cache.
+
+The source pass evaluates the UNet on the inverted latents x_t under the inversion's prompt. It
+gives the tokens that PnP injects, the correspondences of Eq. 5 and PnP's convolution features.
+`LiveSource` runs it inside an edit; `build_features` runs it once and writes what edits read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenflow.cache.source_cache import FEATURES, MANIFEST, SourceCache
+from tokenflow.cache.source_features import FORMAT, FeatureSettings, file_name, index_dtype
+from tokenflow.diffusion.chunked import chunked_forward
+from tokenflow.diffusion.denoiser import Denoiser
+from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.ops.nearest import nearest_tokens
+from tokenflow.ops.profiling import Stopwatch
+from tokenflow.storage.work_dir import resumable_folder
+from tokenflow_utils import (
+    ATTENTION_LAYERS,
+    FEATURE_LAYER,
+    Pass,
+    TokenFlowContext,
+    keyframe_schedule,
+    neighbours,
+    tokenflow_patch,
+)
+from util import save_sealed_yaml, save_tensors
+
+# The residual block whose features PnP injects sees the whole batch, as its hook needs.
+INJECTED_BLOCK = FEATURE_LAYER.rpartition(".")[0]
+
+
+class LiveSource:
+    """A `tokenflow_utils.Source` that runs the patched UNet.
+
+    Args:
+        denoiser: under the inversion's prompt and conditions.
+        context: of the patch.
+        latents: the source's (n, 4, h, w) latents at a timestep; called once per timestep.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, context: TokenFlowContext, latents: Callable[[int], Tensor]
+    ) -> None:
+        self.denoiser, self.context, self._read = denoiser, context, latents
+        self._timestep: int | None = None
+        self._latents: Tensor | None = None
+
+    def load_keyframes(self, t: int, frames: Tensor) -> None:
+        """Fills `tokens` and `features` of frames (m,); of several processes, of their shard."""
+        self._run(Pass.SOURCE, t, self.context.shard(frames))
+
+    def load_chunk(self, t: int, frames: Tensor) -> None:
+        """Fills `matches` and `features` of frames (m,)."""
+        self._run(Pass.MATCH, t, frames)
+
+    def _run(self, mode: Pass, t: int, frames: Tensor) -> None:
+        if t != self._timestep:
+            self._timestep, self._latents = t, self._read(t)
+        self.context.mode = mode
+        self.denoiser(self._latents[frames], t, frames)
+
+
+@torch.inference_mode()
+def build_features(
+    cache: SourceCache,
+    denoiser: Denoiser,
+    timesteps: Sequence[int],
+    settings: FeatureSettings,
+    chunk_size: int,
+    watch: Stopwatch,
+    team: Team = ALONE,
+) -> None:
+    """Runs the source pass of every sampling step and writes the cache's features.
+
+    Of several processes, each takes every `team.size`-th step and writes its files itself.
+
+    Args:
+        denoiser: under the inversion's prompt and conditions.
+        timesteps: of sampling, noisiest first; settings.n_timesteps of them.
+        chunk_size: frames evaluated at once.
+        watch: times the stage "features".
+        team: the processes that do it together, each of which calls this.
+    """
+    context = TokenFlowContext(nearest=nearest_tokens)
+    live = LiveSource(denoiser, context, partial(cache.latents, n_frames=settings.n_frames))
+    steps = list(enumerate(zip(timesteps, feature_keyframes(settings), strict=True)))
+    identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": settings.model_dump()}
+    with resumable_folder(cache.folder / FEATURES, identity, team) as work:
+        before = {"steps": 0, "seconds": 0.0, "image_forwards": 0}  # of an interrupted run
+        if work.state is not None:
+            before = work.state.figures
+            watch.add("features", before["seconds"])
+        evaluated, done = denoiser.image_forwards, before["steps"]
+        with ExitStack() as stack:
+            stack.enter_context(tokenflow_patch(denoiser.models.unet, context))
+            for model in denoiser.networks:
+                stack.enter_context(chunked_forward(model, chunk_size, skip=(INJECTED_BLOCK,)))
+            shown = {"unit": "step", "initial": done, "total": len(steps)}
+            # Entered last: its bar ends before an error is printed.
+            progress = stack.enter_context(tqdm(desc="features", **shown, disable=not team.is_main))
+            for first in range(done, len(steps), team.size):
+                with watch("features"):
+                    for step, (t, keyframes) in steps[first + team.rank :][:1]:
+                        tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
+                        _save_step(work.folder, t, tensors)
+                # Every process has written its step when all have told their number.
+                made = sum(team.of_all(denoiser.image_forwards - evaluated))
+                done = min(first + team.size, len(steps))
+                figures = {
+                    "seconds": watch.seconds["features"],
+                    "image_forwards": before["image_forwards"] + made,
+                }
+                work.save("features", {}, steps=done, **figures)
+                team.wait()  # nobody writes while the main process reads the folder
+                progress.update(done - progress.n)
+        if team.is_main:
+            figures = {key: work.state.figures[key] for key in ("seconds", "image_forwards")}
+            files = work.record_files()
+            save_sealed_yaml(work.folder / MANIFEST, {**identity, **figures, "files": files})
+
+
+def feature_keyframes(settings: FeatureSettings) -> Tensor:
+    """The keyframes of every step that cached features are computed for, (n_timesteps, k) int64."""
+    return keyframe_schedule(
+        settings.n_frames, settings.interval, settings.n_timesteps, settings.keyframe_seed
+    )
+
+
+def _save_step(folder: Path, t: int, tensors: dict[str, Tensor]) -> None:
+    """Writes one step: what edits read, and in a file of its own what they do not."""
+    unread = {name: x for name, x in tensors.items() if name.startswith("all_tokens/")}
+    read = {name: x for name, x in tensors.items() if name not in unread}
+    save_tensors(folder / file_name(t), read)
+    if unread:
+        save_tensors(folder / file_name(t, "tokens"), unread)
+
+
+def _record_step(
+    live: LiveSource,
+    t: int,
+    step: int,
+    keyframes: Tensor,
+    settings: FeatureSettings,
+    chunk_size: int,
+) -> dict[str, Tensor]:
+    """All tensors of one step, on the CPU."""
+    context, device = live.context, live.denoiser.models.device
+    context.inject_features = step < settings.feature_steps
+    context.keep_matched_tokens = settings.save_tokens == "all"
+    live.load_keyframes(t, keyframes)
+    tensors = {}
+    if step < settings.attention_steps:
+        injected = [layer for layer in context.tokens if layer in ATTENTION_LAYERS]
+        tensors = {f"tokens/{layer}": context.tokens[layer].cpu() for layer in injected}
+    chunks = []
+    for frames in torch.arange(settings.n_frames).split(chunk_size):
+        context.neighbours = neighbours(frames, keyframes).to(device)
+        live.load_chunk(t, frames)
+        found = {}
+        for layer, match in context.matches.items():
+            dtype = index_dtype(match.next.shape[1])
+            found[f"previous/{layer}"] = match.previous.to("cpu", dtype)
+            found[f"next/{layer}"] = match.next.to("cpu", dtype)
+        if context.inject_features and context.features is not None:
+            found["features"] = context.features.cpu()
+        for layer, tokens in context.matched_tokens.items():
+            found[f"all_tokens/{layer}"] = tokens.cpu()
+        chunks.append(found)
+    return tensors | {name: torch.cat([c[name] for c in chunks]) for name in chunks[0]}
