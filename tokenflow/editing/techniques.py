@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 from tokenflow.diffusion.models import Loader
-from tokenflow.editing.inputs import EditConfig, EditInputs, open_inputs, read_config
+from tokenflow.editing.config import EditConfig, read_config
+from tokenflow.editing.inputs import EditInputs, open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.results import (
     Edited,
