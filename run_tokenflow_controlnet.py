@@ -115,7 +115,6 @@ def check(inputs: EditInputs) -> None:
 
 TECHNIQUE = Technique(
     name="controlnet",
-    label="ControlNet",
     about=__doc__.splitlines()[0],
     config=ControlNetConfig,
     config_file="configs/config_controlnet.yaml",

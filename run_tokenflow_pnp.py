@@ -72,7 +72,6 @@ def plan(session: EditSession) -> EditPlan:
 
 TECHNIQUE = Technique(
     name="pnp",
-    label="PnP",
     about=__doc__.splitlines()[0],
     config=PnPConfig,
     config_file="configs/config_pnp.yaml",

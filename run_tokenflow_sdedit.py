@@ -53,7 +53,6 @@ def plan(session: EditSession) -> EditPlan:
 
 TECHNIQUE = Technique(
     name="sdedit",
-    label="SDEdit",
     about=__doc__.splitlines()[0],
     config=SDEditConfig,
     config_file="configs/config_sdedit.yaml",

@@ -20,8 +20,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 import preprocess
-import run_tokenflow_pnp
-import run_tokenflow_sdedit
 from tokenflow.benchmarks import three_branch
 from tokenflow.benchmarks.meters import Meter
 from tokenflow.cache.options import FAST, PreprocessOptions
@@ -38,7 +36,7 @@ from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.results import result_folder
-from tokenflow.editing.techniques import OpenResult
+from tokenflow.editing.techniques import OpenResult, Technique, technique
 from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
 from tokenflow.storage.work_dir import Workplace, replacing_folder
@@ -51,10 +49,6 @@ RANDOM_MODELS = {
     "tiny-random": ("--architecture", "tiny"),
     "medium-random": ("--architecture", "medium"),
     "sd21-random": ("--architecture", "sd21", "--dtype", "float16"),
-}
-TECHNIQUES = {
-    "pnp": (run_tokenflow_pnp, run_tokenflow_pnp.PnPConfig),
-    "sdedit": (run_tokenflow_sdedit, run_tokenflow_sdedit.SDEditConfig),
 }
 SOURCE_PROMPT = "a red star on a yellow background"
 PROMPT = "a blue star on a yellow background"
@@ -142,6 +136,10 @@ class Bench:
     @property
     def work(self) -> Path:
         return Path(self.options.work)
+
+    @property
+    def technique(self) -> Technique:
+        return technique(self.options.technique)
 
     @property
     def dtype_name(self) -> str:
@@ -307,7 +305,7 @@ def edit_config(bench: Bench, overrides: list[str]) -> EditConfig:
             "negative_prompt": SOURCE_PROMPT,
         },
     )
-    return load_config(TECHNIQUES[bench.options.technique][1], path, [*bench.overrides, *overrides])
+    return load_config(bench.technique.config, path, [*bench.overrides, *overrides])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -345,18 +343,16 @@ def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -
             inputs = open_inputs(config)
         session = EditSession(inputs, models, meter)
         edited = session.edit(make_plan(bench, session))
-        technique = bench.options.technique
-        with replacing_folder(result_folder(inputs, technique)) as folder:
-            OpenResult(technique, folder, inputs, Workplace(folder)).save(session, edited)
+        name = bench.technique.name
+        with replacing_folder(result_folder(inputs, name)) as folder:
+            OpenResult(name, folder, inputs, Workplace(folder)).save(session, edited)
     return meter
 
 
 def make_plan(bench: Bench, session: EditSession) -> EditPlan:
     """What the technique does in a session."""
-    script = TECHNIQUES[bench.options.technique][0]
-    if bench.options.technique == "pnp":
-        script.check_injection_layers(session.inputs.checkpoint)
-    return script.plan(session)
+    bench.technique.check(session.inputs)
+    return bench.technique.plan(session)
 
 
 @dataclass(frozen=True)

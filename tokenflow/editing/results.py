@@ -59,6 +59,7 @@ CHANGES_NO_RESULT = (
     "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
 )  # fmt: skip
 RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")
+# The base techniques, and their names for people.
 TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
 BASELINES = {"reconstruction": "VAE reconstruction", "rgb_propagation": "RGB propagation"}
 CONSISTENCY = {

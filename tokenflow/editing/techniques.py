@@ -1,4 +1,8 @@
-"""Base techniques: what a run script declares, and the one registry of them."""
+"""Base techniques: what a run script declares, and how it runs.
+
+A new technique is a script run_tokenflow_<name>.py with a `TECHNIQUE`, and a line in
+`results.TECHNIQUES`, the one list of them.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +32,10 @@ from util import setup_logging
 
 log = logging.getLogger("tokenflow")
 
-# Each technique by the name in its results' path, and the run script that declares it. A new one
-# is a script with a `TECHNIQUE`, and a line here.
-SCRIPTS = {
-    "pnp": "run_tokenflow_pnp",
-    "sdedit": "run_tokenflow_sdedit",
-    "controlnet": "run_tokenflow_controlnet",
-}
-
 
 def technique(name: str) -> Technique:
-    """The technique of a name in `SCRIPTS`."""
-    return import_module(SCRIPTS[name]).TECHNIQUE
+    """The technique of a name in `results.TECHNIQUES`: its run script declares it."""
+    return import_module(f"run_tokenflow_{name}").TECHNIQUE
 
 
 def _no_check(inputs: EditInputs) -> None:
@@ -51,8 +47,7 @@ class Technique:
     """A base technique that TokenFlow makes consistent.
 
     Attributes:
-        name: in the path of its results.
-        label: its name for people.
+        name: in `results.TECHNIQUES`, and in the path of its results.
         about: one line for --help.
         config: its keys.
         config_file: the YAML file that is read if the command line names none.
@@ -61,7 +56,6 @@ class Technique:
     """
 
     name: str
-    label: str
     about: str
     config: type[EditConfig]
     config_file: str
