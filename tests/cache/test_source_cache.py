@@ -12,7 +12,7 @@ from run_tokenflow_pnp import PnPConfig, edit
 from tests.helpers import contents, invert, make_clip
 from tokenflow.cache.options import parse_args
 from tokenflow.editing.inputs import open_inputs, remedy
-from tokenflow.editing.loop import result_folder
+from tokenflow.editing.results import result_folder
 from util import MissingFileError, UserError
 
 CLIP_FOLDER = "latents/sd_2.1/IMG"

@@ -461,9 +461,8 @@ class _Loop:
         if not reason:
             return features, ""
         same = {key: getattr(features.settings, key) for key in CACHE_SETTINGS}
-        if features.settings.mismatch(
-            needed.model_copy(update=same)
-        ):  # preprocess.py could add others
+        needed = needed.model_copy(update=same)
+        if features.settings.mismatch(needed):  # preprocess.py could add those
             reason += f"; for others, {fix_hint}"
         return None, f"{features.folder}: {reason}"
 
