@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from fractions import Fraction
@@ -499,6 +500,13 @@ def test_results_inside_an_older_report_are_not_lost(tmp_path):
     shutil.copytree(tmp_path / "r", out / "r")
     with pytest.raises(UserError, match="holds"):
         make_report(out, out / "r")
+
+
+def test_no_model_library_is_imported():
+    code = "import sys, report; print({'diffusers', 'transformers'} & set(sys.modules))"
+    root = Path(report.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
 
 
 # ---------------------------------------------------------------- in a browser

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from util import UserError
 
@@ -211,6 +210,8 @@ def start_team() -> Iterator[Team]:
         torch.cuda.set_device(team.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     if not team.is_main:
+        from transformers.utils import logging as transformers_logging  # slow to import
+
         transformers_logging.disable_progress_bar()
     dist.init_process_group(backend, timeout=TIMEOUT)
     yield team
