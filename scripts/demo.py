@@ -36,7 +36,8 @@ from scripts.shapes.world import (
 from tokenflow.cache.options import arguments
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.diffusion.model_names import MODELS
-from tokenflow.storage.video import load_frames, read_clip
+from tokenflow.storage.images import load_frames
+from tokenflow.storage.video import read_clip
 from util import ArgumentParser, UserError, command_line, load_yaml, setup_logging
 
 CLIP = "star"

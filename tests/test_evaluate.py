@@ -48,7 +48,8 @@ from tokenflow.evaluation.score_table import (
     summarize,
     text_table,
 )
-from tokenflow.storage.video import load_frames, save_frames, save_video
+from tokenflow.storage.images import load_frames, save_frames
+from tokenflow.storage.video import save_video
 from util import MissingFileError, UserError, load_yaml, save_yaml
 
 JUDGE = str(Path(__file__).resolve().parents[1] / "models" / "tiny" / "judge")

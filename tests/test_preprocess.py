@@ -33,7 +33,8 @@ from tokenflow.diffusion.denoiser import Denoiser, encode_prompts
 from tokenflow.diffusion.inversion import reconstruct
 from tokenflow.diffusion.models import load_stable_diffusion
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
-from tokenflow.storage.video import load_frames, read_clip
+from tokenflow.storage.images import load_frames
+from tokenflow.storage.video import read_clip
 from util import MissingFileError, UserError, load_tensors, load_yaml, save_tensors, sha256_file
 
 PROMPT = 'a star,\n"turning" on a wall \N{GLOWING STAR}'

@@ -59,8 +59,8 @@ from tokenflow.figures.features import (
     warp_by_cells,
 )
 from tokenflow.ops.nearest import nearest_tokens
+from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import load_config
-from tokenflow.storage.video import load_frames
 from tokenflow_utils import TokenFlowContext, tokenflow_patch
 from util import UserError, command_line, load_yaml, save_yaml
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tokenflow.storage.video import IMAGE_SUFFIXES
+from tokenflow.storage.images import IMAGE_SUFFIXES
 from util import MissingFileError, UserError
 
 

@@ -27,7 +27,7 @@ from scripts.shapes.world import (
     render_clip,
 )
 from tokenflow.evaluation.motion import save_motion, truth_file
-from tokenflow.storage.video import save_frames
+from tokenflow.storage.images import save_frames
 from tokenflow.storage.work_dir import replacing_folder
 from util import (
     ArgumentParser,

@@ -29,7 +29,7 @@ from tokenflow.editing.loop import EditSession
 from tokenflow.editing.results import Edited
 from tokenflow.editing.techniques import open_result
 from tokenflow.evaluation.motion import warp
-from tokenflow.storage.video import load_frames
+from tokenflow.storage.images import load_frames
 from util import UserError, command_line, load_yaml, setup_logging
 
 

@@ -58,8 +58,8 @@ from tokenflow.diffusion.models import (
     resolve_dtype,
 )
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
+from tokenflow.storage.images import load_frames, save_frames
 from tokenflow.storage.schema import parse
-from tokenflow.storage.video import load_frames, save_frames
 from util import (
     ArgumentParser,
     UserError,

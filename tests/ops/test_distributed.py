@@ -32,7 +32,7 @@ from tokenflow.diffusion.models import load_stable_diffusion, resolve_device
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.ops.distributed import ALONE, Team, start_team
-from tokenflow.storage.video import load_frames
+from tokenflow.storage.images import load_frames
 from util import UserError, load_tensors, load_yaml, save_tensors, save_yaml
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -49,7 +49,7 @@ from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
 from tokenflow.editing import results
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import open_inputs
-from tokenflow.storage import video
+from tokenflow.storage import images
 from tokenflow.storage import work_dir as folders
 from tokenflow.storage.work_dir import is_locked
 from util import UserError, command_line, load_sealed_yaml
@@ -952,8 +952,8 @@ def test_a_clip_s_folder_that_vanishes(world, tally, tmp_path, what):
 
     def run() -> None:
         if what == "an image":
-            open_image = video._open_image
-            video._open_image = lambda path: (path.unlink(), open_image(path))[1]
+            open_image = images.read_image
+            images.read_image = lambda path: (path.unlink(), open_image(path))[1]
         else:
             resolve = preprocess_inputs.resolve_clip
             preprocess_inputs.resolve_clip = lambda path: (resolve(path), shutil.rmtree(path))[0]

@@ -10,7 +10,7 @@ from tests.helpers import invert, make_clip
 from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
-from tokenflow.storage.video import load_frames
+from tokenflow.storage.images import load_frames
 from util import UserError, load_yaml
 
 

@@ -31,8 +31,8 @@ from tests.helpers import (
 )
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.editing import loop as editing
+from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import load_config
-from tokenflow.storage.video import load_frames
 from util import UserError, load_tensors, load_yaml, sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]

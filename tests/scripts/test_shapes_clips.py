@@ -8,7 +8,7 @@ from scripts.shapes import clips as shapes_clips
 from scripts.shapes.world import SAMPLE_FRAMES, another_color, random_scene, recolored, render_clip
 from tokenflow.evaluation.metrics import warp_error
 from tokenflow.evaluation.motion import load_motion
-from tokenflow.storage.video import load_frames
+from tokenflow.storage.images import load_frames
 from util import UserError, load_yaml
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 import util
 from tokenflow.cache import options as preprocess_options
-from tokenflow.storage import video
+from tokenflow.storage import images, video
 from util import MissingFileError, UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -335,7 +335,7 @@ def test_concealed_damage_is_refused(tmp_path):
     [((64, 64), (512, 512)), ((48, 64), (384, 672)), ((64, 48), (672, 384))],
 )
 def test_default_size(tmp_path, native, expected):
-    assert video.default_size(*native) == expected
+    assert images.default_size(*native) == expected
     clip = video.read_clip(encode(tmp_path / "a.mp4", greys(1, *native)), 1)
     assert clip.frames.shape == (1, *expected, 3)
 
@@ -344,13 +344,13 @@ def test_fit_stretches_or_crops():
     stripes = np.zeros((20, 60, 3), np.uint8)
     stripes[:, :20], stripes[:, 20:40], stripes[:, 40:] = RED, GREEN, BLUE
     image = Image.fromarray(stripes)
-    stretched = np.asarray(video.fit_frame(image, (40, 40), "stretch"))
+    stretched = np.asarray(images.fit_frame(image, (40, 40), "stretch"))
     assert_close(stretched[20, [4, 20, 36]], [RED, GREEN, BLUE], 1)
-    cropped = np.asarray(video.fit_frame(image, (40, 40), "crop"))
+    cropped = np.asarray(images.fit_frame(image, (40, 40), "crop"))
     assert cropped.shape == (40, 40, 3)
     assert_close(cropped[20, [12, 20, 28]], [GREEN] * 3, 1)
     with pytest.raises(UserError, match="fit: expected stretch or crop, got 'pad'"):
-        video.fit_frame(image, (40, 40), "pad")
+        images.fit_frame(image, (40, 40), "pad")
 
 
 def test_read_clip_passes_fit_on(tmp_path):
@@ -758,7 +758,8 @@ def huge(kind: str, folder: Path) -> Path:
 
 
 HUGE = """
-import resource, sys, video
+import resource, sys
+from tokenflow.storage import video
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 for path in sys.argv[1:]:
     before = peak()
@@ -794,9 +795,9 @@ def test_no_frame_above_the_bound_is_decoded(tmp_path, monkeypatch, suffix):
         codec = "libvpx-vp9" if suffix == ".webm" else "libx264"
         path = encode(tmp_path / f"a{suffix}", [quadrants()] * 2, codec=codec)
     assert video.read_clip(path, 1).native_size == (64, 96)
-    monkeypatch.setattr(video, "_MAX_PIXELS", 64 * 96 - 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 96 - 1)
     monkeypatch.setattr(video, "_displayed", lambda *args: pytest.fail("was converted"))
-    monkeypatch.setattr(video, "_rgb", lambda *args: pytest.fail("was converted"))
+    monkeypatch.setattr(images, "to_rgb", lambda *args: pytest.fail("was converted"))
     with pytest.raises(UserError, match="96x64 pixels are too many"):
         video.read_clip(path, 1, size=(8, 8))
 
@@ -1015,31 +1016,31 @@ def test_a_failing_generator_leaves_the_old_video(tmp_path):
 
 def test_frames_survive_saving(tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (4, 6, 10, 3), np.uint8)
-    video.save_frames(tmp_path / "frames", frames)
+    images.save_frames(tmp_path / "frames", frames)
     assert sorted(os.listdir(tmp_path / "frames")) == [f"0000{i}.png" for i in range(4)]
-    assert np.array_equal(video.load_frames(tmp_path / "frames"), frames)
-    assert np.array_equal(video.load_frames(tmp_path / "frames", 2), frames[:2])
+    assert np.array_equal(images.load_frames(tmp_path / "frames"), frames)
+    assert np.array_equal(images.load_frames(tmp_path / "frames", 2), frames[:2])
 
 
 def test_a_shorter_run_leaves_no_frames_of_a_longer_one(tmp_path):
-    video.save_frames(tmp_path, greys(4))
+    images.save_frames(tmp_path, greys(4))
     (tmp_path / "mask.png").write_bytes(b"not ours")
-    video.save_frames(tmp_path, iter(greys(2)))
+    images.save_frames(tmp_path, iter(greys(2)))
     assert sorted(os.listdir(tmp_path)) == ["00000.png", "00001.png", "mask.png"]
 
 
 def test_load_frames_names_what_is_missing(tmp_path):
     with pytest.raises(MissingFileError, match=r"00000\.png: no such frame"):
-        video.load_frames(tmp_path)
-    video.save_frames(tmp_path, greys(3))
+        images.load_frames(tmp_path)
+    images.save_frames(tmp_path, greys(3))
     with pytest.raises(MissingFileError, match=r"00003\.png: no such frame"):
-        video.load_frames(tmp_path, 4)
+        images.load_frames(tmp_path, 4)
     (tmp_path / "00001.png").unlink()
     with pytest.raises(MissingFileError, match=r"00001\.png: no such frame"):
-        video.load_frames(tmp_path)
+        images.load_frames(tmp_path)
     Image.new("RGB", (2, 2)).save(tmp_path / "00001.png")
     with pytest.raises(UserError, match=r"00001\.png: differs in size"):
-        video.load_frames(tmp_path)
+        images.load_frames(tmp_path)
 
 
 def test_a_video_s_bytes_depend_on_its_frames_alone(tmp_path):

@@ -18,8 +18,9 @@ from pydantic import (
 
 from tokenflow.diffusion.control_settings import ControlKind
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, MODELS
+from tokenflow.storage.images import check_size
 from tokenflow.storage.schema import MAX_COUNT, MAX_SEED, Model, add_arguments, from_arguments
-from tokenflow.storage.video import check_size, frame_rate
+from tokenflow.storage.video import frame_rate
 from util import ArgumentParser, shown
 
 # The cheapest that reconstructs 5 dB better than 500 plain steps sampled with 500: see

@@ -36,8 +36,9 @@ from pydantic import AllowInfNan, Field
 from torch import Tensor
 
 from tokenflow.diffusion.control_settings import ControlSettings
+from tokenflow.storage.images import frame_name, load_frames, save_frames
 from tokenflow.storage.schema import Model, parse
-from tokenflow.storage.video import frame_name, frame_rate, load_frames, save_frames
+from tokenflow.storage.video import frame_rate
 from tokenflow.storage.work_dir import FileRecord, begun_folders, is_locked
 from util import (
     MissingFileError,

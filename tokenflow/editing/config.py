@@ -9,8 +9,9 @@ from typing import Literal, TypeVar
 from pydantic import Field, model_validator
 
 from tokenflow.cache.options import Dtype, SdVersion
+from tokenflow.storage.images import MAX_SIDE
 from tokenflow.storage.schema import MAX_COUNT, MAX_SEED, Model, load_config
-from tokenflow.storage.video import MAX_FPS, MAX_SIDE
+from tokenflow.storage.video import MAX_FPS
 from util import ArgumentParser
 
 ROOT = Path(__file__).parents[2]

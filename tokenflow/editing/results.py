@@ -32,8 +32,9 @@ from tokenflow.cache.source_cache import (
     open_cache,
     refuse_foreign_files,
 )
+from tokenflow.storage.images import save_frames
 from tokenflow.storage.schema import Model, parse
-from tokenflow.storage.video import MAX_FPS_DENOMINATOR, clip_name, save_frames, save_video
+from tokenflow.storage.video import MAX_FPS_DENOMINATOR, clip_name, save_video
 from tokenflow.storage.work_dir import FileRecord, Workplace
 from util import (
     MissingFileError,

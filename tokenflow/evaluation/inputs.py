@@ -20,8 +20,9 @@ from tokenflow.cache.source_cache import SourceCache, open_cache
 from tokenflow.editing.results import frame_files, read_result
 from tokenflow.evaluation.motion import Motion, load_motion, resize_motion, truth_file, truth_shape
 from tokenflow.storage import video
+from tokenflow.storage.images import load_frames, opened_image
 from tokenflow.storage.schema import Model
-from tokenflow.storage.video import clip_name, load_frames, opened_image, read_clip
+from tokenflow.storage.video import clip_name, read_clip
 from util import MissingFileError, UserError
 
 MASK_RULE = "object: not 0; resized by nearest neighbour; pixels pooled over the clip"

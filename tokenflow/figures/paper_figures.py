@@ -41,7 +41,8 @@ from tokenflow.figures.features import (
     warp_by_cells,
 )
 from tokenflow.ops.nearest import nearest_tokens
-from tokenflow.storage.video import load_frames, save_video
+from tokenflow.storage.images import load_frames
+from tokenflow.storage.video import save_video
 from util import UserError, check_writable
 
 # ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Clips: reading video and folders of images, writing frames and video."""
+"""Clips: reading video and folders of images, writing video."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ import itertools
 import logging
 import os
 import re
-import struct
 import unicodedata
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from tokenflow.storage.images import (
+    MAX_PIXELS,
+    check_kind,
+    check_native_size,
+    check_size,
+    default_size,
+    fit_frame,
+    folder_images,
+    list_folder,
+    read_image,
+)
 from util import MissingFileError, UserError, atomic_file, check_text, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -27,43 +35,30 @@ logger = logging.getLogger(__name__)
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".mts")
 ) | {".wmv", ".flv", ".ogv", ".3gp"}
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"))
 DEFAULT_FOLDER_FPS = 24  # DAVIS's
 MAX_FPS = 1000
 MAX_FPS_DENOMINATOR = 1_000_000  # a decimal's own fraction may not fit a video's 32 bits
 
 # FFmpeg also "decodes" text files, single images and playlists (which open other files): not here.
 _VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,asf,flv,ogg"
-# Pillow goes by a file's content and would hand some kinds to other programs (EPS to Ghostscript).
-_IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
-MAX_SIDE, _MAX_PIXELS = 16384, 64_000_000
-_MAX_IMAGE_BYTES = 1 << 30  # of a file: no image of _MAX_PIXELS has more
 _MAX_CLIP_NAME_BYTES = 200  # leaves room beside it in the name of a file or folder
+
 # For av.open; an absolute path goes with it, since FFmpeg reads a relative one with a colon as a
 # protocol. Tags are not ours to judge: cameras also write them in other encodings than UTF-8.
 READING = {
     "options": {
         "format_whitelist": _VIDEO_FORMATS,
         "protocol_whitelist": "file",  # what a container names is not fetched from anywhere
-        "max_pixels": str(_MAX_PIXELS),  # FFmpeg decodes frames before it tells their size
+        "max_pixels": str(MAX_PIXELS),  # FFmpeg decodes frames before it tells their size
     },
     "metadata_errors": "replace",
 }
 _CRF = "15"  # visually lossless: results are compared and measured from these files
 _BT709 = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709"}
+
 # Without it x264 makes other bytes of the same frames now and then: the assembly of its macroblock
 # tree reads beyond the tree of a small picture.
 _REPRODUCIBLE = {"x264-params": "cpu-independent=1"}
-
-# What Pillow's decoders raise for broken files; TypeError and struct.error come of broken EXIF.
-_IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 # (a, b, c, d) of the display matrix, (x, y) -> (a x + c y, b x + d y) with y down.
 _DISPLAY_TRANSPOSE = {
@@ -124,28 +119,15 @@ def resolve_clip(path: str | Path) -> Path:
     """
     path = Path(path)
     if os.path.exists(path):
-        _check_kind(path)
+        check_kind(path)
         return path
-    siblings = _entries(path.parent) if os.path.isdir(path.parent) else []
+    siblings = list_folder(path.parent) if os.path.isdir(path.parent) else []
     found = [p for p in siblings if p.stem == path.name and p.suffix.lower() in VIDEO_SUFFIXES]
     if not found:
         raise MissingFileError(f"{path}: no such video or folder")
     if len(found) > 1:
         raise UserError(f"{path}: could be any of {', '.join(p.name for p in found)}; name one")
     return found[0]
-
-
-def _check_kind(path: Path) -> None:
-    """Refuse pipes, sockets and devices: opening one may wait, or read, for ever."""
-    if not (os.path.isfile(path) or os.path.isdir(path)):
-        raise UserError(f"{path}: neither a file nor a folder, but a pipe, a socket or a device")
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
 def read_clip(
@@ -175,26 +157,16 @@ def read_clip(
         fps: the result's frame rate; None takes the source's average rate (a folder's is
             DEFAULT_FOLDER_FPS) divided by stride.
 
-    Returns:
-        The clip.
-
     Raises:
         MissingFileError: there is no such path.
         UserError: an argument is out of range, the source cannot be read, or its frames would
             not fit into memory; says why.
     """
     path = Path(path)
-    limits = (("n_frames", n_frames, 1), ("start", start, 0), ("stride", stride, 1))
-    for name, value, low in (*limits, *(("size", side, 1) for side in size or ())):
-        if value < low:
-            raise UserError(f"{name}: expected at least {low}, got {value}")
-    if fps is not None and fps <= 0:
-        raise UserError(f"fps: expected more than 0, got {fps}")
-    if size is not None:
-        check_size(*size)
+    _check_request(n_frames, start, stride, size, fps)
     if not os.path.exists(path):
         raise MissingFileError(f"{path}: no such video or folder")
-    _check_kind(path)
+    check_kind(path)
 
     frames: list[np.ndarray] = []
     native: list[tuple[int, int]] = []
@@ -218,17 +190,17 @@ def read_clip(
     return Clip(np.stack(frames), fps or rate / stride, native[0])
 
 
-def check_size(height: int, width: int) -> None:
-    """Refuse a size to work at that is beyond any frame's.
-
-    Raises:
-        UserError: names the bound.
-    """
-    if max(height, width) > MAX_SIDE or height * width > _MAX_PIXELS:
-        raise UserError(
-            f"H: {height}, W: {width}; expected at most {MAX_SIDE} a side and "
-            f"{_MAX_PIXELS // 10**6} megapixels"
-        )
+def _check_request(
+    n_frames: int, start: int, stride: int, size: tuple[int, int] | None, fps: Fraction | None
+) -> None:
+    limits = (("n_frames", n_frames, 1), ("start", start, 0), ("stride", stride, 1))
+    for name, value, low in (*limits, *(("size", side, 1) for side in size or ())):
+        if value < low:
+            raise UserError(f"{name}: expected at least {low}, got {value}")
+    if fps is not None and fps <= 0:
+        raise UserError(f"fps: expected more than 0, got {fps}")
+    if size is not None:
+        check_size(*size)
 
 
 def check_memory(n_frames: int, height: int, width: int) -> None:
@@ -264,8 +236,8 @@ def _read_video(
             raise UserError(f"{path}: has no video stream")
         if stream.codec_context is None:
             raise UserError(f"{path}: there is no decoder for its video codec")
-        _check_native_size(path, stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
+        check_native_size(path, stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         there = len(range(wanted.start, max(wanted.start, stream.frames), wanted.step))
         n_seen = 0
         frames = container.decode(stream)
@@ -279,7 +251,7 @@ def _read_video(
             if n_seen in wanted:
                 if frame.is_corrupt:
                     raise _corrupt_frame(path, n_seen, "damaged data")
-                _check_native_size(path, frame.width, frame.height)
+                check_native_size(path, frame.width, frame.height)
                 keep(_displayed(path, frame), there)
             n_seen += 1
         rate = stream.average_rate or stream.guessed_rate
@@ -319,11 +291,11 @@ def _read_folder(
 
     `keep` is told how many of the wanted images there are.
     """
-    images = _folder_images(path)
+    images = folder_images(path)
     chosen = images[wanted.start : wanted.stop : wanted.step]
     first: tuple[str, tuple[int, int]] | None = None
     for image_path in chosen:
-        image = _open_image(image_path)
+        image = read_image(image_path)
         first = first or (image_path.name, image.size)
         if image.size != first[1]:
             named = ((first[0], first[1]), (image_path.name, image.size))
@@ -331,93 +303,6 @@ def _read_folder(
             raise UserError(f"{path}: images of different sizes: {sizes}, as width x height")
         keep(image, len(chosen))
     return len(images), Fraction(DEFAULT_FOLDER_FPS)
-
-
-def _folder_images(folder: Path) -> list[Path]:
-    """List a folder's visible images in natural order.
-
-    None at all, links that lead out of the folder or to no file, pipes and devices are refused.
-    """
-    images = [
-        entry
-        for entry in _entries(folder)
-        if entry.suffix.lower() in IMAGE_SUFFIXES
-        and not entry.name.startswith(".")
-        and (entry.is_symlink() or not entry.is_dir())
-    ]
-    if not images:
-        raise UserError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    inside = os.path.realpath(folder)
-    for image in images:
-        if not Path(os.path.realpath(image)).is_relative_to(inside):
-            raise UserError(f"{image}: is a link that points outside of its folder; copy the file")
-        if not os.path.isfile(image):
-            kind = "a link to no file" if image.is_symlink() else "a pipe, a socket or a device"
-            raise UserError(f"{image}: is no image, but {kind}; remove it")
-    return sorted(images, key=_natural_key)
-
-
-def _natural_key(path: Path) -> tuple[list[str | int], str]:
-    parts = re.split(r"([0-9]+)", path.name.lower())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
-
-
-def _open_image(path: Path) -> Image.Image:
-    """Read one image file as RGB, turned as its EXIF orientation says."""
-    with opened_image(path) as image:
-        return _rgb(ImageOps.exif_transpose(image))
-
-
-@contextmanager
-def opened_image(path: Path, kind: str = "an image") -> Iterator[Image.Image]:
-    """Yield an image file whose header was checked; its pixels are not read yet.
-
-    Args:
-        kind: what the file is, for errors.
-
-    Raises:
-        UserError: it is none that can be read, or too large; of what is done with the image, the
-            errors that a broken file makes.
-    """
-    try:
-        if not path.is_file() or path.stat().st_size > _MAX_IMAGE_BYTES:
-            raise ValueError(f"expected a file of at most {_MAX_IMAGE_BYTES >> 30} GB")
-        with warnings.catch_warnings():
-            # What Pillow finds odd in a file is no matter, and sizes are judged below.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_IMAGE_FORMATS) as image:
-                _check_native_size(path, *image.size)
-                yield image
-    except UserError:
-        raise
-    except UnidentifiedImageError as error:
-        known = ", ".join(_IMAGE_FORMATS)
-        raise UserError(f"{path}: {kind} that cannot be read (it is none of {known})") from error
-    except _IMAGE_ERRORS as error:
-        raise UserError(f"{path}: {kind} that cannot be read ({error})") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert any image mode to RGB: 16 bits are scaled, transparency is laid over white."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("pixels of more than 16 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _check_native_size(path: Path, width: int, height: int) -> None:
-    if max(width, height) > MAX_SIDE or width * height > _MAX_PIXELS:
-        raise UserError(
-            f"{path}: {width}x{height} pixels are too many; at most {MAX_SIDE} a side and"
-            f" {_MAX_PIXELS // 10**6} megapixels"
-        )
 
 
 def frame_rate(text: str) -> Fraction:
@@ -439,41 +324,15 @@ def frame_rate(text: str) -> Fraction:
     return rate
 
 
-def default_size(height: int, width: int) -> tuple[int, int]:
-    """Choose (height, width) to work at: 512x512, landscape 384x672, portrait 672x384."""
-    if height == width:
-        return 512, 512
-    return (384, 672) if width > height else (672, 384)
-
-
-def fit_frame(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
-    """Resize to (height, width) with Lanczos.
-
-    Args:
-        image: an RGB image.
-        size: (height, width) in pixels.
-        fit: "stretch" ignores the aspect ratio; "crop" scales to cover, then cuts the centre out.
-
-    Raises:
-        UserError: fit is neither.
-    """
-    height, width = size
-    if fit == "stretch":
-        return image.resize((width, height), Image.Resampling.LANCZOS)
-    if fit == "crop":
-        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    raise UserError(f"fit: expected stretch or crop, got {fit!r}")
-
-
 def source_sha256(path: str | Path) -> str:
     """Hash a clip's source: a video's bytes; a folder's image names and bytes in natural order."""
     path = Path(path)
     if os.path.exists(path):
-        _check_kind(path)
+        check_kind(path)
     if not path.is_dir():
         return _file_hash(path)
     digest = hashlib.sha256()
-    for image in _folder_images(path):
+    for image in folder_images(path):
         # Both parts have no room for ambiguity: a name holds no NUL, a digest's length is fixed.
         digest.update(os.fsencode(image.name) + b"\0" + bytes.fromhex(_file_hash(image)))
     return digest.hexdigest()
@@ -526,43 +385,3 @@ def save_video(path: str | Path, frames: Iterable[np.ndarray], fps: Fraction) ->
             frame.pts, frame.time_base = index, 1 / fps
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-
-
-def frame_name(index: int) -> str:
-    """The file name of a frame: 00000.png, ..."""
-    return f"{index:05d}.png"
-
-
-def save_frames(folder: str | Path, frames: Iterable[np.ndarray]) -> None:
-    """Write RGB uint8 (H, W, 3) frames as 00000.png, ...; frames of a longer earlier run go."""
-    folder = Path(folder)
-    count = 0
-    for count, array in enumerate(frames, start=1):
-        with atomic_file(folder / frame_name(count - 1)) as temporary:
-            Image.fromarray(array).save(temporary)
-    for stale in _saved_frames(folder)[count:]:
-        stale.unlink()
-
-
-def load_frames(folder: str | Path, n_frames: int | None = None) -> np.ndarray:
-    """Read what `save_frames` wrote: the first n_frames (None: all), uint8 (n, H, W, 3) RGB.
-
-    Raises:
-        MissingFileError: a frame is not there; names it.
-        UserError: a frame cannot be read or differs in size.
-    """
-    folder = Path(folder)
-    count = n_frames if n_frames is not None else max(len(_saved_frames(folder)), 1)
-    frames: list[np.ndarray] = []
-    for path in (folder / frame_name(index) for index in range(count)):
-        if not path.is_file():
-            raise MissingFileError(f"{path}: no such frame")
-        frames.append(np.asarray(_open_image(path)))
-        if frames[-1].shape != frames[0].shape:
-            raise UserError(f"{path}: differs in size from the frames before it")
-    return np.stack(frames)
-
-
-def _saved_frames(folder: Path) -> list[Path]:
-    frames = (p for p in folder.glob("*.png") if re.fullmatch(r"[0-9]{5,}", p.stem))
-    return sorted(frames, key=_natural_key)

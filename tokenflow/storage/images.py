@@ -1,0 +1,212 @@
+"""Image files: reading one safely, folders of them, and the frames of results."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from util import MissingFileError, UserError, atomic_file
+
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"))
+
+# Pillow goes by a file's content and would hand some kinds to other programs (EPS to Ghostscript).
+_IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+MAX_SIDE, MAX_PIXELS = 16384, 64_000_000
+_MAX_IMAGE_BYTES = 1 << 30  # of a file: no image of MAX_PIXELS has more
+
+# What Pillow's decoders raise for broken files; TypeError and struct.error come of broken EXIF.
+_IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def check_kind(path: Path) -> None:
+    """Refuse pipes, sockets and devices: opening one may wait, or read, for ever."""
+    if not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"{path}: neither a file nor a folder, but a pipe, a socket or a device")
+
+
+def list_folder(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a size to work at that is beyond any frame's.
+
+    Raises:
+        UserError: names the bound.
+    """
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        raise UserError(
+            f"H: {height}, W: {width}; expected at most {MAX_SIDE} a side and "
+            f"{MAX_PIXELS // 10**6} megapixels"
+        )
+
+
+def folder_images(folder: Path) -> list[Path]:
+    """List a folder's visible images in natural order.
+
+    None at all, links that lead out of the folder or to no file, pipes and devices are refused.
+    """
+    images = [
+        entry
+        for entry in list_folder(folder)
+        if entry.suffix.lower() in IMAGE_SUFFIXES
+        and not entry.name.startswith(".")
+        and (entry.is_symlink() or not entry.is_dir())
+    ]
+    if not images:
+        raise UserError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    inside = os.path.realpath(folder)
+    for image in images:
+        if not Path(os.path.realpath(image)).is_relative_to(inside):
+            raise UserError(f"{image}: is a link that points outside of its folder; copy the file")
+        if not os.path.isfile(image):
+            kind = "a link to no file" if image.is_symlink() else "a pipe, a socket or a device"
+            raise UserError(f"{image}: is no image, but {kind}; remove it")
+    return sorted(images, key=_natural_key)
+
+
+def _natural_key(path: Path) -> tuple[list[str | int], str]:
+    parts = re.split(r"([0-9]+)", path.name.lower())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read one image file as RGB, turned as its EXIF orientation says."""
+    with opened_image(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def opened_image(path: Path, kind: str = "an image") -> Iterator[Image.Image]:
+    """Yield an image file whose header was checked; its pixels are not read yet.
+
+    Args:
+        kind: what the file is, for errors.
+
+    Raises:
+        UserError: it is none that can be read, or too large; of what is done with the image, the
+            errors that a broken file makes.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_IMAGE_BYTES:
+            raise ValueError(f"expected a file of at most {_MAX_IMAGE_BYTES >> 30} GB")
+        with warnings.catch_warnings():
+            # What Pillow finds odd in a file is no matter, and sizes are judged below.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_IMAGE_FORMATS) as image:
+                check_native_size(path, *image.size)
+                yield image
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        known = ", ".join(_IMAGE_FORMATS)
+        raise UserError(f"{path}: {kind} that cannot be read (it is none of {known})") from error
+    except _IMAGE_ERRORS as error:
+        raise UserError(f"{path}: {kind} that cannot be read ({error})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any image mode to RGB: 16 bits are scaled, transparency is laid over white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("pixels of more than 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def check_native_size(path: Path, width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise UserError(
+            f"{path}: {width}x{height} pixels are too many; at most {MAX_SIDE} a side and"
+            f" {MAX_PIXELS // 10**6} megapixels"
+        )
+
+
+def default_size(height: int, width: int) -> tuple[int, int]:
+    """Choose (height, width) to work at: 512x512, landscape 384x672, portrait 672x384."""
+    if height == width:
+        return 512, 512
+    return (384, 672) if width > height else (672, 384)
+
+
+def fit_frame(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
+    """Resize to (height, width) with Lanczos.
+
+    Args:
+        image: an RGB image.
+        size: (height, width) in pixels.
+        fit: "stretch" ignores the aspect ratio; "crop" scales to cover, then cuts the centre out.
+
+    Raises:
+        UserError: fit is neither.
+    """
+    height, width = size
+    if fit == "stretch":
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    if fit == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    raise UserError(f"fit: expected stretch or crop, got {fit!r}")
+
+
+def frame_name(index: int) -> str:
+    """The file name of a frame: 00000.png, ..."""
+    return f"{index:05d}.png"
+
+
+def save_frames(folder: str | Path, frames: Iterable[np.ndarray]) -> None:
+    """Write RGB uint8 (H, W, 3) frames as 00000.png, ...; frames of a longer earlier run go."""
+    folder = Path(folder)
+    count = 0
+    for count, array in enumerate(frames, start=1):
+        with atomic_file(folder / frame_name(count - 1)) as temporary:
+            Image.fromarray(array).save(temporary)
+    for stale in _saved_frames(folder)[count:]:
+        stale.unlink()
+
+
+def load_frames(folder: str | Path, n_frames: int | None = None) -> np.ndarray:
+    """Read what `save_frames` wrote: the first n_frames (None: all), uint8 (n, H, W, 3) RGB.
+
+    Raises:
+        MissingFileError: a frame is not there; names it.
+        UserError: a frame cannot be read or differs in size.
+    """
+    folder = Path(folder)
+    count = n_frames if n_frames is not None else max(len(_saved_frames(folder)), 1)
+    frames: list[np.ndarray] = []
+    for path in (folder / frame_name(index) for index in range(count)):
+        if not path.is_file():
+            raise MissingFileError(f"{path}: no such frame")
+        frames.append(np.asarray(read_image(path)))
+        if frames[-1].shape != frames[0].shape:
+            raise UserError(f"{path}: differs in size from the frames before it")
+    return np.stack(frames)
+
+
+def _saved_frames(folder: Path) -> list[Path]:
+    frames = (p for p in folder.glob("*.png") if re.fullmatch(r"[0-9]{5,}", p.stem))
+    return sorted(frames, key=_natural_key)
