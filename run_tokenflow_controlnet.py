@@ -5,9 +5,6 @@ python run_tokenflow_controlnet.py --config configs/config_controlnet.yaml --set
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from pydantic import Field, model_validator
 
 from tokenflow.diffusion.checkpoints import (
@@ -121,13 +118,7 @@ TECHNIQUE = Technique(
     plan=plan,
     check=check,
 )
-edit = TECHNIQUE.edit
-
-
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the script; returns the result's folder."""
-    return TECHNIQUE.main(argv)
-
+main, edit = TECHNIQUE.main, TECHNIQUE.edit
 
 if __name__ == "__main__":
     command_line(main)

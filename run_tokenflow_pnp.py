@@ -5,7 +5,6 @@ python run_tokenflow_pnp.py --config configs/config_pnp.yaml --set prompt="a mar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -78,13 +77,7 @@ TECHNIQUE = Technique(
     plan=plan,
     check=lambda inputs: check_injection_layers(inputs.checkpoint),
 )
-edit = TECHNIQUE.edit
-
-
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the script; returns the result's folder."""
-    return TECHNIQUE.main(argv)
-
+main, edit = TECHNIQUE.main, TECHNIQUE.edit
 
 if __name__ == "__main__":
     command_line(main)

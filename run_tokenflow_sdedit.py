@@ -5,9 +5,6 @@ python run_tokenflow_sdedit.py --config configs/config_sdedit.yaml --set start=0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from pydantic import Field
 
 from tokenflow.editing.config import EditConfig
@@ -58,13 +55,7 @@ TECHNIQUE = Technique(
     config_file="configs/config_sdedit.yaml",
     plan=plan,
 )
-edit = TECHNIQUE.edit
-
-
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the script; returns the result's folder."""
-    return TECHNIQUE.main(argv)
-
+main, edit = TECHNIQUE.main, TECHNIQUE.edit
 
 if __name__ == "__main__":
     command_line(main)

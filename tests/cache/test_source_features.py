@@ -4,6 +4,7 @@ import itertools
 import shlex
 import shutil
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from tests.editing.test_loop import N_FRAMES, STEPS, make_cache, pnp, relative_e
 from tokenflow.cache import source_features
 from tokenflow.cache.source_features import (
     READER,
+    CachedSource,
     FeatureSettings,
     feature_bytes,
     find_features,
@@ -30,10 +32,10 @@ from tokenflow.cache.source_pass import build_features, feature_keyframes
 from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.unet_layers import layer_sizes
 from tokenflow.editing.inputs import open_inputs
-from tokenflow.editing.loop import EditSession
+from tokenflow.editing.loop import EditSession, plan_steps
 from tokenflow.figures import features
 from tokenflow.storage.disk import check_free_space, format_bytes
-from tokenflow_utils import ATTENTION_LAYERS, self_attention_layers
+from tokenflow_utils import ATTENTION_LAYERS, TokenFlowContext, self_attention_layers
 from util import UserError, load_sealed_yaml, load_yaml, save_sealed_yaml
 
 # A keyframe's injected features come from its chunk's pass where they are cached, and from the
@@ -89,6 +91,35 @@ def test_an_edit_with_cached_features_is_the_live_one_to_rounding(keys):
     # Three branches of the frames and the three keyframes of each step, or two.
     assert session_live.image_forwards == STEPS * 3 * (N_FRAMES + 3)
     assert session.image_forwards == STEPS * 2 * (N_FRAMES + 3)
+
+
+@pytest.mark.parametrize("asked", ["another step", "other frames", "a step too many"])
+def test_features_of_another_step_or_frames_are_never_given(keys, asked):
+    session = session_of(keys)
+    features = find_features(session.cache)
+    first, second = plan_steps(session.config, run_tokenflow_pnp.plan(session), N_FRAMES)[:2]
+    context, cpu = TokenFlowContext(), torch.device("cpu")
+    with closing(CachedSource(context, cpu, features, [first, second], [])) as source:
+        source.load_keyframes(first.t, first.keyframes)
+        assert context.tokens
+        if asked == "another step":
+            wrong = first.t, second.keyframes
+        elif asked == "other frames":
+            wrong = second.t, second.keyframes - 1
+        else:
+            source.load_keyframes(second.t, second.keyframes)
+            wrong = second.t, second.keyframes
+        with pytest.raises(LookupError, match=f"timestep {wrong[0]}"):
+            source.load_keyframes(*wrong)
+
+
+def test_a_live_source_reads_the_latents_once_a_timestep(keys, monkeypatch):
+    session = session_of(keys, source_features="live", chunk_size=1)
+    plan, read = run_tokenflow_pnp.plan(session), []
+    latents = EditSession.latents
+    monkeypatch.setattr(EditSession, "latents", lambda s, t: read.append(t) or latents(s, t))
+    session.edit_latents(plan)
+    assert read == plan.timesteps
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, N_FRAMES])
