@@ -525,34 +525,19 @@ BAD_OPTIONS = [
     ({"data_path": "empty"}, "empty: holds no images"),
     ({"data_path": "sizes"}, r"images of different sizes: .*80x48.* and .*80x80"),
     ({"n_frames": 0}, "--n_frames: 0, expected at least 1 and at most 1000000"),
-    ({"n_frames": -3}, "--n_frames: -3, expected at least 1"),
-    ({"n_frames": "many"}, "--n_frames.*'many'"),
-    ({"frame_start": -1}, "--frame_start: -1"),
     ({"frame_start": 6}, r"star\.mp4: start 6 is beyond the end: the clip has 6 frames"),
-    ({"frame_stride": 0}, "--frame_stride: 0"),
     ({"H": 65, "W": 80}, "--H: 65 is not a multiple of 8; the nearest is 64"),
     ({"H": 64, "W": 4}, "--W: 4 is not a multiple of 8; the nearest is 8"),
     ({"H": 64}, "--H and --W: give both or neither"),
     ({"fit": "pad"}, "--fit.*'pad'.*stretch.*crop"),
     ({"fps": 0}, "--fps: '0', expected"),
-    ({"fps": "fast"}, "--fps.*'fast'"),
-    ({"fps": "1/0"}, "--fps.*'1/0'"),
-    ({"fps": "inf"}, "--fps.*'inf'"),
-    ({"steps": 0}, "--steps: 0"),
     ({"steps": 2000, "save_steps": 5}, "2000 steps are more than the model's 1000"),
-    ({"save_steps": 0}, "--save_steps: 0"),
     ({"steps": 500, "save_steps": 3}, "--save_steps: 3 does not divide --steps 500"),
     ({"steps": 300, "save_steps": 50}, "--save_steps: 50: its timesteps are not among"),
-    ({"recon_steps": 0}, "--recon_steps: 0"),
     ({"recon_steps": 7}, "--recon_steps: 7 does not divide --steps 500"),
-    ({"inversion_iters": 0}, "--inversion_iters: 0"),
     ({"inversion_tol": -0.1}, "--inversion_tol: -0.1, expected at least 0 and less than 1"),
-    ({"inversion_tol": 1}, "--inversion_tol: 1.0, expected"),
-    ({"inversion_tol": "nan"}, "--inversion_tol: nan, expected"),
     ({"fast": "", "steps": 100}, "--fast and --steps 100: --fast sets --steps 50"),
-    ({"batch_size": 0}, "--batch_size: 0, expected at least 1"),
     ({"batch_size": "all"}, "--batch_size: 'all', expected auto or a whole number"),
-    ({"sd_version": "3"}, "--sd_version.*'3'.*2.1"),
     ({"model_key": "nowhere"}, "nowhere: no such folder.*--model_key"),
     ({"model_key": "no/such/folder"}, "no/such/folder: no such folder, and not a hub id"),
     ({"model_key": "half_model"}, r"half_model: .*vae/diffusion_pytorch_model\.safetensors"),
@@ -562,13 +547,9 @@ BAD_OPTIONS = [
     ({"device": "cuda:99"}, "device: cuda:99 was asked for.*--device cpu"),
     ({"device": "toaster"}, "device: toaster is unknown, expected auto, cpu, cuda"),
     ({"device": "meta"}, "device: meta is unknown, expected auto, cpu, cuda"),
-    ({"dtype": "int8"}, "--dtype.*'int8'"),
     ({**CONTROL, "controlnet_key": "nowhere"}, "nowhere: no such folder"),
     ({**CONTROL, "controlnet_key": "empty"}, r"empty: config\.json is missing"),
-    ({**CONTROL, "controlnet_scale": -1}, "--controlnet_scale: -1.0"),
-    ({**CONTROL, "controlnet_scale": "nan"}, "--controlnet_scale: nan"),
     ({**CONTROL, "canny_low": 201}, "--canny_low 201 and --canny_high 200"),
-    ({**CONTROL, "canny_high": 256}, "--canny_high: 256, expected at least 0 and at most 255"),
     ({**CONTROL, "control": "depth", "depth_model": "nowhere"}, "nowhere: no such folder"),
     ({"save_dir": "notes.mp4"}, r"--save_dir: .*notes\.mp4"),
     ({"n_frame": 3}, "--n_frame"),  # no abbreviations
@@ -655,17 +636,3 @@ def test_a_disk_without_room_is_an_error_before_the_work(tiny_model, tmp_path, m
     clip = make_clip(tmp_path / "clip.mp4")
     with pytest.raises(UserError, match=r"needed, 50 kB are free; .*or --no_cache_features"):
         invert(clip, tmp_path / "latents", tiny_model, cache_features="")
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"interval": 0}, "--interval: 0, expected at least 1"),
-        ({"keyframe_seed": -1}, "--keyframe_seed: -1, expected at least 0"),
-        ({"pnp_attn_t": 1.5}, "--pnp_attn_t: 1.5, expected at least 0 and at most 1"),
-        ({"pnp_f_t": "nan"}, "--pnp_f_t: nan, expected a finite number"),
-    ],
-)
-def test_wrong_settings_of_features_are_refused(tmp_path, options, said):
-    with pytest.raises(UserError, match=re.escape(said)):
-        invert(tmp_path / "clip.mp4", tmp_path, tmp_path, **options)
