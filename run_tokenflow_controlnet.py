@@ -56,15 +56,12 @@ class ControlNetConfig(EditConfig):
                 "sd_version: depth is conditioned on depth by itself and no ControlNet fits it; "
                 "use run_tokenflow_pnp.py or run_tokenflow_sdedit.py"
             )
+        controlnet_key_for(self.sd_version, self.control, self.controlnet_key)
         return self
 
 
 def control_settings(config: ControlNetConfig) -> ControlSettings:
-    """What the edit's ControlNet follows.
-
-    Raises:
-        UserError: if no ControlNet is known for the model.
-    """
+    """What the edit's ControlNet follows."""
     key = controlnet_key_for(config.sd_version, config.control, config.controlnet_key)
     return ControlSettings(
         kind=config.control,
