@@ -28,7 +28,7 @@ from tokenflow.diffusion.batch_size import unet_batch_size
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.models import Loader, StableDiffusion, load_stable_diffusion
-from tokenflow.ops.distributed import ALONE, Team, start_team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
 from tokenflow.ops.profiling import Stopwatch
 from tokenflow.storage.disk import check_free_space, format_bytes
 from tokenflow.storage.work_dir import locked, recover, resumable_folder, unfinished_bytes
@@ -154,7 +154,7 @@ def make_features(
     # The pass holds tokens of all keyframes too, so memory alone shall not decide.
     at_once = unet_batch_size(batch_size, denoiser, frames.shape[1:3], most=FEATURE_BATCH)
     what = inputs.timesteps.sampling, inputs.features
-    build_features(cache, denoiser, *what, at_once, watch, inputs.team)
+    build_features(cache, denoiser, *what, at_once, watch, inputs.group)
 
 
 def make_cache(
@@ -182,7 +182,7 @@ def make_cache(
             inputs.checkpoint, inputs.device, inputs.dtype, inputs.allow_pickle
         )
     work_on = {"format": FORMAT, **identity(inputs.manifest)}
-    with resumable_folder(inputs.folder, work_on, inputs.team) as work:
+    with resumable_folder(inputs.folder, work_on, inputs.group) as work:
         manifest = CacheMaker(inputs, models, work, watch, batch_size).run()
         if overwrite and inputs.features is not None and work.writes:
             (work.folder / OVERWRITING).touch()
@@ -193,14 +193,14 @@ def preprocess(
     args: PreprocessOptions,
     load: Loader | None = None,
     wait: bool = True,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Makes the cache of one clip, goes on with it, or finds it made.
 
     Args:
         load: what loads the models, `load_stable_diffusion` if None.
         wait: for other processes that work on the same cache, or read it; else Busy is raised.
-        team: the processes that make it together, each of which calls this.
+        group: the processes that make it together, each of which calls this.
 
     Returns:
         the cache's folder.
@@ -208,14 +208,14 @@ def preprocess(
     Raises:
         UserError: see `parse_args`, `open_inputs` and `is_made`.
     """
-    with team.together():
-        inputs = open_inputs(args, team)
+    with group.raise_together():
+        inputs = open_inputs(args, group)
     settings = json.dumps(identity(inputs.manifest), sort_keys=True)
-    team.check_same(settings, "clip, model and settings")
-    with locked(inputs.folder, wait=wait, team=team):
-        with team.together():
+    group.assert_same(settings, "clip, model and settings")
+    with locked(inputs.folder, wait=wait, group=group):
+        with group.raise_together():
             made = done = False
-            if team.is_main:
+            if group.is_main:
                 recover(inputs.folder)
                 recover(inputs.folder / FEATURES)
                 again = args.overwrite and not overwriting(inputs)
@@ -223,7 +223,7 @@ def preprocess(
                 done = made and (inputs.features is None or has_features(inputs, args.verify))
                 if not done:
                     check_disk(inputs, made)
-        made, done = team.agree([made, done])
+        made, done = group.broadcast([made, done])
         if done:
             log.info("%s is there already, made with these settings", inputs.folder)
         else:
@@ -233,11 +233,11 @@ def preprocess(
                 models = load(inputs.checkpoint, inputs.device, inputs.dtype, inputs.allow_pickle)
             if not made:
                 manifest = make_cache(inputs, args.batch_size, models, watch, args.overwrite)
-                if team.is_main:
+                if group.is_main:
                     report_reconstruction(manifest)
             if inputs.features is not None:
                 make_features(inputs, args.batch_size, models, watch)
-        if team.is_main:
+        if group.is_main:
             (inputs.folder / OVERWRITING).unlink(missing_ok=True)
     return inputs.folder
 
@@ -272,12 +272,12 @@ def report_reconstruction(manifest: Manifest) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the cache's folder."""
-    with start_team() as team:
-        setup_logging(quiet=not team.is_main)
-        with team.together():
+    with start_process_group() as group:
+        setup_logging(quiet=not group.is_main)
+        with group.raise_together():
             args = parse_args(argv)
-        folder = preprocess(args, team=team)
-        if team.is_main:
+        folder = preprocess(args, group=group)
+        if group.is_main:
             print(f"cache: {folder}")
     return folder
 

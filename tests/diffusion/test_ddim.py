@@ -39,7 +39,7 @@ def invert(eps_model, x, schedule, timesteps, iterations):
 
 def sample(eps_model, x, schedule, timesteps):
     for t, t_next in zip(timesteps, [*timesteps[1:], CLEAN], strict=True):
-        x = ddim_step(x, eps_model(x, t), schedule.level(t), schedule.level(t_next))
+        x = ddim_step(x, eps_model(x, t), schedule.alpha_sigma(t), schedule.alpha_sigma(t_next))
     return x
 
 
@@ -60,9 +60,9 @@ def test_as_many_steps_as_levels_stay_among_them(schedule):
 
 def test_levels_are_variance_preserving(schedule):
     for t in (CLEAN, 1, 500, 999):
-        alpha, sigma = schedule.level(t)
+        alpha, sigma = schedule.alpha_sigma(t)
         assert alpha**2 + sigma**2 == pytest.approx(1.0)
-    assert schedule.level(CLEAN) == schedule.level(0)  # set_alpha_to_one: False
+    assert schedule.alpha_sigma(CLEAN) == schedule.alpha_sigma(0)  # set_alpha_to_one: False
 
 
 def test_a_step_is_the_scheduler_s(schedule):
@@ -71,7 +71,7 @@ def test_a_step_is_the_scheduler_s(schedule):
     x, eps = randn(2, 4, 6, 5, seed=1), randn(2, 4, 6, 5, seed=2)
     for t, t_next in ((981, 961), (21, 1), (1, CLEAN)):
         expected = scheduler.step(eps, t, x).prev_sample
-        found = ddim_step(x, eps, schedule.level(t), schedule.level(t_next))
+        found = ddim_step(x, eps, schedule.alpha_sigma(t), schedule.alpha_sigma(t_next))
         assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -110,7 +110,10 @@ def test_mixing_finds_the_inverse_where_the_iteration_turns_round(schedule, gain
     """
     direction = torch.nn.functional.normalize(randn(64, dtype=torch.float64), dim=0)
     t_from, t_to = 661, 681
-    (alpha_from, sigma_from), (alpha_to, sigma_to) = schedule.level(t_from), schedule.level(t_to)
+    (alpha_from, sigma_from), (alpha_to, sigma_to) = (
+        schedule.alpha_sigma(t_from),
+        schedule.alpha_sigma(t_to),
+    )
     slope = torch.tensor([gain, gain / 2, 0.0]) / (sigma_to - sigma_from * alpha_to / alpha_from)
 
     def model(x, t):
@@ -119,7 +122,9 @@ def test_mixing_finds_the_inverse_where_the_iteration_turns_round(schedule, gain
 
     x = randn(3, 4, 4, 4, seed=1, dtype=torch.float64)
     found = ddim_inversion_step(alike(model), x, schedule, t_from, t_to, iterations=3)
-    back = ddim_step(found, model(found, t_to), schedule.level(t_to), schedule.level(t_from))
+    back = ddim_step(
+        found, model(found, t_to), schedule.alpha_sigma(t_to), schedule.alpha_sigma(t_from)
+    )
     assert torch.allclose(back, x, atol=1e-9)
     more = ddim_inversion_step(alike(model), x, schedule, t_from, t_to, iterations=9)
     assert torch.allclose(more, found, atol=1e-9)  # and it stays there
@@ -127,7 +132,7 @@ def test_mixing_finds_the_inverse_where_the_iteration_turns_round(schedule, gain
 
 def inversion_step_without_stop(eps_model, x, schedule, t_from, t_to, iterations):
     """`ddim_inversion_step` as it was before a step could end early."""
-    levels = schedule.level(t_from), schedule.level(t_to)
+    levels = schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to)
     estimate = last_found = last_residual = x
     for iteration in range(iterations):
         found = ddim_step(x, eps_model(estimate, t_to), *levels)
@@ -156,7 +161,7 @@ def test_without_a_tolerance_every_evaluation_is_made_as_ever(schedule, iteratio
     expected = inversion_step_without_stop(bent, x, schedule, 21, 41, iterations)
     assert torch.equal(found, expected)
     if iterations == 1:
-        plain = ddim_step(x, bent(x, 41), schedule.level(21), schedule.level(41))
+        plain = ddim_step(x, bent(x, 41), schedule.alpha_sigma(21), schedule.alpha_sigma(41))
         assert torch.equal(found, plain)
 
 

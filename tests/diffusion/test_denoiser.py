@@ -67,7 +67,7 @@ def test_v_prediction_gives_the_noise_that_it_stands_for(tiny_v_model):
     scheduler = DDIMScheduler.from_config(models.schedule.config)
     scheduler.set_timesteps(50)
     clean = scheduler.step(v, t, x).pred_original_sample
-    alpha, sigma = models.schedule.level(t)
+    alpha, sigma = models.schedule.alpha_sigma(t)
     assert torch.allclose(alpha * clean + sigma * eps, x, atol=1e-5)
 
 

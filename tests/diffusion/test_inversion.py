@@ -97,7 +97,7 @@ def test_the_first_step_leads_from_clean(denoiser, clean):
     schedule = denoiser.models.schedule
     t = schedule.timesteps(5)[-1]
     (_, latents), *_ = invert(denoiser, clean, [t], 1, 0.0, batch_size=8)
-    (alpha, sigma), (alpha_to, sigma_to) = schedule.level(CLEAN), schedule.level(t)
+    (alpha, sigma), (alpha_to, sigma_to) = schedule.alpha_sigma(CLEAN), schedule.alpha_sigma(t)
     with torch.inference_mode():
         eps = denoiser(clean, t, torch.arange(3))[0]
     expected = alpha_to * (clean - sigma * eps) / alpha + sigma_to * eps

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from tests.helpers import randn
 from tokenflow.editing.keyframe_windows import WindowedAttention, keyframe_windows
-from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow_utils import attend
 
 
@@ -44,8 +44,8 @@ def test_windows_bound_what_attention_sees(tiny_model):
     everyone = attend(layer, tokens, tokens, tokens)
 
     def windowed(windows):
-        share = ALONE.share_jointly(9)
-        return WindowedAttention(windows, tokens.device, share)(layer, tokens, tokens, tokens)
+        shard = SINGLE_PROCESS.shard(9, joint=True)
+        return WindowedAttention(windows, tokens.device, shard)(layer, tokens, tokens, tokens)
 
     in_parts = windowed(keyframe_windows(9, None, at_once=2))
     assert torch.allclose(in_parts, everyone, atol=1e-6)
@@ -63,8 +63,8 @@ def test_the_processes_share_the_queries_of_all_windows(k, bound, at_once):
     whole = keyframe_windows(k, bound, at_once)
     seen = {}
     for rank in range(3):
-        share = Team(rank, 3, rank).share(k)
-        for window in WindowedAttention(whole, torch.device("cpu"), share).windows:
+        shard = ProcessGroup(rank, 3, rank).shard(k)
+        for window in WindowedAttention(whole, torch.device("cpu"), shard).windows:
             for query in range(k)[window.queries]:
                 assert query not in seen
                 seen[query] = window.seen

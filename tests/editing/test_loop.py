@@ -233,7 +233,7 @@ def test_released_start_renoises_with_the_noisiest_latent(keys):
 def test_gaussian_start_is_one_noise_for_all_frames(keys):
     session = EditSession(open_inputs(SDEditConfig(**keys, use_ddim_noise=False)))
     t = session.inputs.timesteps[1]
-    alpha, sigma = session.models.schedule.level(t)
+    alpha, sigma = session.models.schedule.alpha_sigma(t)
     clean = session.cache.latents("clean", N_FRAMES)
     noise = (session.gaussian_start(t) - alpha * clean) / sigma
     assert torch.allclose(noise, noise[:1].expand_as(noise), atol=1e-4)

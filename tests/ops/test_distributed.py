@@ -7,6 +7,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ from tokenflow.cache.source_cache import open_cache, read_manifest
 from tokenflow.diffusion.models import load_stable_diffusion, resolve_device
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
-from tokenflow.ops.distributed import ALONE, Team, start_team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
 from tokenflow.storage.images import load_frames
 from util import UserError, load_tensors, load_yaml, save_tensors, save_yaml
 
@@ -44,7 +45,7 @@ slow = pytest.mark.slow
 
 
 def in_processes(size, work, folder):
-    """Runs work(team) in `size` processes; returns their exit statuses and the dicts of tensors."""
+    """Runs work(group) in `size` processes; returns their exit statuses and dicts of tensors."""
     folder.mkdir(parents=True)
     processes = [FORK.Process(target=member, args=(i, size, work, folder)) for i in range(size)]
     for process in processes:
@@ -59,7 +60,7 @@ def in_processes(size, work, folder):
 
 def member(rank, size, work, folder):
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=size)
-    save_tensors(folder / f"{rank}.safetensors", work(Team(rank, size, rank)))
+    save_tensors(folder / f"{rank}.safetensors", work(ProcessGroup(rank, size, rank)))
     dist.destroy_process_group()
 
 
@@ -158,12 +159,12 @@ QUICK = {
 }
 
 
-def edit(keys, models, team=ALONE, technique="pnp", **changes):
+def edit(keys, models, group=SINGLE_PROCESS, technique="pnp", **changes):
     """A session and the latents that it edited; ControlNet's has its small ControlNet."""
     config, plan = TECHNIQUES[technique]
     if technique == "controlnet":
         changes["controlnet_key"] = f"{keys['model_key']}/controlnet"
-    session = EditSession(open_inputs(config(**{**keys, **changes}), team), models)
+    session = EditSession(open_inputs(config(**{**keys, **changes}), group), models)
     return session, session.edit_latents(plan(session))
 
 
@@ -182,12 +183,12 @@ def alone(keys, models):
     ],
 )
 def test_an_edit_of_several_processes_is_that_of_one(keys, models, alone, tmp_path, name, size):
-    def work(team):
-        session, latents = edit(keys, models, team, **EDITS[name])
+    def work(group):
+        session, latents = edit(keys, models, group, **EDITS[name])
         return {"latents": latents, "forwards": torch.tensor(session.image_forwards)}
 
     session, expected = alone(name)
-    found = succeed(size, work, tmp_path / "team")
+    found = succeed(size, work, tmp_path / "processes")
     assert all(torch.equal(one["latents"], found[0]["latents"]) for one in found)
     assert relative_error(found[0]["latents"], expected.double()) < SAME
     # Of keyframes that are fewer than the processes, some are computed twice.
@@ -212,14 +213,14 @@ def test_the_edits_differ(alone):
 def test_a_result_is_written_once_and_then_found(keys, tmp_path):
     config = PnPConfig(**{**keys, "output_path": str(tmp_path / "several")})
 
-    def work(team):
-        folder = run_tokenflow_pnp.edit(config, team=team)
+    def work(group):
+        folder = run_tokenflow_pnp.edit(config, group=group)
         before = contents(folder)
-        assert run_tokenflow_pnp.edit(config, team=team) == folder
+        assert run_tokenflow_pnp.edit(config, group=group) == folder
         assert contents(folder) == before
         return {}
 
-    succeed(2, work, tmp_path / "team")
+    succeed(2, work, tmp_path / "processes")
     (folder,) = (tmp_path / "several").glob("pnp/*/*")
     single = run_tokenflow_pnp.edit(PnPConfig(**{**keys, "output_path": str(tmp_path / "one")}))
     latents = [load_tensors(f / "edited_latents.safetensors")["latents"] for f in (folder, single)]
@@ -247,14 +248,14 @@ def test_a_cache_of_several_processes_is_that_of_one(clip, tiny_model, tmp_path,
         changes = {**changes, "control": "canny", "controlnet_key": tiny_model / "controlnet"}
     args = options(clip, tmp_path / "several", tiny_model, **changes)
 
-    def work(team):
-        folder = preprocess.preprocess(args, team=team)
+    def work(group):
+        folder = preprocess.preprocess(args, group=group)
         before = contents(folder)
-        assert preprocess.preprocess(args, team=team) == folder  # and finds it made
+        assert preprocess.preprocess(args, group=group) == folder  # and finds it made
         assert contents(folder) == before
         return {}
 
-    succeed(size, work, tmp_path / "team")
+    succeed(size, work, tmp_path / "processes")
     single = preprocess.preprocess(options(clip, tmp_path / "one", tiny_model, **changes))
     several = tmp_path / "several" / single.relative_to(tmp_path / "one")
     assert set(contents(several)) == set(contents(single))
@@ -295,16 +296,16 @@ def test_a_cache_that_two_processes_began_is_gone_on_with_by_three(clip, tiny_mo
     changes = {"inversion_tol": 0.001, "inversion_iters": 3}
     args = options(clip, tmp_path / "several", tiny_model, **changes)
 
-    def begin(team):
-        if team.is_main:  # after the clean latents and those of a timestep
+    def begin(group):
+        if group.is_main:  # after the clean latents and those of a timestep
             cache_maker.save_latents = dies_at(cache_maker.save_latents, 3)
         with pytest.raises(UserError, match="another process of this run has ended"):
-            preprocess.preprocess(args, team=team)
+            preprocess.preprocess(args, group=group)
         return {}
 
-    def go_on(team):
+    def go_on(group):
         cache_maker.encode_frames = None  # which is behind
-        preprocess.preprocess(args, team=team)
+        preprocess.preprocess(args, group=group)
         return {}
 
     assert in_processes(2, begin, tmp_path / "two")[0] == [9, 0]
@@ -321,15 +322,15 @@ def test_an_edit_that_two_processes_began_is_gone_on_with_by_three(keys, tmp_pat
     settings = {**keys, "checkpoint_every": 1}
     config = PnPConfig(**{**settings, "output_path": str(tmp_path / "several")})
 
-    def begin(team):
-        if team.is_main:  # one step is saved
+    def begin(group):
+        if group.is_main:  # one step is saved
             EditSession._checkpoint = dies_at(EditSession._checkpoint, 2)
         with pytest.raises(UserError, match="another process of this run has ended"):
-            run_tokenflow_pnp.edit(config, team=team)
+            run_tokenflow_pnp.edit(config, group=group)
         return {}
 
-    def go_on(team):
-        run_tokenflow_pnp.edit(config, team=team)
+    def go_on(group):
+        run_tokenflow_pnp.edit(config, group=group)
         return {}
 
     assert in_processes(2, begin, tmp_path / "two")[0] == [9, 0]
@@ -348,53 +349,53 @@ def test_an_edit_that_two_processes_began_is_gone_on_with_by_three(keys, tmp_pat
 def test_what_all_processes_refuse_is_said_by_one(keys, tmp_path, capfd):
     config = PnPConfig(**{**keys, "latents_path": str(tmp_path / "nowhere")})
 
-    def work(team):
+    def work(group):
         with pytest.raises(UserError, match="no cache for this clip"):
-            run_tokenflow_pnp.edit(config, team=team)
+            run_tokenflow_pnp.edit(config, group=group)
         return {}
 
     # The other one ends with status 0: the launcher waits for the one that says why.
-    statuses, found = in_processes(2, work, tmp_path / "team")
+    statuses, found = in_processes(2, work, tmp_path / "processes")
     assert statuses == [0, 0]
     assert len(found) == 1
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_one_process_refuses_ends_all(keys, tmp_path):
-    def work(team):
-        with team.together():
-            if team.rank == 1:
+    def work(group):
+        with group.raise_together():
+            if group.rank == 1:
                 raise UserError("only here")
         pytest.fail("went on")
 
-    statuses, found = in_processes(3, work, tmp_path / "team")
+    statuses, found = in_processes(3, work, tmp_path / "processes")
     assert statuses == [0, 1, 0]
     assert not found
 
 
 def test_a_process_that_is_lost_in_the_middle_ends_the_others(keys, models, tmp_path):
-    def work(team):
-        session = EditSession(open_inputs(PnPConfig(**keys), team), models)
+    def work(group):
+        session = EditSession(open_inputs(PnPConfig(**keys), group), models)
         plan = run_tokenflow_pnp.plan(session)
-        if team.rank == 1:
+        if group.rank == 1:
             session.models.unet.mid_block.register_forward_hook(lambda *args: os._exit(9))
         with pytest.raises(UserError, match="another process of this run has ended"):
             session.edit_latents(plan)
         return {}
 
-    statuses, _ = in_processes(2, work, tmp_path / "team")
+    statuses, _ = in_processes(2, work, tmp_path / "processes")
     assert statuses == [0, 9]
 
 
 def test_processes_that_see_different_caches_do_not_start(keys, models, tmp_path):
-    def work(team):
-        session = EditSession(open_inputs(PnPConfig(**keys), team), models)
-        if team.rank == 1:
+    def work(group):
+        session = EditSession(open_inputs(PnPConfig(**keys), group), models)
+        if group.rank == 1:
             session.config = session.config.model_copy(update={"source_features": "live"})
         session.edit_latents(run_tokenflow_pnp.plan(session))
         pytest.fail("went on")
 
-    statuses, found = in_processes(2, work, tmp_path / "team")
+    statuses, found = in_processes(2, work, tmp_path / "processes")
     assert statuses == [0, 1]
     assert not found
 
@@ -405,74 +406,95 @@ def test_processes_that_see_different_caches_do_not_start(keys, models, tmp_path
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 16])
 def test_shares_are_even_and_whole(n, size):
-    shares = [Team(rank, size, rank).share(n) for rank in range(size)]
-    assert torch.cat([share.numbers for share in shares]).tolist() == list(range(n))
-    lengths = [len(share.numbers) for share in shares]
+    shards = [ProcessGroup(rank, size, rank).shard(n) for rank in range(size)]
+    assert torch.cat([shard.local_indices for shard in shards]).tolist() == list(range(n))
+    lengths = [len(shard.local_indices) for shard in shards]
     assert max(lengths) - min(lengths) <= 1
     assert lengths == [len(part) for part in torch.arange(n).tensor_split(size)]
     for rank in range(size):
-        joint = Team(rank, size, rank).share_jointly(max(n, 1)).numbers.tolist()
-        assert joint == (shares[rank].numbers.tolist() if n >= size else [rank % max(n, 1)])
+        joint = ProcessGroup(rank, size, rank).shard(max(n, 1), joint=True).local_indices.tolist()
+        assert joint == (shards[rank].local_indices.tolist() if n >= size else [rank % max(n, 1)])
 
 
 def test_what_is_gathered_is_what_was_taken(tmp_path):
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 
-    def work(team):
+    def work(group):
         for n, dtype in itertools.product((0, 1, 2, 5), dtypes):
             whole = torch.arange(2 * n * 3).reshape(2, n, 3).to(dtype)
-            share = team.share(n)
-            assert torch.equal(share.gather(share.take(whole, dim=1), dim=1), whole)
+            shard = group.shard(n)
+            assert torch.equal(shard.gather(shard.take(whole, dim=1), dim=1), whole)
         whole = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-        share = team.share_jointly(2)
-        assert torch.equal(share.gather(share.take(whole)), whole)
-        assert team.of_all(10 * team.rank) == [0, 10, 20]
-        assert team.agree({"rank": [team.rank], "text": "é"}) == {"rank": [0], "text": "é"}
+        shard = group.shard(2, joint=True)
+        assert torch.equal(shard.gather(shard.take(whole)), whole)
+        assert group.all_gather(10 * group.rank) == [0, 10, 20]
+        assert group.broadcast({"rank": [group.rank], "text": "é"}) == {"rank": [0], "text": "é"}
         return {}
 
-    succeed(3, work, tmp_path / "team")
+    succeed(3, work, tmp_path / "processes")
 
 
 def test_one_process_alone_shares_nothing():
     x = torch.randn(3, 2)
-    share = ALONE.share(3)
-    assert share.take(x) is x
-    assert share.gather(x) is x
-    assert ALONE.agree(x) is x
-    assert ALONE.of_all(4) == [4]
-    with pytest.raises(UserError, match="as it is"), ALONE.together():
+    shard = SINGLE_PROCESS.shard(3)
+    assert shard.take(x) is x
+    assert shard.gather(x) is x
+    assert SINGLE_PROCESS.broadcast(x) is x
+    assert SINGLE_PROCESS.all_gather(4) == [4]
+    with pytest.raises(UserError, match="as it is"), SINGLE_PROCESS.raise_together():
         raise UserError("as it is")
 
 
 def test_each_process_takes_its_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    team = Team(rank=7, size=8, local_rank=3)  # the last of two machines'
+    group = ProcessGroup(rank=7, size=8, local_rank=3)  # the last of two machines'
     for name in ("auto", "cuda"):
-        assert resolve_device(name, team) == torch.device("cuda:3")
+        assert resolve_device(name, group) == torch.device("cuda:3")
         assert resolve_device(name).index is None
-    assert resolve_device("cpu", team) == torch.device("cpu")
+    assert resolve_device("cpu", group) == torch.device("cpu")
     with pytest.raises(UserError, match="cuda:1 cannot be shared by 8 processes"):
-        resolve_device("cuda:1", team)
+        resolve_device("cuda:1", group)
     with pytest.raises(UserError, match="cuda:4 was asked for, but torch sees 4"):
-        resolve_device("cuda", Team(rank=4, size=8, local_rank=4))
+        resolve_device("cuda", ProcessGroup(rank=4, size=8, local_rank=4))
 
 
 def test_a_compiled_unet_is_refused_before_a_model_loads(keys):
     with pytest.raises(UserError, match="compile: true, but 2 processes"):
-        open_inputs(PnPConfig(**keys, compile=True), Team(0, 2))
+        open_inputs(PnPConfig(**keys, compile=True), ProcessGroup(0, 2))
 
 
 def test_the_launcher_says_who_is_there(monkeypatch):
     for name in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_CPU"):
         monkeypatch.delenv(name, raising=False)
-    with start_team() as team:
-        assert team is ALONE
+    with start_process_group() as group:
+        assert group is SINGLE_PROCESS
     # accelerate launch --cpu --num_processes 2
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    with pytest.raises(UserError, match="--multi_gpu --num_processes N"), start_team():
+    with pytest.raises(UserError, match="--multi_gpu --num_processes N"), start_process_group():
         pytest.fail("went on")
+
+
+def test_processes_of_a_launcher_meet(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def join(rank):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with start_process_group() as group:
+            (tmp_path / str(rank)).write_text(f"{group} {group.all_gather(group.rank)}")
+
+    processes = [FORK.Process(target=join, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TOO_LONG)
+        process.kill()
+    for rank in range(2):
+        assert (tmp_path / str(rank)).read_text() == f"{ProcessGroup(rank, 2, rank)} [0, 1]"
 
 
 # ---------------------------------------------------------------- the command line

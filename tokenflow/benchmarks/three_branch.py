@@ -126,7 +126,7 @@ def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
         _, uncond, cond = found.chunk(BRANCHES)
         guided = uncond + config.guidance_scale * (cond - uncond)
         if schedule.prediction_type == "v_prediction":
-            alpha, sigma = schedule.level(t)
+            alpha, sigma = schedule.alpha_sigma(t)
             guided = alpha * guided + sigma * edited
         return guided
 
@@ -142,7 +142,9 @@ def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
             for chunk in torch.arange(n_frames).split(session.chunk_size):
                 state.near = neighbours(chunk, step.keyframes, config.blend).to(models.device)
                 eps.append(predict(x, source, step.t, chunk).cpu())
-            x = ddim_step(x, torch.cat(eps), schedule.level(step.t), schedule.level(t_next))
+            x = ddim_step(
+                x, torch.cat(eps), schedule.alpha_sigma(step.t), schedule.alpha_sigma(t_next)
+            )
     return x
 
 

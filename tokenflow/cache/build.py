@@ -55,9 +55,9 @@ class CacheMaker:
     ) -> None:
         self.inputs, self.manifest, self.frames = inputs, inputs.manifest, inputs.clip.frames
         self.models, self.work, self.watch, self.batch_size = models, work, watch, batch_size
-        self.team, self.share = inputs.team, inputs.team.share(len(self.frames))
+        self.group, self.shard = inputs.group, inputs.group.shard(len(self.frames))
         self.image_forwards = dict.fromkeys(COUNTED_STAGES, 0)  # of this process
-        if work.state is not None and self.team.is_main:  # of all processes of an earlier run
+        if work.state is not None and self.group.is_main:  # of all processes of an earlier run
             self.image_forwards.update(work.state.figures["image_forwards"])
             for stage, seconds in work.state.figures["seconds"].items():
                 watch.add(stage, seconds)
@@ -67,7 +67,7 @@ class CacheMaker:
         size = self.frames.shape[1:3]
         with self.watch("load"):
             at_once = vae_batch_size(self.batch_size, self.models, size)
-            self.vae_batch = min(self.team.of_all(at_once))  # for they decode in step
+            self.vae_batch = min(self.group.all_gather(at_once))  # for they decode in step
         clean, depth = self._encode() if self.work.state is None else self._encoded()
         self.denoiser = make_denoiser(
             self.models, self.frames, self.manifest.inversion_prompt, self.manifest.control, depth
@@ -101,9 +101,9 @@ class CacheMaker:
         if self.work.writes:
             save_source(self.work.folder, self.frames, manifest.inversion_prompt, depth)
         with self.watch("vae"):
-            own = encode_frames(self.models, self.frames[self.share.own], self.vae_batch)
+            own = encode_frames(self.models, self.frames[self.shard.local], self.vae_batch)
             decode_latents(self.models, own[:1])  # a VAE that fails shall do so now, not later
-        clean = self.share.gather(own)
+        clean = self.shard.gather(own)
         self._save_latents(CLEAN_LATENTS, clean)
         self._save("encoded", {"latents": clean}, CLEAN)
         return clean, depth
@@ -119,7 +119,7 @@ class CacheMaker:
     def _invert(self) -> None:
         """Writes the latents of the saved timesteps."""
         manifest, timesteps, state = self.manifest, self.inputs.timesteps, self.work.state
-        own = {name: self.share.take(x) for name, x in state.tensors.items()}
+        own = {name: self.shard.take(x) for name, x in state.tensors.items()}
         start = own.get("start")  # of the reconstruction
         past = [(t, own[f"noise_{t}"]) for t in state.figures["past"]]
         how = manifest.inversion_iters, manifest.inversion_tol, self.unet_batch
@@ -141,10 +141,10 @@ class CacheMaker:
                 own = {"latents": latents} | ({} if start is None else {"start": start})
                 known = past if manifest.inversion_tol else []  # else no step needs it
                 own |= {f"noise_{t_past}": noise for t_past, noise in known}
-                whole = {name: self.share.gather(x) for name, x in own.items()}
+                whole = {name: self.shard.gather(x) for name, x in own.items()}
                 self._save_latents(t, whole["latents"])
                 self._save("inversion", whole, t, past=[t_past for t_past, _ in known])
-        start = self.share.gather(start)
+        start = self.shard.gather(start)
         self._save("reconstruction", {"latents": start}, timesteps.reconstruction[0])
 
     def _reconstruct(self) -> Tensor:
@@ -153,18 +153,18 @@ class CacheMaker:
         latents, t = state.tensors["latents"], state.figures["t"]
         if t == CLEAN:
             return latents
-        own = self.share.take(latents)
+        own = self.shard.take(latents)
         steps = sample(self.denoiser, own, timesteps, self.unet_batch, t, **self._own_frames)
         with closing(steps):
             for number, (t, own) in enumerate(self._timed("reconstruction", steps), start=1):
                 if number % SAVE_EVERY == 0 or t == CLEAN:
-                    latents = self.share.gather(own)
+                    latents = self.shard.gather(own)
                     self._save("reconstruction", {"latents": latents}, t)
         return latents
 
     @property
     def _own_frames(self) -> dict[str, object]:
-        return {"frames": self.share.numbers, "progress": self.team.is_main}
+        return {"frames": self.shard.local_indices, "progress": self.group.is_main}
 
     def _timed(self, stage: str, steps: Iterator[T]) -> Iterator[T]:
         """The steps, whose seconds and evaluations count for a stage."""
@@ -184,7 +184,7 @@ class CacheMaker:
     def _save(
         self, stage: str, tensors: dict[str, Tensor], t: int, past: Sequence[int] = ()
     ) -> None:
-        made = {name: sum(self.team.of_all(n)) for name, n in self.image_forwards.items()}
+        made = {name: sum(self.group.all_gather(n)) for name, n in self.image_forwards.items()}
         self.work.save(
             stage,
             tensors,
@@ -211,11 +211,11 @@ class CacheMaker:
         }
 
         def decoded() -> Iterator[np.ndarray]:
-            at_once = self.vae_batch * self.team.size
+            at_once = self.vae_batch * self.group.size
             for first in range(0, len(clean), at_once):
                 part = slice(first, first + at_once)
                 with self.watch("vae"):
-                    how = self.vae_batch, self.team
+                    how = self.vae_batch, self.group
                     bound = decode_latents(self.models, clean[part], *how)
                     found = decode_latents(self.models, latents[part], *how)
                 pairs["psnr"].add(found, self.frames[part])

@@ -23,7 +23,7 @@ from tokenflow.diffusion.control_settings import ControlSettings
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.diffusion.inversion import InversionTimesteps, inversion_timesteps
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
-from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch
 from tokenflow.storage.video import Clip, clip_name, read_clip, resolve_clip, source_sha256
 from util import UserError, check_writable
@@ -50,17 +50,17 @@ class PreprocessInputs:
     folder: Path
     features: FeatureSettings | None
     read_seconds: float
-    team: Team = ALONE  # the processes that make this cache together
+    group: ProcessGroup = SINGLE_PROCESS  # the processes that make this cache together
     allow_pickle: bool = False
 
 
-def open_inputs(args: PreprocessOptions, team: Team = ALONE) -> PreprocessInputs:
+def open_inputs(args: PreprocessOptions, group: ProcessGroup = SINGLE_PROCESS) -> PreprocessInputs:
     """Reads the clip, and checks all that can go wrong before a model is loaded.
 
     Raises:
         UserError: naming what is missing or does not fit, and what mends it.
     """
-    device = resolve_device(args.device, team)
+    device = resolve_device(args.device, group)
     dtype = resolve_dtype(args.dtype, device)
     source = resolve_clip(args.data_path)
     sha256 = source_sha256(source)
@@ -121,7 +121,7 @@ def open_inputs(args: PreprocessOptions, team: Team = ALONE) -> PreprocessInputs
         folder=folder,
         features=_feature_settings(args, manifest) if args.cache_features else None,
         read_seconds=watch.seconds["read"],
-        team=team,
+        group=group,
         allow_pickle=args.allow_pickle,
     )
 

@@ -20,7 +20,7 @@ from tokenflow.cache.source_cache import FEATURES, MANIFEST, SourceCache
 from tokenflow.cache.source_features import FORMAT, FeatureSettings, file_name, index_dtype
 from tokenflow.diffusion.chunked import chunked_forward
 from tokenflow.diffusion.denoiser import Denoiser
-from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch
 from tokenflow.storage.work_dir import resumable_folder
@@ -78,24 +78,24 @@ def build_features(
     settings: FeatureSettings,
     chunk_size: int,
     watch: Stopwatch,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Runs the source pass of every sampling step and writes the cache's features.
 
-    Of several processes, each takes every `team.size`-th step and writes its files itself.
+    Of several processes, each takes every `group.size`-th step and writes its files itself.
 
     Args:
         denoiser: under the inversion's prompt and conditions.
         timesteps: of sampling, noisiest first; settings.n_timesteps of them.
         chunk_size: frames evaluated at once.
         watch: times the stage "features".
-        team: the processes that do it together, each of which calls this.
+        group: the processes that do it together, each of which calls this.
     """
     context = TokenFlowContext(nearest=nearest_tokens)
     live = LiveSource(denoiser, context, partial(cache.latents, n_frames=settings.n_frames))
     steps = list(enumerate(zip(timesteps, feature_keyframes(settings), strict=True)))
     identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": settings.model_dump()}
-    with resumable_folder(cache.folder / FEATURES, identity, team) as work:
+    with resumable_folder(cache.folder / FEATURES, identity, group) as work:
         before = {"steps": 0, "seconds": 0.0, "image_forwards": 0}  # of an interrupted run
         if work.state is not None:
             before = work.state.figures
@@ -107,23 +107,25 @@ def build_features(
                 stack.enter_context(chunked_forward(model, chunk_size, skip=(INJECTED_BLOCK,)))
             shown = {"unit": "step", "initial": done, "total": len(steps)}
             # Entered last: its bar ends before an error is printed.
-            progress = stack.enter_context(tqdm(desc="features", **shown, disable=not team.is_main))
-            for first in range(done, len(steps), team.size):
+            progress = stack.enter_context(
+                tqdm(desc="features", **shown, disable=not group.is_main)
+            )
+            for first in range(done, len(steps), group.size):
                 with watch("features"):
-                    for step, (t, keyframes) in steps[first + team.rank :][:1]:
+                    for step, (t, keyframes) in steps[first + group.rank :][:1]:
                         tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
                         _save_step(work.folder, t, tensors)
                 # Every process has written its step when all have told their number.
-                made = sum(team.of_all(denoiser.image_forwards - evaluated))
-                done = min(first + team.size, len(steps))
+                made = sum(group.all_gather(denoiser.image_forwards - evaluated))
+                done = min(first + group.size, len(steps))
                 figures = {
                     "seconds": watch.seconds["features"],
                     "image_forwards": before["image_forwards"] + made,
                 }
                 work.save("features", {}, steps=done, **figures)
-                team.wait()  # nobody writes while the main process reads the folder
+                group.barrier()  # nobody writes while the main process reads the folder
                 progress.update(done - progress.n)
-        if team.is_main:
+        if group.is_main:
             figures = {key: work.state.figures[key] for key in ("seconds", "image_forwards")}
             files = work.record_files()
             save_sealed_yaml(work.folder / MANIFEST, {**identity, **figures, "files": files})

@@ -71,14 +71,14 @@ class NoiseSchedule:
         beyond = max(0, timesteps[0] - (len(self.alphas_cumprod) - 1))
         return [t - beyond for t in timesteps]
 
-    def level(self, t: int) -> tuple[float, float]:
+    def alpha_sigma(self, t: int) -> tuple[float, float]:
         """(alpha_t, sigma_t); t may be CLEAN."""
         alpha_squared = self.final_alpha_cumprod if t == CLEAN else self.alphas_cumprod[t]
         return alpha_squared**0.5, (1.0 - alpha_squared) ** 0.5
 
     def add_noise(self, clean: Tensor, eps: Tensor, t: int) -> Tensor:
         """x_t of a clean latent and a noise of the same shape."""
-        alpha, sigma = self.level(t)
+        alpha, sigma = self.alpha_sigma(t)
         return alpha * clean + sigma * eps
 
 
@@ -88,7 +88,7 @@ def ddim_step(x: Tensor, eps: Tensor, level_from: tuple, level_to: tuple) -> Ten
     Args:
         x: a latent at level_from, any shape.
         eps: the predicted noise, the same shape.
-        level_from, level_to: (alpha, sigma) pairs of `NoiseSchedule.level`.
+        level_from, level_to: (alpha, sigma) pairs of `NoiseSchedule.alpha_sigma`.
 
     Source: DDIM, Eq. 12 with sigma = 0.
     """
@@ -131,7 +131,7 @@ def ddim_inversion_step(
 
     Source: Pan et al. 2023, "Accelerated Iterative Diffusion Inversion", which mixes so too.
     """
-    levels = schedule.level(t_from), schedule.level(t_to)
+    levels = schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to)
     estimate = x.clone() if start is None else start.clone()
     rows = torch.arange(len(x), device=x.device)  # the unfinished frames
     last_found = last_residual = estimate

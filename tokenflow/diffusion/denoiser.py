@@ -85,7 +85,7 @@ class Denoiser:
         self.image_forwards += self.branches * m
         prediction = prediction.float().unflatten(0, (self.branches, m))
         if models.schedule.prediction_type == "v_prediction":
-            alpha, sigma = models.schedule.level(t)
+            alpha, sigma = models.schedule.alpha_sigma(t)
             prediction = alpha * prediction + sigma * x
         if not torch.isfinite(prediction).all():
             raise UserError(

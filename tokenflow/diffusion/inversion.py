@@ -48,7 +48,7 @@ def inversion_timesteps(
                 f"--{name}: {len(wanted)}: its timesteps are not among those of --steps {steps}; "
                 f"choose --steps so that it divides {len(schedule.alphas_cumprod)}"
             )
-    if schedule.level(inversion[0])[0] == 0.0:
+    if schedule.alpha_sigma(inversion[0])[0] == 0.0:
         raise UserError(
             f"--steps: {steps} reaches timestep {inversion[0]}, where this model's schedule is "
             "pure noise (zero terminal SNR) and cannot be inverted"
@@ -107,7 +107,7 @@ def invert(
     for t_from, t_to in tqdm(steps[behind:], desc="invert", **shown):
         start = None
         if tolerance and past:
-            levels = schedule.level(t_from), schedule.level(t_to)
+            levels = schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to)
             start = ddim_step(x, expected_noise(past, t_to), *levels)
         x = ddim_inversion_step(eps_model, x, schedule, t_from, t_to, iterations, tolerance, start)
         past[:] = [*past[-1:], (t_to, noise.clone())]
@@ -165,7 +165,7 @@ def sample(
     shown = {"unit": "step", "initial": behind, "total": len(steps), "disable": not progress}
     for t_from, t_to in tqdm(steps[behind:], desc="reconstruct", **shown):
         eps = predicted_noise(denoiser, x, t_from, frames, batch_size)
-        x = ddim_step(x, eps, schedule.level(t_from), schedule.level(t_to))
+        x = ddim_step(x, eps, schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to))
         yield t_to, x
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tokenflow.diffusion.checkpoints import for_inference, load_model
 from tokenflow.diffusion.conditions import load_controlnet
 from tokenflow.diffusion.ddim import NoiseSchedule
-from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from util import UserError
 
 MOST_KINDS_OF_PASS = 64  # that a UNet is compiled for
@@ -59,23 +59,23 @@ class StableDiffusion:
         return self.unet.config.in_channels == self.vae.config.latent_channels + 1
 
 
-def resolve_device(name: str, team: Team = ALONE) -> torch.device:
+def resolve_device(name: str, group: ProcessGroup = SINGLE_PROCESS) -> torch.device:
     """The torch device of a `device` option: auto, cpu, cuda, cuda:1, mps.
 
     Args:
-        team: of several processes, each takes the GPU of its number on its machine.
+        group: of several processes, each takes the GPU of its number on its machine.
 
     Raises:
         UserError: if torch knows no such device or this machine has none.
     """
-    if team.size > 1:
+    if group.size > 1:
         if name not in ("auto", "cpu", "cuda"):
             raise UserError(
-                f"device: {name} cannot be shared by {team.size} processes; expected cuda (a GPU "
+                f"device: {name} cannot be shared by {group.size} processes; expected cuda (a GPU "
                 "for each), cpu or auto"
             )
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-            name = f"cuda:{team.local_rank}"
+            name = f"cuda:{group.local_rank}"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

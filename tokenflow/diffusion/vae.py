@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.diffusion.models import BETTER_DTYPE, StableDiffusion
-from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from util import UserError
 
 
@@ -34,18 +34,21 @@ def encode_frames(models: StableDiffusion, frames: np.ndarray, batch_size: int =
 
 @torch.inference_mode()
 def decode_latents(
-    models: StableDiffusion, latents: Tensor, batch_size: int = 8, team: Team = ALONE
+    models: StableDiffusion,
+    latents: Tensor,
+    batch_size: int = 8,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> np.ndarray:
     """The inverse of `encode_frames`: (n, 4, h, w) latents to (n, H, W, 3) uint8 RGB.
 
     Args:
-        team: the processes that share the frames out, each of which calls this for all of them.
+        group: the processes that share the frames out, each of which calls this for all of them.
 
     Raises:
         UserError: if the decoded pixels are not finite.
     """
-    share = team.share(len(latents))
-    latents = share.take(latents)
+    shard = group.shard(len(latents))
+    latents = shard.take(latents)
     (n, _, h, w), factor = latents.shape, models.vae_factor
     frames = np.empty((n, h * factor, w * factor, 3), np.uint8)
     for numbers in _pieces(n, batch_size):
@@ -58,7 +61,7 @@ def decode_latents(
             )
         pixels = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
         frames[numbers] = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    return share.gather(torch.from_numpy(frames)).numpy()
+    return shard.gather(torch.from_numpy(frames)).numpy()
 
 
 def _pieces(n: int, size: int) -> list[slice]:

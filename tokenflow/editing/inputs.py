@@ -22,7 +22,7 @@ from tokenflow.diffusion.checkpoints import (
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
-from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.video import clip_name, resolve_clip, source_sha256
 from util import (
     MissingFileError,
@@ -45,19 +45,19 @@ class EditInputs:
     timesteps: list[int]  # of the sampling schedule, noisiest first
     device: torch.device
     dtype: torch.dtype
-    team: Team = ALONE  # the processes that make this edit together
+    group: ProcessGroup = SINGLE_PROCESS  # the processes that make this edit together
 
 
-def open_inputs(config: EditConfig, team: Team = ALONE) -> EditInputs:
+def open_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -> EditInputs:
     """Finds and checks the cache, the checkpoint and the device of a configuration.
 
     Raises:
         UserError: naming what is missing or does not fit, and the command that mends it.
     """
-    device = resolve_device(config.device, team)
-    if config.compile and team.size > 1:
+    device = resolve_device(config.device, group)
+    if config.compile and group.size > 1:
         raise UserError(
-            f"compile: true, but {team.size} processes exchange tokens inside of the UNet, which "
+            f"compile: true, but {group.size} processes exchange tokens inside of the UNet, which "
             "cannot be compiled whole; use compile: false, or one process"
         )
     _check_backend(config.attention_backend, device)
@@ -111,7 +111,7 @@ def open_inputs(config: EditConfig, team: Team = ALONE) -> EditInputs:
         timesteps=timesteps,
         device=device,
         dtype=resolve_dtype(config.dtype, device),
-        team=team,
+        group=group,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from tokenflow.ops.distributed import Share
+from tokenflow.ops.distributed import Shard
 from tokenflow_utils import extended_attention, from_heads, to_heads
 
 
@@ -75,11 +75,11 @@ class WindowedAttention:
     Args:
         windows: of all keyframes.
         device: the UNet's.
-        share: this process's keyframes; each process computes its own queries.
+        shard: this process's keyframes; each process computes its own queries.
     """
 
-    def __init__(self, windows: list[Window], device: torch.device, share: Share) -> None:
-        self.share, own = share, share.own
+    def __init__(self, windows: list[Window], device: torch.device, shard: Shard) -> None:
+        self.shard, own = shard, shard.local
         self.windows = []
         for window in windows:
             first = max(window.queries.start, own.start)
@@ -102,4 +102,4 @@ class WindowedAttention:
                 output = extended_attention(query, key[:, window.seen], value[:, window.seen])
             outputs.append(from_heads(attn, output))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return self.share.gather(output, dim=1)
+        return self.shard.gather(output, dim=1)

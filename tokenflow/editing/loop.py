@@ -37,7 +37,7 @@ from tokenflow.editing.flow_field import FlowSource
 from tokenflow.editing.inputs import EditInputs, features_remedy
 from tokenflow.editing.keyframe_windows import WindowedAttention, keyframe_windows
 from tokenflow.editing.results import Edited
-from tokenflow.ops.distributed import Team
+from tokenflow.ops.distributed import ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch, device_name, reset_peak_memory, versions
 from tokenflow.storage.work_dir import Workplace
@@ -110,7 +110,7 @@ class EditSession:
         work: Workplace | None = None,
     ) -> None:
         self.inputs, self.config, self.cache = inputs, inputs.config, inputs.cache
-        self.team: Team = inputs.team
+        self.group: ProcessGroup = inputs.group
         self.work = work
         self.image_forwards = 0
         self.source_features = "live"
@@ -139,7 +139,7 @@ class EditSession:
         if self.config.propagation == "paper":
             return self.latents(t)
         noisiest = max(self.cache.manifest.timesteps)
-        alpha, sigma = self.models.schedule.level(noisiest)
+        alpha, sigma = self.models.schedule.alpha_sigma(noisiest)
         clean = self.latents(CLEAN_LATENTS)
         eps = (self.latents(noisiest) - alpha * clean) / sigma
         return self.models.schedule.add_noise(clean, eps, t)
@@ -169,14 +169,16 @@ class EditSession:
             stack.enter_context(loop.patched())
             source = stack.enter_context(loop.open_source(steps, done))
             following = [*plan.timesteps[1:], CLEAN]
-            progress = {"initial": done, "disable": not self.team.is_main, "unit": "step"}
+            progress = {"initial": done, "disable": not self.group.is_main, "unit": "step"}
             for i in tqdm(range(done, len(steps)), "edit", len(steps), **progress):
                 t, step = steps[i].t, steps[i]
                 with self.watch("edit"):
                     eps = loop.predict(source, x, step)
-                    x = ddim_step(x, eps, schedule.level(t), schedule.level(following[i]))
+                    x = ddim_step(
+                        x, eps, schedule.alpha_sigma(t), schedule.alpha_sigma(following[i])
+                    )
                 if (i + 1) % config.checkpoint_every == 0 or following[i] == CLEAN:
-                    self.image_forwards = before + sum(self.team.of_all(loop.image_forwards))
+                    self.image_forwards = before + sum(self.group.all_gather(loop.image_forwards))
                     self._checkpoint(x, i + 1)
         return x
 
@@ -199,7 +201,7 @@ class EditSession:
     def decode(self, latents: Tensor) -> Edited:
         """The edited clip of clean latents (n, 4, h, w)."""
         with self.watch("decode"):
-            frames = decode_latents(self.models, latents, self.chunk_size, self.team)
+            frames = decode_latents(self.models, latents, self.chunk_size, self.group)
         return Edited(frames, latents)
 
     def run_record(self) -> dict:
@@ -211,7 +213,7 @@ class EditSession:
             "checkpoint_revision": self.cache.manifest.model_revision,
             "n_frames": len(self.frames),
             "device": device_name(self.inputs.device),
-            "processes": self.team.size,
+            "processes": self.group.size,
             "dtype": self.models.dtype_name,
             "source_features": self.source_features,
             "image_forwards": self.image_forwards,
@@ -318,9 +320,9 @@ class _Loop:
         depth = depth_channel(models, session.frames, session.depth)
         self.edit = Denoiser(models, text, depth, plan.control)
         self.live: Denoiser | None = None  # of the source pass, unless its features are cached
-        n_frames, team = len(session.frames), session.team
-        self.share = team.share(n_frames)
-        own = self.share.numbers  # empty if there are more processes than frames
+        n_frames, group = len(session.frames), session.group
+        self.shard = group.shard(n_frames)
+        own = self.shard.local_indices  # empty if there are more processes than frames
         self.chunks = own.split(session.chunk_size) if len(own) else ()
         self.context = TokenFlowContext(
             branches=len(prompts),
@@ -332,10 +334,10 @@ class _Loop:
             together = n_frames  # frames in extended attention
             if config.consistency == "tokenflow":
                 together = -(-n_frames // config.batch_size)
-            keyframe_share = team.share_jointly(together)
+            keyframe_shard = group.shard(together, joint=True)
             windows = keyframe_windows(together, config.max_keyframes, session.chunk_size)
-            self.context.attend = WindowedAttention(windows, self.device, keyframe_share)
-            self.context.shard, self.context.gather = keyframe_share.take, keyframe_share.gather
+            self.context.attend = WindowedAttention(windows, self.device, keyframe_shard)
+            self.context.shard, self.context.gather = keyframe_shard.take, keyframe_shard.gather
 
     @contextmanager
     def patched(self) -> Iterator[None]:
@@ -367,7 +369,7 @@ class _Loop:
         )  # fmt: skip
         if self.config.consistency == "extended_attention":  # gathered by the keyframes' shards
             return eps
-        return self.share.gather(self.share.take(eps))
+        return self.shard.gather(self.shard.take(eps))
 
     def _guided(self, x: Tensor, t: int, frames: Tensor) -> Tensor:
         """eps of frames (m,) with classifier-free guidance; of keyframes, this process's shard."""
@@ -406,7 +408,7 @@ class _Loop:
             if session.source_features not in before:
                 session.source_features = f"{before}, then {session.source_features}"
         kind = f"{session.source_features} of {session.cache.sha256}"
-        session.team.check_same(kind, "source cache and its features")
+        session.group.assert_same(kind, "source cache and its features")
         with ExitStack() as stack:
             if features is not None:
                 log.info("source features: read from %s", features.folder)

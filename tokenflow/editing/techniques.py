@@ -25,7 +25,7 @@ from tokenflow.editing.results import (
     save_clips,
     save_records,
 )
-from tokenflow.ops.distributed import ALONE, Team, start_team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
 from tokenflow.ops.profiling import peak_memory_bytes
 from tokenflow.storage.work_dir import Workplace, locked, recover, resumable_folder
 from util import setup_logging
@@ -68,12 +68,12 @@ class Technique:
         Args:
             argv: the command line without the program's name; None for sys.argv's.
         """
-        with start_team() as team:
-            setup_logging(quiet=not team.is_main)
-            with team.together():
+        with start_process_group() as group:
+            setup_logging(quiet=not group.is_main)
+            with group.raise_together():
                 config, overwrite = read_config(self.config, argv, self.config_file, self.about)
-            folder = self.edit(config, overwrite, team=team)
-            if team.is_main:
+            folder = self.edit(config, overwrite, group=group)
+            if group.is_main:
                 print(f"result: {folder}")
         return folder
 
@@ -83,14 +83,14 @@ class Technique:
         overwrite: bool = False,
         load: Loader | None = None,
         wait: bool = True,
-        team: Team = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> Path:
         """Edits a preprocessed clip, unless a finished result exists.
 
         Args:
             overwrite, wait: as in `open_result`.
             load: loads the models; `load_stable_diffusion` if None.
-            team: the processes that make the edit together, each of which calls this.
+            group: the processes that make the edit together, each of which calls this.
 
         Returns:
             the result's folder.
@@ -98,8 +98,8 @@ class Technique:
         Raises:
             UserError: naming what is missing or does not fit.
         """
-        with team.together():
-            inputs = open_inputs(config, team)
+        with group.raise_together():
+            inputs = open_inputs(config, group)
             self.check(inputs)
         with open_result(self.name, inputs, overwrite, wait) as result:
             if not result.finished:
@@ -124,11 +124,11 @@ class OpenResult:
 
     def save(self, session: EditSession, edited: Edited) -> None:
         """Writes the result, run.yaml last; of several processes, the main one does."""
-        team, cache = session.team, session.cache
-        with team.together():
+        group, cache = session.group, session.cache
+        with group.raise_together():
             cache.check_unchanged()
-        peak = max(team.of_all(peak_memory_bytes(self.inputs.device)))
-        if not team.is_main:
+        peak = max(group.all_gather(peak_memory_bytes(self.inputs.device)))
+        if not group.is_main:
             return
         with session.watch("write"):
             save_clips(self.work.folder, edited, session.frames, session.config, cache.fps)
@@ -150,21 +150,21 @@ def open_result(
         wait: for other processes that write the same result; else Busy is raised.
     """
     result = OpenResult(technique, result_folder(inputs, technique), inputs)
-    folder, cache, team = result.folder, inputs.cache, inputs.team
+    folder, cache, group = result.folder, inputs.cache, inputs.group
     with (
-        locked(cache.folder, shared=True, wait=wait, team=team),
-        locked(folder, wait=wait, team=team),
+        locked(cache.folder, shared=True, wait=wait, group=group),
+        locked(folder, wait=wait, group=group),
     ):
-        with team.together():
+        with group.raise_together():
             cache.check_unchanged()
             found = False
-            if team.is_main:
+            if group.is_main:
                 recover(folder)
                 found = not overwrite and is_finished(folder, cache.sha256, inputs.config.verify)
-        if team.agree(found):
+        if group.broadcast(found):
             log.info("%s is finished, with these settings; --overwrite makes it again", folder)
             yield result
             return
         work_on = {**result_settings(inputs), "cache_sha256": cache.sha256}
-        with resumable_folder(folder, work_on, team) as result.work:
+        with resumable_folder(folder, work_on, group) as result.work:
             yield result

@@ -301,7 +301,7 @@ def rebuilt_from_keyframe(denoiser: Denoiser, start: Tensor, timesteps: Sequence
     steps = list(zip(timesteps, [*timesteps[1:], CLEAN], strict=True))
     with tokenflow_patch(models.unet, context):
         for t, t_next in tqdm(steps, desc="rebuild", unit="step"):
-            levels = schedule.level(t), schedule.level(t_next)
+            levels = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
             context.mode = Pass.SOURCE
             keyframe_eps = denoiser(keyframe, t, torch.tensor([1]))[0].cpu()
             context.mode = Pass.MATCH

@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
-from tokenflow.ops.distributed import ALONE, Team
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from util import (
     MissingFileError,
     UserError,
@@ -61,19 +61,19 @@ class Busy(UserError):
 
 @contextmanager
 def locked(
-    folder: Path, *, shared: bool = False, wait: bool = True, team: Team = ALONE
+    folder: Path, *, shared: bool = False, wait: bool = True, group: ProcessGroup = SINGLE_PROCESS
 ) -> Iterator[None]:
     """Keeps other processes off a folder, which need not exist yet.
 
     Args:
         shared: only those that write; several may read at once.
         wait: until the others are done, which the log says; else Busy is raised.
-        team: processes that work on the folder together: the main one keeps all others off.
+        group: processes that work on the folder together: the main one keeps all others off.
 
     Raises:
         Busy: if another process is at it and `wait` is false.
     """
-    lock = _acquire(folder, shared, wait) if team.is_main else None
+    lock = _acquire(folder, shared, wait) if group.is_main else None
     if lock is None:
         yield
         return
@@ -247,7 +247,7 @@ class Workplace:
         folder: to fill; a file counts from the `save` after it was written.
         state: as last saved, by this process or one before it; None at the beginning.
         files: bytes and sha256 of the files that were there then, by path within the folder.
-        writes: whether this process does what these methods say; of a team, the main one.
+        writes: whether this process does what these methods say; of a group, the main one.
     """
 
     folder: Path
@@ -305,7 +305,7 @@ def file_record(path: Path) -> FileRecord:
 
 @contextmanager
 def resumable_folder(
-    folder: Path, work: Mapping[str, Any], team: Team = ALONE
+    folder: Path, work: Mapping[str, Any], group: ProcessGroup = SINGLE_PROCESS
 ) -> Iterator[Workplace]:
     """Yields a place to fill; on success it takes the place of `folder`, old or missing.
 
@@ -315,21 +315,21 @@ def resumable_folder(
 
     Args:
         work: all that the folder's contents depend on, as plain values.
-        team: the processes that fill it together, each of which calls this.
+        group: the processes that fill it together, each of which calls this.
     """
-    if not team.is_main:
-        resumed = team.agree(None)
+    if not group.is_main:
+        resumed = group.broadcast(None)
         state, _ = _read_state(_work_place(folder)) if resumed else (None, {})
         if resumed and state is None:
             raise UserError(
                 f"{folder}: this process does not see the work that another goes on with"
             )
         yield Workplace(_work_place(folder) / "folder", state, writes=False)
-        team.wait()
+        group.barrier()
         return
     recover(folder)
     workplace = _reopen(folder, work) or _begin(folder, work)
-    team.agree(workplace.state is not None)
+    group.broadcast(workplace.state is not None)
     try:
         yield workplace
     except BaseException:
@@ -337,7 +337,7 @@ def resumable_folder(
             _remove(_work_place(folder))  # there is nothing to go on from
         raise
     _put_in_place(folder)
-    team.wait()
+    group.barrier()
 
 
 def _begin(folder: Path, work: Mapping[str, Any]) -> Workplace:
