@@ -17,6 +17,7 @@ from tests.helpers import HEIGHT, WIDTH, invert, make_clip
 from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
+from tokenflow.storage.schema import parse
 from util import UserError
 
 N_FRAMES = 7  # of 48x80: latents of 6x10, token grids of 6x10, 3x5, 2x3 and 1x2
@@ -335,7 +336,7 @@ def test_v_prediction_model_edits(tiny_v_model, tmp_path):
 
 def test_controlnet_refuses_the_depth_model(keys):
     with pytest.raises(UserError, match="sd_version: depth is conditioned on depth by itself"):
-        ControlNetConfig(**{**keys, "sd_version": "depth"})
+        parse(ControlNetConfig, {**keys, "sd_version": "depth"}, "a config")
 
 
 def test_decoded_frames_are_the_clip_s_size(keys):
