@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tabulate import tabulate
 
 import preprocess
 import run_tokenflow_controlnet
@@ -118,7 +119,7 @@ def print_figures(
 ) -> None:
     """A line for each clip: seconds, warp error x1e-3, and what its frames show most often."""
     judge = Judge(Path(MODELS["tiny"]) / "judge", torch.device("cpu"))
-    print(f"{'':16} {'seconds':>7}  {'warp error':>10}  shown most often")
+    rows = []
     for label, pictures in frames.items():
         seen, _ = Counter(map(color_shape_background, pictures)).most_common(1)[0]
         color, shape, background = seen
@@ -128,7 +129,10 @@ def print_figures(
         if color == "none":
             caption = f"nothing on a {background} background"
         took = f"{seconds[label]:.0f}" if label in seconds else ""
-        print(f"{label:16} {took:>7}  {warp_error(pictures, clip):10.2f}  {caption}")
+        rows.append([label, took, f"{warp_error(pictures, clip):.2f}", caption])
+    head = ["", "seconds", "warp error", "shown most often"]
+    align = ["left", "right", "right", "left"]
+    print(tabulate(rows, head, "plain", colalign=align, disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ already (of the same model, frames and size) are not measured again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -231,9 +232,8 @@ def _of(row: Row, family: str) -> bool:
 # ------------------------------------------------------------------------------------------- main
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script."""
-    setup_logging()
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads and checks the command line."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("clips", nargs="*", default=CLIPS, help="videos or folders (default: those of data/)")
@@ -253,6 +253,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_report_path(getattr(args, option), f"--{option}")
     if args.json and (str(args.json) == "-" or (args.json.exists() and not args.json.is_file())):
         raise UserError(f"--json: {args.json}: expected a file, rows are read from it too")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script."""
+    setup_logging()
+    args = parse_args(argv)
     device = resolve_device(args.device)
     folder = checkpoint_folder(model_key_for("tiny", args.model))
     dtype = resolve_dtype("auto", device)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+from tabulate import tabulate
+
 from scripts.batch.engine import run_jobs
 from scripts.table1 import table1
 from tokenflow.evaluation.evaluator import Evaluator
@@ -41,12 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{missing} edits failed; see the logs in {batch.output_path / 'batch'}")
     rows = {b: [r for r in scored if r.method == str(b)] for b in (None, *args.bounds)}
     print(f"{len(batch.clips)} clips, {args.interval} frames per keyframe; means")
-    print("max_keyframes", *SHOWN.values(), "clips with less flicker than unbounded", sep="  ")
+    head = ["max_keyframes", *SHOWN.values(), "clips with less flicker than unbounded"]
+    cells = []
     for bound, found in rows.items():
         pairs = zip(found, rows[None], strict=True)
         fewer = sum(row.warp_error < unbounded.warp_error for row, unbounded in pairs)
         error, score = (mean(getattr(row, key) for row in found) for key in SHOWN)
-        print(f"{bound or 'null':>13}  {error:>16.2f}  {score:>10.3f}  {fewer}")
+        cells.append([bound or "null", f"{error:.2f}", f"{score:.3f}", fewer])
+    print(tabulate(cells, head, "plain", disable_numparse=True, stralign="right"))
 
 
 if __name__ == "__main__":

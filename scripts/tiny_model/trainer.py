@@ -28,8 +28,8 @@ class Recipe:
     """How one part is trained.
 
     The learning rate rises linearly over `warmup` steps and falls to zero along a cosine. A run may
-    go on with more `steps` (the learning rate then jumps back to the longer cosine), and with no
-    other change.
+    be resumed with more `steps` (the learning rate then jumps back to the longer cosine), and with
+    no other change.
     """
 
     steps: int
@@ -105,12 +105,7 @@ def train(
         saves = time.monotonic() - saved > SAVE_SECONDS or last
         logs = done % 20 == 0 or last
         if logs or saves:
-            current = value.item()
-            if not math.isfinite(current):
-                raise UserError(
-                    f"{name}: the loss is {current} at step {step}; remove {folder} and train it "
-                    "with a lower learning rate"
-                )
+            current = run.finite(value, name, step)
         if logs:
             recent = current if recent == 0 else 0.9 * recent + 0.1 * current
             bar.set_postfix(loss=f"{recent:.4f}")
@@ -132,12 +127,7 @@ class _Run:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        recipe: Recipe,
-        seed: int,
-        inputs: Mapping[str, str],
-        model: nn.Module,
+        self, folder: Path, recipe: Recipe, seed: int, inputs: Mapping[str, str], model: nn.Module
     ) -> None:
         self.folder, self.recipe, self.seed, self.model = folder, recipe, seed, model
         self.known = {**asdict(recipe), "seed": seed, **inputs}
@@ -148,22 +138,19 @@ class _Run:
         )  # fmt: skip
         self.averaged = self.average.module.eval().requires_grad_(False)
         # Matrices and convolutions are decayed, biases and the scales of norms are not.
-        groups = [
-            {
-                "params": [p for p in model.parameters() if (p.ndim > 1) is decayed],
-                "weight_decay": w,
-            }
-            for decayed, w in ((True, recipe.weight_decay), (False, 0.0))
-        ]
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True
+            groups,
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=recipe.weight_decay,
+            fused=True,
         )
 
     def step(
-        self,
-        step: int,
-        loss: Callable[[nn.Module, torch.Generator], Tensor],
-        dtype: torch.dtype,
+        self, step: int, loss: Callable[[nn.Module, torch.Generator], Tensor], dtype: torch.dtype
     ) -> Tensor:
         """Takes one step; returns its loss."""
         for group in self.optimizer.param_groups:
@@ -181,6 +168,19 @@ class _Run:
         self.optimizer.zero_grad()
         self.average.update_parameters(self.model)
         return value
+
+    def finite(self, loss: Tensor, name: str, step: int) -> float:
+        """The value of a step's loss.
+
+        Raises:
+            UserError: if it is not finite.
+        """
+        if not loss.isfinite():
+            raise UserError(
+                f"{name}: the loss is {loss.item()} at step {step}; remove {self.folder} and train "
+                "it with a lower learning rate"
+            )
+        return loss.item()
 
     def resume(self) -> int:
         """Reads the folder's state if there is one; returns the number of steps done."""
@@ -223,10 +223,7 @@ class _Run:
         for number, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
         # Clones: safetensors takes no two tensors in one memory.
-        save_tensors(
-            self.folder / "state.safetensors",
-            {k: v.clone() for k, v in tensors.items()},
-        )
+        save_tensors(self.folder / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
 
     def _shorten_log(self, last: int) -> None:
         """Drop what was logged after the state was saved."""

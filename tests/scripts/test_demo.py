@@ -45,7 +45,7 @@ def test_the_demo_edits_draws_and_reports(first_run):
         (line,) = [line for line in printed.splitlines() if line.startswith(f"{label} ")]
         assert float(line.removeprefix(label).split()[1]) > 0  # the warp error
     rows = len(demo.EDITS) + 1
-    assert cv2.imread(str(folder / demo.PICTURE)).shape[0] == rows * 112
+    assert cv2.imread(str(folder / demo.PICTURE)).shape[0] >= rows * 112
     assert len(list((folder / "tokenflow-results/demo").rglob("edited.mp4"))) == len(demo.EDITS)
 
 

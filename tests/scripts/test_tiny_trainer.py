@@ -218,19 +218,6 @@ def test_an_interrupted_run_ends_as_one_in_one_piece(
 
 
 @pytest.mark.usefixtures("saves_every_step")
-def test_a_run_may_be_interrupted_again_and_again(
-    finished: tuple[Path, nn.Module], tmp_path: Path
-) -> None:
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, interrupted_at(8))
-    seen = []
-    assert_same(run(tmp_path, draws(seen)), finished[1])
-    assert len(seen) == RECIPE.steps - 3 * 8
-    assert [row["step"] for row in rows(tmp_path)] == ["20", "30"]
-
-
-@pytest.mark.usefixtures("saves_every_step")
 def test_an_interrupted_run_in_mixed_precision_ends_as_one_in_one_piece(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", dtype=torch.bfloat16)
     with pytest.raises(KeyboardInterrupt):
@@ -357,12 +344,6 @@ def test_another_recipe_is_refused(
     assert contents(folder) == before
 
 
-def test_every_difference_of_a_recipe_is_named(finished: tuple[Path, nn.Module]) -> None:
-    changed = dataclasses.replace(RECIPE, warmup=6, learning_rate=0.03)
-    with pytest.raises(UserError, match="another learning_rate, warmup, seed; remove"):
-        run(finished[0], unreachable, changed, seed=1)
-
-
 def test_another_seed_is_refused(finished: tuple[Path, nn.Module]) -> None:
     with pytest.raises(UserError, match=f"{finished[0]}: was trained with another seed; remove"):
         run(finished[0], unreachable, seed=1)
@@ -394,13 +375,6 @@ def test_every_step_draws_its_own_batch_and_draws_it_again(tmp_path: Path) -> No
     assert first == second
 
 
-def test_another_seed_draws_other_batches(tmp_path: Path) -> None:
-    first, second = [], []
-    run(tmp_path / "first", draws(first), seed=0)
-    run(tmp_path / "second", draws(second), seed=1)
-    assert not set(first) & set(second)
-
-
 # ---------------------------------------------------------------- what is written
 
 
@@ -416,16 +390,6 @@ def test_a_loss_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> N
         run(tmp_path, loss)
     assert len(calls) == 20
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
-
-
-def test_a_loss_that_is_not_finite_at_the_end_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tiny: the loss is nan at step 2"):
-        run(
-            tmp_path,
-            lambda model, generator: regression(model, generator) * math.nan,
-            dataclasses.replace(RECIPE, steps=3),
-        )
-    assert not (tmp_path / "state.safetensors").exists()
 
 
 def test_the_log_has_a_row_every_twenty_steps_and_at_the_end(tmp_path: Path) -> None:
@@ -462,12 +426,6 @@ def test_a_sheet_is_drawn_when_promised_from_the_averaged_model(tmp_path: Path) 
     weights = [weight for _, _, weight in drawn]
     assert torch.equal(weights[-1], averaged[0].weight)
     assert not torch.equal(weights[0], weights[1])
-
-
-def test_the_last_step_s_sheet_is_drawn_once(tmp_path: Path) -> None:
-    drawn = []
-    run(tmp_path, sheet=lambda model, path: drawn.append(path.name), sheet_every=15)
-    assert drawn == ["sheet_000015.png", "sheet_000030.png"]
 
 
 def test_nothing_is_pickled(finished: tuple[Path, nn.Module]) -> None:
