@@ -1,9 +1,9 @@
 """Edit a bundled clip with the small model: the demo, run by `make demo`.
 
-Runs the project's own scripts, whose command lines it prints, and ends with what came of them:
-each edit's seconds, its warp error (by the world's true flow), and what it shows: colours and shape
-are measured, the fill is told by the model's judge, a CLIP model. A picture of it all is in
-tokenflow-results/demo.png. What is there already is kept; `make clean` removes it.
+Runs the project's own scripts, prints their command lines, and ends with a table: each edit's
+seconds, its warp error (against the world's true flow), and what it shows. Colours and shape are
+measured on the pixels; the model's judge, a CLIP model, names the fill. A picture of all clips is
+written to tokenflow-results/demo.png. Existing results are kept; `make clean` removes them.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def inversion_options(config: Mapping[str, Any]) -> dict[str, object]:
 
 
 def run(script: ModuleType, argv: Sequence[str]) -> Path:
-    """Call a script's main as the shell would, and say so; returns the folder that it made."""
+    """Call a script's main as the shell would, and print the command; returns the output folder."""
     print(f"\n$ {shlex.join(['python', Path(script.__file__).name, *argv])}", flush=True)
     return script.main(argv)
 

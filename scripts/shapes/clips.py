@@ -3,7 +3,7 @@
     python -m scripts.shapes.clips latents/shapes --clips 10
     sh scripts/table1.sh latents/shapes/clips.yaml
 
-Each clip is a folder of PNG frames, with its optical flow and what is visible beside it
+Each clip is a folder of PNG frames, with its optical flow and visibility next to it
 (`<clip>.flow.safetensors`, motion.py) and its masks in `masks/<clip>/`; the edit asked for is
 another colour of the object. No scene was trained on: the seeds are the held-out ones.
 """
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SEED = 5_000_000
 SHARED = ("sd_version", "n_inversion_steps", "n_timesteps", "n_frames", "batch_size")
-OWN = {  # what Table 1 takes from each technique's demo config, beside what they share
+OWN = {  # what Table 1 takes from each technique's demo config, besides the common keys
     "pnp": ("guidance_scale", "pnp_attn_t", "pnp_f_t"),
     "sdedit": ("guidance_scale", "start"),
     "controlnet": ("guidance_scale",),
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seed < HELD_OUT:
         raise UserError(f"--seed: expected at least {HELD_OUT}, got {args.seed}: trained on")
     if args.folder.exists():
-        raise UserError(f"{args.folder}: is there already; remove it or name another")
+        raise UserError(f"{args.folder}: exists already; remove it or name another")
     check_writable(args.folder.parent, "folder")
     n_frames = load_yaml(ROOT / "configs/demo_pnp.yaml")["n_frames"]
     with replacing_folder(args.folder) as partial:

@@ -2,7 +2,8 @@
 # Measure speed and memory on a GPU, part by part: sh scripts/studies/gpu_benchmark.sh [PART ...]
 # Parts: tests precision stages backends compare inversion scaling wide profile (default: all).
 # In $OUT: each part's table (*.txt), figures (*.json) and log (*.log); the tables are printed at
-# the end. What fails, such as a backend that is not installed, is said there and stops nothing.
+# the end. A part that fails, such as a backend that is not installed, is reported there and does
+# not stop the others.
 # To try it all in a few minutes on a CPU:
 #   DEVICE=cpu DTYPES=float32 MODEL=tiny-random FRAMES=4 SIZE=64 WIDE=48x64 STEPS=4 PLAIN=8 \
 #   SCALING="2 4" SCALING_STEPS=2 REPEATS=1 BACKENDS="native _native_math" \

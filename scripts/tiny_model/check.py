@@ -4,10 +4,10 @@
 
 Every clip is inverted and edited by the project's own scripts at the demo's settings, to another
 colour, by TokenFlow and by each of the paper's ablations (its Table 1); the world's ground truth
-(masks, optical flow, occlusions) says how well. What pictures made from text show is measured on
-their pixels (colour, shape, background) and told by the model's own judge, a CLIP model (fill); the
-accuracy of both on rendered pictures is measured too. Finished edits are kept in the work folder
-and not made again as long as the model, the settings and the code stay what they are.
+(masks, optical flow, occlusions) says how well. Pictures sampled from text are measured on their
+pixels (colour, shape, background) and by the model's own judge, a CLIP model (fill); the accuracy
+of both on rendered pictures is measured too. Finished edits are kept in the work folder and reused
+as long as the model, the settings and the code do not change.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class ClipCheck:
     accuracy_frames: int  # of those inversions
 
     def __call__(self, seed: int) -> dict:
-        """Invert and edit the clip of a scene with one object, and measure what comes of it."""
+        """Invert and edit the clip of a scene with one object, and measure the results."""
         scene = random_scene(seed, n_objects=1)
         clip = render_clip(scene, SAMPLE_FRAMES, SIZE)
         source = self.work / "clips" / f"{seed}"
@@ -253,7 +253,7 @@ def _short_names(accuracy: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def table(figures: dict) -> str:
-    """The figures in rows, beside what is asked of them, for the terminal."""
+    """The figures in rows, with the required values, for the terminal."""
     percent, decibel = "{:.1f} %".format, "{:.2f} dB".format
     frames, steps = figures["accuracy_frames"], figures["accuracy_steps"]
     vae = figures["inversion_vae_psnr"]

@@ -196,7 +196,7 @@ def _sheet_options(training: Training) -> dict:
 
 
 class EdgesToNoise(nn.Module):
-    """A ControlNet in training beside the finished UNet, which stays as it is.
+    """A ControlNet in training next to the finished UNet, whose weights do not change.
 
     Its embedding of edges begins with weights under which they keep their strength: by PyTorch's
     and diffusers' own, edges fade from layer to layer to exactly zero, which learns slowly.

@@ -1,5 +1,5 @@
 #!/usr/bin/env sh
-# Train the small model on a GPU and measure it. Run it again after an interruption: it goes on.
+# Train the small model on a GPU and measure it. Run it again to resume after an interruption.
 # In $OUT: tiny.tar in pieces of 15 MiB (cat $OUT/tiny.tar.* | tar -x -C models/tiny), the
 # figures, and the sample sheets. To try it all in a few minutes on a CPU:
 #   BUDGET=smoke WORK=latents/smoke CHECK="--quick --clips 1 --pictures 4" sh scripts/tiny_model/gpu_train.sh

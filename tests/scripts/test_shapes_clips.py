@@ -48,5 +48,5 @@ def test_frames_and_truth_are_the_world_s(place):
 def test_bad_options_are_refused(tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         shapes_clips.main([str(tmp_path / "new"), *words])
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         shapes_clips.main([str(tmp_path)])

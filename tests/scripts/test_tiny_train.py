@@ -1,4 +1,4 @@
-"""The training of the small model: every part runs, goes on where it was, and writes what loads."""
+"""The training of the small model: every part runs, resumes, and writes weights that load."""
 
 import itertools
 import shutil
@@ -106,7 +106,7 @@ def test_an_interrupted_part_ends_as_one_in_one_piece(trained, tmp_path, monkeyp
     assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_what_comes_of_other_weights_is_not_gone_on_with(trained, tmp_path):
+def test_a_state_from_other_weights_is_refused(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "copy")
     weights = tmp_path / "copy/model/unet/diffusion_pytorch_model.safetensors"
     tensors = load_tensors(weights)

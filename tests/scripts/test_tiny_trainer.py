@@ -1,4 +1,4 @@
-"""The training loop: it learns, goes on where it left, and refuses what it cannot go on with."""
+"""The training loop: it learns, resumes, and refuses states that it cannot resume from."""
 
 import csv
 import dataclasses
@@ -198,7 +198,7 @@ def test_bfloat16_is_mixed_precision(tmp_path: Path) -> None:
     assert seen == {torch.float32}
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 
 
 @pytest.mark.usefixtures("saves_every_step")
@@ -226,7 +226,7 @@ def test_an_interrupted_run_in_mixed_precision_ends_as_one_in_one_piece(tmp_path
 
 
 @pytest.mark.usefixtures("saves_every_step")
-def test_frozen_and_unused_parameters_do_not_hinder_going_on(tmp_path: Path) -> None:
+def test_frozen_and_unused_parameters_do_not_hinder_resuming(tmp_path: Path) -> None:
     """They have no moments in the optimiser's state."""
 
     def build() -> nn.Module:
@@ -263,7 +263,7 @@ def test_an_interrupted_run_in_channels_last_ends_as_one_in_one_piece(tmp_path: 
     assert_same(run(tmp_path / "parts", loss, model=build()), whole)
 
 
-def test_a_run_interrupted_before_the_first_save_starts_anew(
+def test_a_run_interrupted_before_the_first_save_starts_again(
     finished: tuple[Path, nn.Module], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
