@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scripts.batch.clip_list import INVERSION, TECHNIQUES, Batch, Job, read_batch, shown_name, title
+from scripts.batch.clip_list import INVERSION, VARIANTS, Batch, Job, read_batch, shown_name, title
 from scripts.batch.engine import FAILED, FOUND, MADE, NOT_TRIED, Outcome, duration, log, run_jobs
 from tokenflow.cache.options import default, preprocess_command
 from tokenflow.evaluation.score_table import aligned
@@ -94,7 +94,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     clips = summary["clips"]
     jobs = [(clip, job) for clip, of_clip in clips.items() for job in of_clip]
     found = {job["kind"] for _, job in jobs}
-    kinds = [INVERSION, *(name for name in TECHNIQUES if name in found)]
+    kinds = [INVERSION, *(name for name in VARIANTS if name in found)]
     table = [["clip", *kinds]]
     for clip, of_clip in clips.items():
         cells = [_cell([job for job in of_clip if job["kind"] == kind]) for kind in kinds]
@@ -137,8 +137,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image_set", metavar="FILE", help="only the sequences of that tree that this file names")
     add("--prompt", nargs="+", metavar="TEXT",
         help="replace the list's prompts; {clip} stands for the clip's name")  # fmt: skip
-    add("--technique", nargs="+", metavar="NAME", choices=list(TECHNIQUES),
-        help=f"replace the list's techniques: {', '.join(TECHNIQUES)}")  # fmt: skip
+    add("--technique", nargs="+", metavar="NAME", choices=list(VARIANTS),
+        help=f"replace the list's techniques: {', '.join(VARIANTS)}")  # fmt: skip
     add("--jobs", type=int, metavar="N",
         help="jobs at a time (default: one on each GPU, else one on each machine)")  # fmt: skip
     add("--verify", action="store_true", help="check all checksums of finished work")

@@ -15,38 +15,28 @@ from pydantic import ConfigDict, Field, create_model, field_validator, model_val
 
 import run_tokenflow_controlnet as controlnet
 import run_tokenflow_pnp as pnp
-import run_tokenflow_sdedit as sdedit
 from scripts.batch.davis import sequences
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.diffusion.checkpoints import check_controlnet_fits, checkpoint_folder, model_key_for
 from tokenflow.diffusion.models import resolve_device
 from tokenflow.editing.config import EditConfig
+from tokenflow.editing.results import TECHNIQUES
+from tokenflow.editing.techniques import technique
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import clip_name
 from util import UserError, load_yaml, slug
 
 INVERSION = "inversion"  # the kind of a job; an edit's kind is the name of its variant
 # Options of preprocess.py, and the keys of an edit that set them.
-INVERSION_OPTIONS = {
-    "data_path": "data_path",
+_SAME = (
+    "data_path", "frame_start", "frame_stride", "n_frames", "H", "W", "sd_version", "model_key",
+    "keyframe_seed", "pnp_attn_t", "pnp_f_t", "device", "dtype", "allow_pickle", "verify",
+)  # fmt: skip
+INVERSION_OPTIONS = {name: name for name in _SAME} | {
     "save_dir": "latents_path",
-    "sd_version": "sd_version",
-    "model_key": "model_key",
     "steps": "n_inversion_steps",
     "save_steps": "n_timesteps",
-    "frame_start": "frame_start",
-    "frame_stride": "frame_stride",
-    "n_frames": "n_frames",
-    "H": "H",
-    "W": "W",
     "interval": "batch_size",
-    "keyframe_seed": "keyframe_seed",
-    "pnp_attn_t": "pnp_attn_t",
-    "pnp_f_t": "pnp_f_t",
-    "device": "device",
-    "dtype": "dtype",
-    "allow_pickle": "allow_pickle",
-    "verify": "verify",
 }
 FRAME_RANGE = ("frame_start", "frame_stride")
 # Edits of one cache may differ in these: its features are built for the largest, or the first.
@@ -58,37 +48,29 @@ CONTROL_OPTIONS = (  # of an inversion with sd_version: ControlNet; the keys of 
 
 
 @dataclass(frozen=True)
-class Technique:
-    """The class of an edit's configuration, and the function that returns its result's folder."""
-
-    config: type[EditConfig]
-    make: Callable[..., Path]
-
-
-TECHNIQUES = {
-    "pnp": Technique(pnp.PnPConfig, pnp.edit),
-    "sdedit": Technique(sdedit.SDEditConfig, sdedit.edit),
-    "controlnet": Technique(controlnet.ControlNetConfig, controlnet.edit),
-}
-
-
-@dataclass(frozen=True)
 class Variant:
     """A way to edit every clip.
 
     Attributes:
         name: of a technique, or of a row of Table 1.
         section: the technique whose settings in the list apply.
+        config: the class of its configurations.
+        edit: makes the result of a configuration; returns its folder.
         settings: keys that the list cannot change.
     """
 
     name: str
     section: str
-    technique: Technique
+    config: type[EditConfig]
+    edit: Callable[..., Path]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-VARIANTS = {name: Variant(name, name, technique) for name, technique in TECHNIQUES.items()}
+def _of_technique(name: str) -> Variant:
+    return Variant(name, name, technique(name).config, technique(name).edit)
+
+
+VARIANTS = {name: _of_technique(name) for name in TECHNIQUES}
 
 
 @dataclass(frozen=True)
@@ -148,7 +130,7 @@ class _Keys(Model):
     """The keys that a list has for all clips and a clip for itself."""
 
     prompts: list[str] | None = None
-    techniques: list[Literal[tuple(TECHNIQUES)]] | None = None
+    techniques: list[Literal[tuple(VARIANTS)]] | None = None
     inversion_prompt: str | None = None
     preprocess: dict[str, Any] = Field(default_factory=dict)
 
@@ -182,7 +164,7 @@ class _Keys(Model):
     def sections(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """The names and contents of all sections that hold settings."""
         yield "", self.model_extra or {}
-        for name in ("settings", *TECHNIQUES):
+        for name in ("settings", *VARIANTS):
             yield name, getattr(self, name, {})
 
 
@@ -199,7 +181,7 @@ class _Davis(Model):
     resolution: str = "480p"
 
 
-_SECTIONS = dict.fromkeys(TECHNIQUES, (dict[str, Any], Field(default_factory=dict)))
+_SECTIONS = dict.fromkeys(VARIANTS, (dict[str, Any], Field(default_factory=dict)))
 Entry = create_model("Entry", __base__=_Entry, **_SECTIONS)
 
 
@@ -229,16 +211,6 @@ class Batch:
     @property
     def clips(self) -> list[str]:
         return list(dict.fromkeys(job.clip for job in self.jobs))
-
-    def of_clip(self, name: str) -> Batch:
-        """The jobs of one clip.
-
-        Raises:
-            UserError: there is no such clip.
-        """
-        if name not in self.clips:
-            raise UserError(f"--clip: expected one of {', '.join(self.clips)}; got {name}")
-        return replace(self, jobs=[job for job in self.jobs if job.clip == name])
 
     def only(self, keys: Sequence[str]) -> Batch:
         """The jobs with these keys, and the inversions that they need.
@@ -345,7 +317,7 @@ def _edits(
         settings |= variant.settings | places
         for prompt in prompts:
             keys, place = settings | {"prompt": prompt}, f"{where}: {variant.name}"
-            config = parse(variant.technique.config, keys, place)
+            config = parse(variant.config, keys, place)
             yield _Edit(clip, where, variant, config, preprocess)
 
 

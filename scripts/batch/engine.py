@@ -18,9 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,14 +72,12 @@ class KeptModels:
         self._key: tuple | None = None
         self._models: StableDiffusion | None = None
 
-    def __call__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
-    ) -> StableDiffusion:
+    def __call__(self, folder: Path, *settings: Any) -> StableDiffusion:
         self.calls += 1
-        key = folder.resolve(), device, dtype, allow_pickle
+        key = folder.resolve(), *settings
         if key != self._key:
             self.forget()  # never two checkpoints in memory
-            self._models = load_stable_diffusion(folder, device, dtype, allow_pickle)
+            self._models = load_stable_diffusion(folder, *settings)
             self._key = key
         return self._models
 
@@ -137,10 +134,9 @@ def make(job: Job, load: KeptModels) -> Path:
     """Builds a cache or a result, or finds it finished; returns its folder."""
     if job.variant is None:
         return preprocess(PreprocessOptions(**job.work), load=load)
-    technique = job.variant.technique
-    config = technique.config(**job.work)
+    config = job.variant.config(**job.work)
     try:
-        return technique.make(config, load=load)
+        return job.variant.edit(config, load=load)
     finally:
         if config.compile:  # it changes the UNet for good
             load.forget()
@@ -158,11 +154,11 @@ def reason(error: BaseException) -> str:
 def redirect_output(path: Path) -> None:
     """Appends stdout and stderr of the whole process, libraries included, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    sys.stderr.flush()
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
+    with path.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 # -------------------------------------------------------------------------------- in the command
@@ -179,9 +175,8 @@ def ray_cluster() -> Iterator[Any]:
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died"  # the job's reason says it
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # `device: cuda:1` sees all GPUs
     with contextlib.ExitStack() as stack:
-        if os.environ.get("RAY_ADDRESS"):
-            options: dict[str, Any] = {}
-        else:
+        options: dict[str, Any] = {}
+        if not os.environ.get("RAY_ADDRESS"):
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on Linux: loopback only
             os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex()
             temporary = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")  # a short path
@@ -222,21 +217,22 @@ def run_jobs(
     Raises:
         UserError: no process can be started.
     """
-    queue, outcomes = deque(jobs), {}
     with ray_cluster() as ray:
         start, n_processes = _starter(ray, jobs, n_processes)
-        progress = Progress(jobs, n_processes)
+        progress, running = Progress(jobs, n_processes), {}
+        queue, outcomes = list(jobs), progress.outcomes
         idle = [start() for _ in range(n_processes)]
         try:
             ray.get([worker.ready.remote() for worker in idle])
         except ray.exceptions.RayActorError as error:
             raise UserError(f"no process can be started: {reason(error)}") from error
-        running: dict[Future, tuple[Job, Any]] = {}
         while queue or running:
-            while idle and (job := _next_job(queue, outcomes)):
+            ready = [job for job in queue if job.needs is None or job.needs in outcomes]
+            for job in ready[: len(idle)]:
+                queue.remove(job)
                 worker = idle.pop()
-                future = worker.run.remote(job, log_folder / job.log_name).future()
-                running[future] = job, worker
+                call = worker.run.remote(job, log_folder / job.log_name)
+                running[call.future()] = job, worker
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job, worker = running.pop(future)
                 try:
@@ -246,53 +242,33 @@ def run_jobs(
                     if not isinstance(error, ray.exceptions.RayTaskError) and queue:
                         worker = start()
                 idle.append(worker)
-                outcomes[job.key] = outcome
                 progress.report(job, outcome)
-                _skip_edits(job, outcome, queue, outcomes)
+                queue = [job for job in queue if job.key not in outcomes]
     return outcomes
 
 
-def _starter(ray: Any, jobs: Sequence[Job], n_processes: int | None) -> tuple[Any, int]:
-    """What starts a process, and how many are to be started."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+def _starter(
+    ray: Any, jobs: Sequence[Job], n_processes: int | None
+) -> tuple[Callable[[], Any], int]:
+    """The function that starts a process, and how many to start."""
+    n_nodes = sum(node["Alive"] for node in ray.nodes())
     n_gpus = int(ray.cluster_resources().get("GPU", 0))
     if not any(job.work["device"] in ("auto", "cuda") for job in jobs):
         n_gpus = 0
-    n_processes = n_processes or n_gpus or len(nodes)
-    n_processes = min(n_processes, len(jobs))
-    threads = (os.cpu_count() or 1) // math.ceil(n_processes / len(nodes))
+    n_processes = min(n_processes or n_gpus or n_nodes, len(jobs))
+    threads = max(1, (os.cpu_count() or 1) // math.ceil(n_processes / n_nodes))
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, threads)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
         "TQDM_DISABLE": "1",
     }
     actor = ray.remote(Worker).options(
         num_cpus=0,
         num_gpus=1 / math.ceil(n_processes / n_gpus) if n_gpus else 0,
-        max_restarts=0,
         scheduling_strategy="SPREAD",
         runtime_env={"env_vars": environment},
     )
     return lambda: actor.remote(Path.cwd()), n_processes
-
-
-def _next_job(queue: deque[Job], outcomes: dict[str, Outcome]) -> Job | None:
-    """Removes the first job from the queue whose inversion, if it needs one, is finished."""
-    for job in queue:
-        if job.needs is None or job.needs in outcomes:
-            queue.remove(job)
-            return job
-    return None
-
-
-def _skip_edits(
-    job: Job, outcome: Outcome, queue: deque[Job], outcomes: dict[str, Outcome]
-) -> None:
-    """After a failed inversion, lets its edits fail too."""
-    if outcome.state == FAILED:
-        for edit in [other for other in queue if other.needs == job.key]:
-            queue.remove(edit)
-            outcomes[edit.key] = Outcome(FAILED, reason=NOT_TRIED)
 
 
 def _crash(error: Exception, job: Job, log_file: Path) -> Outcome:
@@ -302,8 +278,7 @@ def _crash(error: Exception, job: Job, log_file: Path) -> Outcome:
             messages.write(f"{error}\n")
         return Outcome(FAILED, reason=f"{type(cause).__name__}: {cause}")
     said = log_file.read_text(errors="replace") if log_file.is_file() else ""
-    said = said.rpartition(job.title)[2]
-    if fatal := re.search("Fatal Python error: (.*)", said):
+    if fatal := re.search("Fatal Python error: (.*)", said.rpartition(job.title)[2]):
         return Outcome(FAILED, reason=f"its process was killed: {fatal[1]}")
     if status := re.search(r"exit code (\d+)", str(error)):
         return Outcome(FAILED, reason=f"its process ended with status {status[1]}")
@@ -315,46 +290,43 @@ def _crash(error: Exception, job: Job, log_file: Path) -> Outcome:
 
 @dataclass
 class Progress:
-    """Logs how far a batch is, and an estimate of the time that is left."""
+    """Records how jobs end, and logs how far a batch is with an estimate of the time left."""
 
     jobs: Sequence[Job]
     n_processes: int
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # of jobs that ran, by kind
-    left: list[Job] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.left = list(self.jobs)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)  # by the keys of jobs
 
     def report(self, job: Job, outcome: Outcome) -> None:
-        """Logs how a job ended; the edits of a failed inversion are counted as done."""
-        if outcome.state == MADE:
-            self.seconds.setdefault(job.kind, []).append(outcome.seconds)
-        failed = outcome.state == FAILED
-        self.left = [
-            j for j in self.left if j.key != job.key and not (failed and j.needs == job.key)
-        ]
-        how = {
-            MADE: f"made in {duration(outcome.seconds)}",
-            FOUND: "found finished",
-            FAILED: f"failed: {outcome.reason}",
-        }[outcome.state]
-        done, total = len(self.jobs) - len(self.left), len(self.jobs)
-        say = log.error if failed else log.info
+        """Records and logs how a job ended; the edits of a failed inversion fail too."""
+        self.outcomes[job.key] = outcome
+        how, say = f"{MADE} in {duration(outcome.seconds)}", log.info
+        if outcome.state == FOUND:
+            how = "found finished"
+        if outcome.state == FAILED:
+            how, say = f"failed: {outcome.reason}", log.error
+            for edit in self.jobs:
+                if edit.needs == job.key:
+                    self.outcomes[edit.key] = Outcome(FAILED, reason=NOT_TRIED)
+        done, total = len(self.outcomes), len(self.jobs)
         say("[%d/%d] %s: %s%s", done, total, job.title, how, self._rest())
 
     def _rest(self) -> str:
         """The estimate, by the mean seconds of each kind; if none of it ran yet, of all jobs."""
-        if not self.left or not self.seconds:
+        seconds: dict[str, list[float]] = {}
+        left = [job.kind for job in self.jobs if job.key not in self.outcomes]
+        for job in self.jobs:
+            outcome = self.outcomes.get(job.key)
+            if outcome and outcome.state == MADE:
+                seconds.setdefault(job.kind, []).append(outcome.seconds)
+        if not left or not seconds:
             return ""
-        overall = statistics.mean(s for of_kind in self.seconds.values() for s in of_kind)
-        seconds = sum(statistics.mean(self.seconds.get(job.kind, [overall])) for job in self.left)
-        return f"; about {duration(seconds / self.n_processes)} left"
+        overall = [value for of_kind in seconds.values() for value in of_kind]
+        rest = sum(statistics.mean(seconds.get(kind, overall)) for kind in left)
+        return f"; about {duration(rest / self.n_processes)} left"
 
 
 def duration(seconds: float) -> str:
     """Seconds as people say them."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from run_tokenflow_pnp import PnPConfig
-from scripts.batch.clip_list import VARIANTS, Batch, ClipList, Technique, Variant, read_batch
+from scripts.batch.clip_list import VARIANTS, Batch, ClipList, Variant, read_batch
 from scripts.batch.engine import FAILED, Outcome, log, run_jobs
 from scripts.table1 import baselines
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
@@ -57,8 +57,7 @@ TOKENFLOW = {
 def _row(name: str, technique: str, **changes: object) -> Variant:
     """A row: its technique, and the settings in which it differs from TokenFlow."""
     if technique in baselines.BASELINES:
-        made_by = Technique(PnPConfig, baselines.BASELINES[technique])
-        return Variant(name, "pnp", made_by, TOKENFLOW)
+        return Variant(name, "pnp", PnPConfig, baselines.BASELINES[technique], TOKENFLOW)
     return replace(VARIANTS[technique], name=name, settings=TOKENFLOW | changes)
 
 
@@ -133,10 +132,11 @@ def score(batch: Batch, outcomes: Mapping[str, Outcome], evaluator: Evaluator) -
     return rows
 
 
-def write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """Writes each clip's rows to `folder`/<clip>.json."""
+def write_rows(batch: Batch, rows: Sequence[Row]) -> None:
+    """Writes each clip's rows to <output_path>/rows/<clip>.json."""
+    folder = batch.output_path / "rows"
     folder.mkdir(parents=True, exist_ok=True)
-    for clip in {row.clip for row in rows}:
+    for clip in batch.clips:
         own = [row for row in rows if row.clip == clip]
         write_report(folder / f"{clip}.json", rows_as_json(own))
 
@@ -234,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = parse_args(argv)
     batch, protocol = read_list(args.clips, [m for m in METHODS if m.name in args.methods])
     if args.clip is not None:
-        batch = batch.of_clip(args.clip)
+        if args.clip not in batch.clips:
+            raise UserError(f"--clip: expected one of {', '.join(batch.clips)}; got {args.clip}")
+        batch = replace(batch, jobs=[job for job in batch.jobs if job.clip == args.clip])
     check_writable(batch.output_path, "output_path")
     others = [row for path in args.also for row in read_rows(path)]
     if protocol.flow == "truth":
@@ -243,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     evaluator = Evaluator(protocol)  # fetches what it needs, or raises now
     log_folder = batch.output_path / "batch"
     rows = score(batch, run_jobs(batch.jobs, log_folder, args.jobs), evaluator)
-    write_rows(batch.output_path / "rows", rows)
+    write_rows(batch, rows)
     n_edits = sum(job.variant is not None for job in batch.jobs)
     missing = n_edits - len(rows)
     rows += others

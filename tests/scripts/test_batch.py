@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from scripts.batch import batch, engine
-from scripts.batch.clip_list import VARIANTS, Job, Technique, Variant
+from scripts.batch.clip_list import VARIANTS, Job, Variant
 from scripts.batch.engine import FAILED, FOUND, MADE, KeptModels, Outcome, Progress
 from tests.helpers import HEIGHT, WIDTH, contents, make_clip
 from util import Interrupted, UserError, load_yaml, save_yaml
@@ -118,7 +118,7 @@ def failing(name, action):
         action()
         return Path("result")
 
-    variant = Variant("pnp", "pnp", Technique(SimpleNamespace, make))
+    variant = Variant("pnp", "pnp", SimpleNamespace, make)
     return Job(name, variant, {"device": "cpu", "compile": False, "prompt": name})
 
 
@@ -292,6 +292,11 @@ def processes_of(parent):
     return names
 
 
+def is_alive(pid):
+    file = Path(f"/proc/{pid}/stat")
+    return file.is_file() and file.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def start_batch():
     """Starts the script as a user does; returns it and its worker's number, amid the second job."""
     script = str(engine.ROOT / "scripts/run_davis.sh")
@@ -324,7 +329,8 @@ def test_kill_and_sigterm_of_the_real_processes(tiny_model, shared_ray):
         shutil.rmtree("latents")
         shutil.rmtree("tokenflow-results")
         process, worker = start_batch()
-        children = processes_of(process.pid)
+        names = processes_of(process.pid)
+        children = [p for p, name in names.items() if re.search("raylet/raylet|ray::W", name)]
         process.send_signal(number)
         _, told = process.communicate()
         assert process.returncode == status
@@ -332,7 +338,7 @@ def test_kill_and_sigterm_of_the_real_processes(tiny_model, shared_ray):
             assert told.strip().endswith("python -m scripts.batch.batch list.yaml")
             assert "Traceback" not in told
         deadline = time.monotonic() + 60
-        while any(Path(f"/proc/{pid}").exists() for pid in children):  # nothing is left behind
+        while any(is_alive(pid) for pid in children):  # nothing is left behind
             assert time.monotonic() < deadline, children
             time.sleep(0.1)
         assert not Path(SUMMARY).exists()
@@ -340,30 +346,44 @@ def test_kill_and_sigterm_of_the_real_processes(tiny_model, shared_ray):
         assert states() == {"a": [FOUND, MADE], "b": [MADE, MADE]}
 
 
-@pytest.mark.slow
-def test_a_batch_runs_on_two_nodes(tiny_model, monkeypatch):
-    from ray.cluster_utils import Cluster
+# Ray knows one cluster a process, and the test's own is another one.
+TWO_NODES = """
+import os, subprocess, sys
+from ray.cluster_utils import Cluster
+node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+try:
+    cluster.add_node(**node)
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    subprocess.run(["sh", os.environ["RUN_DAVIS"], "list.yaml"], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", os.environ["ON_EACH"]], env=environment, check=True)
+finally:
+    cluster.shutdown()
+"""
+ON_EACH = """
+from pathlib import Path
+from ray import get_runtime_context
+from scripts.batch import engine
+from tests.scripts.test_batch import failing
+jobs = [failing(name, lambda: print(get_runtime_context().get_node_id())) for name in "xy"]
+engine.run_jobs(jobs, Path("logs"))
+"""
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
-    node = {"num_cpus": 1, "object_store_memory": engine.OBJECT_STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-    try:
-        cluster.add_node(**node)
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        for i, name in enumerate("abc"):
-            make_clip(Path(f"{name}.mp4"), 3, seed=i)
-        write(tiny_model, clips=[{"data_path": f"{name}.mp4"} for name in "abc"])
-        assert run() == 0
-        assert states() == {name: [MADE] * 2 for name in "abc"}
-        where = [failing(str(i), lambda: print("node", os.environ["RAY_NODE_ID"])) for i in (0, 1)]
-        engine.run_jobs(where, Path("logs"))
-        found = re.findall(
-            "node (.*)", Path("logs/0.log").read_text() + Path("logs/1.log").read_text()
-        )
-        assert len(found) == len(set(found)) == 2
-    finally:
-        cluster.shutdown()
+
+@pytest.mark.slow
+def test_a_batch_runs_on_two_nodes(tiny_model):
+    for i, name in enumerate("abc"):
+        make_clip(Path(f"{name}.mp4"), 3, seed=i)
+    write(tiny_model, clips=[{"data_path": f"{name}.mp4"} for name in "abc"])
+    environment = {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef", "PYTHON": sys.executable,
+        "PYTHONPATH": str(engine.ROOT), "ON_EACH": ON_EACH,
+        "RUN_DAVIS": str(engine.ROOT / "scripts/run_davis.sh"),
+    }  # fmt: skip
+    subprocess.run([sys.executable, "-c", TWO_NODES], env=os.environ | environment, check=True)
+    assert states() == {name: [MADE] * 2 for name in "abc"}
+    nodes = [Path(f"logs/{name}.log").read_text().split()[-1] for name in "xy"]
+    assert nodes[0] != nodes[1]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ LIST = {
 def configs_of(batch):
     """By clip and row, the configurations of the edits."""
     edits = [job for job in batch.jobs if job.variant is not None]
-    return {(job.clip, job.kind): job.variant.technique.config(**job.work) for job in edits}
+    return {(job.clip, job.kind): job.variant.config(**job.work) for job in edits}
 
 
 def write(folder, changes=None):
@@ -56,7 +56,7 @@ def test_settings_come_from_the_most_special_place(tmp_path):
 
 def test_every_row_differs_from_every_other(tmp_path):
     batch, _ = table1.read_list(write(tmp_path, {"clips": [CLIP]}))
-    edits = {(job.variant.technique.make, str(job.work)) for job in batch.jobs if job.variant}
+    edits = {(job.variant.edit, str(job.work)) for job in batch.jobs if job.variant}
     assert len(edits) == len(table1.METHODS)
 
 
