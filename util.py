@@ -134,7 +134,7 @@ def _this_command() -> list[str]:
     return [*(["-m", spec.name] if as_module else sys.argv[:1]), *sys.argv[1:]]
 
 
-_GO_ON = "the same command goes on with what is finished by now"
+_GO_ON = "run the same command again to resume"
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.ESTALE, errno.ENAMETOOLONG, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP,
@@ -289,7 +289,7 @@ def write_report(path: Path, content: str | bytes) -> None:
 
 
 def check_writable(folder: str | Path, name: str) -> None:
-    """Refuse a folder that cannot be made or written to, before work whose result shall go there.
+    """Refuse a folder that cannot be made or written to, before work whose result goes there.
 
     Args:
         folder: need not exist yet.

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Table 1 on clips of your own: every row's edits, their scores, and the paper's figures beside them.
+# Table 1 on clips of your own: every row's edits, their scores, and the paper's figures.
 #
 #     sh scripts/table1.sh CLIPS_YAML [--jobs N] [--json FILE] [--markdown FILE] ...
 #

@@ -781,7 +781,7 @@ def test_the_filter_hides_rows_and_videos(shown, visit):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A report in which every text is hostile, beside its results."""
+    """A report in which every text is hostile, next to its results."""
     place = tmp_path_factory.mktemp("hostile")
     for number, text in enumerate(HOSTILE.values()):
         name = f"{number} \u202e%20#?<img src=x onerror=alert(1)>'\" \N{WOLF FACE}"

@@ -68,7 +68,7 @@ def test_keyframe_schedule_is_a_function_of_its_arguments():
     assert schedule.shape == (50, 3)
     assert torch.equal(schedule, keyframe_schedule(20, 8, 50, seed=3))
     assert not torch.equal(schedule, keyframe_schedule(20, 8, 50, seed=4))
-    assert len(schedule.unique(dim=0)) > 1  # drawn anew at each step
+    assert len(schedule.unique(dim=0)) > 1  # drawn again at each step
     assert len(keyframe_schedule(20, 8, 50, 3, "fixed").unique(dim=0)) == 1
 
 

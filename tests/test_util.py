@@ -26,8 +26,8 @@ from util import MissingFileError, UserError
         (UserError("bad\nnews"), 2, "error: bad news\n"),
         (MissingFileError("no such file"), 2, "error: no such file\n"),
         (OSError(errno.ENOSPC, "No space left", "a.png"), 2, "error: a.png: No space left; once"),
-        (KeyboardInterrupt(), 130, "\ninterrupted; the same command goes on"),
-        (util.Interrupted(15), 143, "\ninterrupted; the same command goes on"),
+        (KeyboardInterrupt(), 130, "\ninterrupted; run the same command again"),
+        (util.Interrupted(15), 143, "\ninterrupted; run the same command again"),
         (None, 0, ""),
     ],
 )

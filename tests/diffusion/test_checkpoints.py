@@ -304,7 +304,7 @@ def test_an_index_that_leads_elsewhere_is_refused(model, name):
     content = json.loads(index.read_text())
     content["weight_map"][next(iter(content["weight_map"]))] = name
     index.write_text(json.dumps(content))
-    message = r"index\.json: lists .*expected \.safetensors files beside it"
+    message = r"index\.json: lists .*expected \.safetensors files next to it"
     with pytest.raises(UserError, match=message):
         checkpoint_folder(str(model))
 

@@ -101,7 +101,7 @@ def test_the_way_back_is_looked_up_where_the_way_there_ends() -> None:
     back[0, 5, 9] = -4
     seen = consistent(there, back)
     assert seen[5, 5]
-    assert not seen[5, 9]  # it stays, but what is there came from elsewhere
+    assert not seen[5, 9]  # it stays, but it was another place before
     assert seen.sum() == 400 - 1
 
 

@@ -135,7 +135,7 @@ def _count_evaluations() -> list[Denoiser]:
 def _count_calls(die_at: int | None, fails_with: int | None) -> list[str]:
     """Counts the calls of CALLS from now on; dies before one, a file to be synced cut in half.
 
-    Args: as of `Child`.
+    Args: as in `Child`.
     """
     made: list[str] = []
 

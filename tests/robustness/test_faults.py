@@ -657,7 +657,9 @@ ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 def check_interrupted(world: World, job: Job, place: Path, output: str) -> None:
     assert "Traceback" not in output and "Exception ignored" not in output
     last = output.strip().splitlines()[-1]
-    assert re.fullmatch(r"interrupted; the same command goes on .*: python .*", last), output
+    assert re.fullmatch(r"interrupted; run the same command again to resume: python .*", last), (
+        output
+    )
     check_nothing_broken(world, job, place)
 
 

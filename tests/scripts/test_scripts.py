@@ -119,7 +119,7 @@ def test_a_result_is_what_the_design_says(results, technique):
         "frames",
         *(f"frames/0000{i}.png" for i in range(N_FRAMES)),
     }
-    assert [path.name for path in folder.parent.iterdir()] == [name]  # nothing half-made beside it
+    assert [path.name for path in folder.parent.iterdir()] == [name]  # and nothing half-made
 
 
 @pytest.mark.parametrize("technique", SCRIPTS)

@@ -160,7 +160,7 @@ def uses_safetensors(folder: Path, allow_pickle: bool = False) -> bool:
     if not allow_pickle:
         raise UserError(
             f"{pickled[0]}: pickled weights can run code when they are read, and there are no "
-            f"safetensors beside them; {convert}, or, if you trust where they are from, add "
+            f"safetensors next to them; {convert}, or, if you trust where they are from, add "
             "--allow_pickle (of preprocess.py and the run scripts; allow_pickle: true in a config)"
         )
     return False
@@ -177,12 +177,12 @@ def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **opt
 
     Args:
         cls: the model's class, which the folder's files do not choose.
-        folder: as of `uses_safetensors`; files that `single_model_folder` has checked.
-        allow_pickle: as of `uses_safetensors`.
+        folder: as in `uses_safetensors`; files that `single_model_folder` has checked.
+        allow_pickle: as in `uses_safetensors`.
         options: of from_pretrained.
 
     Raises:
-        UserError: as of `uses_safetensors`, or if pickled weights hold anything but tensors.
+        UserError: as in `uses_safetensors`, or if pickled weights hold anything but tensors.
     """
     safe = uses_safetensors(folder, allow_pickle)
     try:
@@ -202,7 +202,7 @@ def check_controlnet_fits(checkpoint: Path, key: str, allow_pickle: bool = False
     Args:
         checkpoint: the Stable Diffusion checkpoint's folder.
         key: hub id or local folder of the ControlNet.
-        allow_pickle: as of `checkpoint_folder`.
+        allow_pickle: as in `checkpoint_folder`.
 
     Raises:
         MissingFileError: if the ControlNet cannot be found.
@@ -319,13 +319,13 @@ def _shards_of(index: Path) -> list[str]:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{index}: damaged, not an index of weights; fetch the model anew"
+            f"{index}: damaged, not an index of weights; fetch the model again"
         ) from error
     suffix = Path(index.name.removesuffix(INDEX)).suffix
     for name in names:
         # An index of safetensors that names a pickled file would have it read.
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(suffix):
-            raise UserError(f"{index}: lists {name!r:.80}, expected {suffix} files beside it")
+            raise UserError(f"{index}: lists {name!r:.80}, expected {suffix} files next to it")
         if not (index.parent / name).is_file():
             raise MissingFileError(f"{index}: lists {name!r:.80}, which is missing")
     return names
@@ -340,7 +340,7 @@ def _check_files(folder: Path) -> None:
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: damaged, not JSON ({error}); fetch the model anew") from error
+            raise UserError(f"{path}: damaged, not JSON ({error}); fetch it again") from error
         if path.name.endswith(INDEX):
             _shards_of(path)
         if path.name == "adapter_config.json":
@@ -356,7 +356,7 @@ def _check_files(folder: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise UserError(f"{path}: damaged ({error}); fetch the model anew") from error
+            raise UserError(f"{path}: damaged ({error}); fetch the model again") from error
 
 
 def _has_key(content: Any, key: str) -> bool:

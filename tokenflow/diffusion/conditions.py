@@ -49,7 +49,7 @@ def load_controlnet(
     """Loads a ControlNet, frozen and in evaluation mode.
 
     Args:
-        allow_pickle: as of `checkpoint_folder`.
+        allow_pickle: as in `checkpoint_folder`.
 
     Raises:
         MissingFileError: if it cannot be found.
@@ -111,7 +111,7 @@ def estimate_depth(
     Args:
         frames: (n, H, W, 3) uint8 RGB.
         key: hub id or local folder of a transformers DPT model.
-        allow_pickle: as of `checkpoint_folder`.
+        allow_pickle: as in `checkpoint_folder`.
 
     Returns:
         (n, 1, H, W) float32 in [0, 1]; 1 is nearest.

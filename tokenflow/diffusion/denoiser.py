@@ -77,7 +77,7 @@ class Denoiser:
         if self.control is not None:
             images = self._of(self.control.images, frames).repeat(self.branches, 1, 1, 1)
             residuals = self.control.residuals(model_input, t, text, images)
-        # As a tensor: a compiled UNet would be compiled anew for every number.
+        # As a tensor: torch.compile compiles again for every number.
         timestep = torch.tensor(t, device=models.device)
         prediction = models.unet(
             model_input, timestep, encoder_hidden_states=text, return_dict=False, **residuals
@@ -125,7 +125,7 @@ def depth_channel(
 ) -> Tensor | None:
     """The fifth latent channel of a clip, (n, 1, h, w), where the UNet expects one.
 
-    Args: as of `make_denoiser`.
+    Args: as in `make_denoiser`.
     """
     if not models.takes_depth:
         return None

@@ -83,9 +83,9 @@ def invert(
         tolerance: relative residual of a finished frame; 0: every evaluation, from plain DDIM's
             start.
         batch_size: frames evaluated at once.
-        t: CLEAN, or where an inversion that was interrupted goes on.
-        past: (timestep, noise) of the last two steps, which is kept up to date here; to go on with
-            a tolerance to the very same result, it is needed as it was at t.
+        t: CLEAN, or the timestep at which an interrupted inversion resumes.
+        past: (timestep, noise) of the last two steps, updated in place; to resume bit-equal with a
+            tolerance, pass it as it was at t.
         frames: the latents' numbers in the clip; 0..n-1 where none are given.
         progress: whether to show it.
 
@@ -153,7 +153,7 @@ def sample(
         noisy: (n, 4, h, w) latents at timestep t, on the CPU; n may be 0.
         timesteps: descending; those above t are behind.
         t: one of them, by default the first.
-        frames, progress: as of `invert`.
+        frames, progress: as in `invert`.
 
     Yields:
         each next timestep, CLEAN at last, with its latents (n, 4, h, w), on the CPU.

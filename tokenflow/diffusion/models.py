@@ -18,7 +18,7 @@ from util import UserError
 
 MOST_KINDS_OF_PASS = 64  # that a UNet is compiled for
 
-BETTER_DTYPE = "--dtype bfloat16 or float32 (dtype in a config), and make the cache anew with it"
+BETTER_DTYPE = "--dtype bfloat16 or float32 (dtype in a config), and build the cache again with it"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StableDiffusion:
     schedule: NoiseSchedule
     device: torch.device
     dtype: torch.dtype
-    allow_pickle: bool = False  # of the models that are loaded beside these
+    allow_pickle: bool = False  # of other models, such as a ControlNet
     _controlnets: dict[str, ControlNetModel] = field(default_factory=dict, compare=False)
 
     def controlnet(self, key: str) -> ControlNetModel:
@@ -114,7 +114,7 @@ def load_stable_diffusion(
 
     Args:
         folder: of `checkpoint_folder`.
-        allow_pickle: as of `checkpoint_folder`.
+        allow_pickle: as in `checkpoint_folder`.
 
     Raises:
         UserError: see `load_model`.
@@ -123,8 +123,7 @@ def load_stable_diffusion(
     text_encoder = load_model(CLIPTextModel, folder / "text_encoder", **options)
     vae = load_model(AutoencoderKL, folder / "vae", **options)
     unet = load_model(UNet2DConditionModel, folder / "unet", **options)
-    # The layout that convolutions are fastest in: a VAE's everywhere; a UNet's gain nothing on the
-    # CPU, and half-precision ones on GPUs are said to.
+    # The fastest layout of convolutions: for a VAE everywhere, for a UNet (not measured) on GPUs.
     vae = vae.to(memory_format=torch.channels_last)
     if device.type == "cuda":
         unet = unet.to(memory_format=torch.channels_last)
@@ -147,7 +146,7 @@ Loader = Callable[[Path, torch.device, torch.dtype, bool], StableDiffusion]
 def compile_unet(unet: UNet2DConditionModel, backend: str = "inductor") -> None:
     """Compiles a UNet's forward in place, whole (fullgraph) or not at all; a second call is idle.
 
-    It is compiled when it is called, anew for every kind of pass: each mode of the patch, with and
+    It is compiled when it is called, once for every kind of pass: each mode of the patch, with and
     without injection, and a shorter last chunk. That can be more often than torch expects of one
     function, so its limit, which is the process's, is raised.
     """

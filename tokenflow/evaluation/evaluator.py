@@ -289,7 +289,7 @@ def score_all(subjects: Sequence[Subject], evaluator: Evaluator) -> tuple[list[R
 
     Returns:
         the rows in the subjects' order, and what is wrong with those that could not be scored:
-        hours of others shall not be lost to one damaged frame.
+        one damaged frame must not lose hours of other results.
     """
     order = sorted(range(len(subjects)), key=lambda i: _source_key(subjects[i].source))
     rows: dict[int, Row] = {}

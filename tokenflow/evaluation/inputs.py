@@ -34,7 +34,7 @@ class Source:
 
     Attributes:
         clip: its name.
-        path: its path, for the ground truth beside it.
+        path: its path, for the ground truth next to it.
         read: reads the frames, (n, H, W, 3) uint8, resized as they were for the edit.
         shape: n, H, W.
         start, stride: which of the clip's frames they are.

@@ -240,7 +240,7 @@ def find_raft_weights(weights: Path | None) -> Path:
     if not sha256_file(cached).startswith(digest):
         raise UserError(
             f"{cached}: damaged, its checksum does not begin with {digest}; remove it to have it "
-            f"fetched anew; {OFFLINE}"
+            f"fetched again; {OFFLINE}"
         )
     return cached
 

@@ -39,7 +39,7 @@ class Column:
         return f"{self.label} {self.unit}".rstrip()
 
     def shown(self, value: float | None) -> str:
-        """The value as text, "-" where there is none."""
+        """The value as text, "-" if it is None."""
         return "-" if value is None else f"{value / self.scale:.{self.digits}f}"
 
 

@@ -1,6 +1,6 @@
 """Features of clips: how visualize.py takes them, and rebuilds a frame from another one's.
 
-The tokens of a layer are looked at at one timestep of the cache's inversion, with the cache's own
+The tokens of a layer are extracted at one timestep of the cache's inversion, with the cache's own
 denoiser: ordinary attention, no guidance, no TokenFlow.
 """
 
@@ -123,7 +123,7 @@ def open_view(options: ViewOptions, cache: SourceCache) -> View:
     if checkpoint_revision(checkpoint) != manifest.model_revision:
         raise UserError(
             f"{checkpoint}: not the model that {cache.folder} was made with "
-            f"({manifest.model_key}); name that one with --model_key, or make the cache anew"
+            f"({manifest.model_key}); name that one with --model_key, or build the cache again"
         )
     layer = find_layer(load_unet_skeleton(checkpoint), options.layer)
     schedule = NoiseSchedule.of_checkpoint(checkpoint)

@@ -41,7 +41,7 @@ MAX_FPS_DENOMINATOR = 1_000_000  # a decimal's own fraction may not fit a video'
 
 # FFmpeg also "decodes" text files, single images and playlists (which open other files): not here.
 _VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,asf,flv,ogg"
-_MAX_CLIP_NAME_BYTES = 200  # leaves room beside it in the name of a file or folder
+_MAX_CLIP_NAME_BYTES = 200  # leaves room for more in the name of a file or folder
 
 # For av.open; an absolute path goes with it, since FFmpeg reads a relative one with a colon as a
 # protocol. Tags are not ours to judge: cameras also write them in other encodings than UTF-8.
@@ -174,7 +174,7 @@ def read_clip(
     def keep(image: Image.Image, there: int) -> None:
         native.append((image.height, image.width))
         fitted = size or default_size(*native[0])
-        # Now, not when memory is full; a header may say anything, so what is there counts too.
+        # Now, not when memory is full; a header may say anything, so the decoded frames count too.
         check_memory(max(len(frames) + 1, min(n_frames, there)), *fitted)
         frames.append(np.asarray(fit_frame(image, fitted, fit)))
 
