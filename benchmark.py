@@ -28,15 +28,14 @@ from pathlib import Path
 from tokenflow.benchmarks.modes import PARTS, benchmark
 from tokenflow.benchmarks.runs import Options, setting_kind
 from tokenflow.ops.profiling import versions
+from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
 from util import (
     ArgumentParser,
     UserError,
-    check_report_path,
     check_writable,
     command_line,
     setup_logging,
-    write_reports,
 )
 
 

@@ -19,15 +19,9 @@ from tokenflow.evaluation.evaluator import (
 )
 from tokenflow.evaluation.inputs import OtherVideo, Subject, open_video
 from tokenflow.evaluation.score_table import FORMATS, Row, text_table
+from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
-from util import (
-    ArgumentParser,
-    UserError,
-    check_report_path,
-    command_line,
-    setup_logging,
-    write_reports,
-)
+from util import ArgumentParser, UserError, command_line, setup_logging
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -190,6 +190,11 @@ def setup_logging(quiet: bool = False) -> None:
 # ---------------------------------------------------------------- files
 
 
+def is_special_file(path: Path) -> bool:
+    """Whether something that is neither a file nor a folder has that name; links are followed."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write; on success it becomes `path` at once, on failure it is removed.
@@ -201,7 +206,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         UserError: a device, pipe or socket has that name, which must not be replaced.
     """
     path = Path(path)
-    if _is_special(path):
+    if is_special_file(path):
         raise UserError(f"{path}: is a device or pipe, expected a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not made beforehand, so that the writer's umask decides on its permissions.
@@ -230,62 +235,6 @@ def sync_folder(folder: str | Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _is_special(path: Path) -> bool:
-    """Whether something that is neither a file nor a folder has that name; links are followed."""
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def check_report_path(path: Path, name: str) -> None:
-    """Refuse a path that `write_reports` cannot write to, before the work that is reported.
-
-    Args:
-        name: the option that it comes from.
-
-    Raises:
-        UserError: naming the option and what is in the way.
-    """
-    if str(path) == "-":
-        return
-    target = Path(os.path.realpath(path))
-    if path.is_dir():
-        raise UserError(f"{name}: {path}: is a folder, expected a file")
-    if target.is_symlink():
-        raise UserError(f"{name}: {path}: is a link that leads to itself")
-    if not _is_special(path):
-        check_writable(target.parent, name)
-    elif path.is_socket() or not os.access(path, os.W_OK):
-        raise UserError(f"{name}: {path}: cannot be written to")
-
-
-def write_reports(text: str, reports: Sequence[tuple[Path, str | bytes]]) -> None:
-    """Print a script's text, then write its reports, even if nobody reads the text.
-
-    Args:
-        text: goes to standard error if a report goes to standard output, so that another program
-            can read the report from a pipe.
-        reports: paths with what to write to each. A new or regular file, also one that a link leads
-            to, is replaced at once; a device or pipe is written to; "-" is standard output.
-    """
-    to_stdout = any(str(path) == "-" for path, _ in reports)
-    try:
-        print(text, file=sys.stderr if to_stdout else sys.stdout, flush=True)
-    finally:
-        for path, content in reports:
-            write_report(path, content)
-
-
-def write_report(path: Path, content: str | bytes) -> None:
-    """Write one report, as `write_reports` does."""
-    content = content.encode() if isinstance(content, str) else content
-    if str(path) == "-":
-        sys.stdout.buffer.write(content)
-    elif _is_special(path):
-        path.write_bytes(content)
-    else:
-        with atomic_file(os.path.realpath(path)) as temporary:
-            temporary.write_bytes(content)
 
 
 def check_writable(folder: str | Path, name: str) -> None:

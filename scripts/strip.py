@@ -12,15 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from tokenflow.figures.drawing import DPI, picture_grid, png
+from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.video import read_clip
-from util import (
-    ArgumentParser,
-    UserError,
-    check_report_path,
-    command_line,
-    setup_logging,
-    write_reports,
-)
+from util import ArgumentParser, UserError, command_line, setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,16 +38,9 @@ from tokenflow.diffusion.models import (
 )
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.figures.drawing import png
+from tokenflow.storage.reports import check_report_path, write_report, write_reports
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip
-from util import (
-    ArgumentParser,
-    UserError,
-    check_report_path,
-    command_line,
-    setup_logging,
-    write_report,
-    write_reports,
-)
+from util import ArgumentParser, UserError, command_line, setup_logging
 
 CLIPS = tuple(f"data/{name}.mp4" for name in SAMPLES)
 SAMPLING_STEPS = FAST["save_steps"]  # of an edit

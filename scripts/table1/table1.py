@@ -32,16 +32,14 @@ from tokenflow.evaluation.score_table import (
     rows_as_json,
     summarize,
 )
+from tokenflow.storage.reports import check_report_path, write_report, write_reports
 from tokenflow.storage.schema import parse
 from util import (
     ArgumentParser,
     UserError,
-    check_report_path,
     check_writable,
     command_line,
     setup_logging,
-    write_report,
-    write_reports,
 )
 
 # What distinguishes the rows; a list of clips cannot change it.

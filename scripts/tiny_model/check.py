@@ -59,16 +59,15 @@ from tokenflow.diffusion.models import (
 )
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.storage.images import load_frames, save_frames
+from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import parse
 from util import (
     ArgumentParser,
     UserError,
-    check_report_path,
     check_writable,
     command_line,
     load_yaml,
     setup_logging,
-    write_reports,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
