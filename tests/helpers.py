@@ -77,3 +77,17 @@ def forward(unet, frames=2, seed=0):
     text = randn(frames, 77, unet.config.cross_attention_dim, seed=seed + 1)
     with torch.no_grad():
         return unet(x, 500, encoder_hidden_states=text).sample
+
+
+def pictures_of(figure):
+    """The pictures of a figure, axis by axis."""
+    return [np.asarray(axis.images[-1].get_array()) for axis in figure.axes]
+
+
+def save_masks(folder: Path, masks: np.ndarray) -> None:
+    """As DAVIS has them: PNG files whose palette's indices are the objects."""
+    folder.mkdir(parents=True)
+    for i, mask in enumerate(masks):
+        image = Image.fromarray(mask, "P")
+        image.putpalette([255, 255, 255, 128, 0, 0, 0, 128, 0])  # of background too, not black
+        image.save(folder / f"{i:05d}.png")

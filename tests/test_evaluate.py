@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 import json
 import logging
 import re
@@ -15,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import evaluate
 import run_tokenflow_sdedit
 from scripts.shapes.metrics import true_motion
 from scripts.shapes.world import random_scene, render_clip
-from tests.helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load
+from tests.helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load, save_masks
 from tokenflow.cache.source_cache import SourceCache, open_cache
-from tokenflow.editing.results import find_results, method_name
+from tokenflow.editing.results import find_results
 from tokenflow.evaluation import evaluator as evaluators
 from tokenflow.evaluation import inputs as evaluate_inputs
 from tokenflow.evaluation import metrics, motion
@@ -31,21 +29,14 @@ from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.inputs import (
     OtherVideo,
     Source,
-    find_masks,
     find_truth,
     open_video,
-    read_masks,
     read_truth,
 )
 from tokenflow.evaluation.motion import save_motion
 from tokenflow.evaluation.score_table import (
-    COLUMNS,
     Row,
     markdown_table,
-    read_rows,
-    rows_as_csv,
-    rows_as_json,
-    summarize,
     text_table,
 )
 from tokenflow.storage.images import load_frames, save_frames
@@ -87,15 +78,6 @@ def place(tiny_model, tmp_path_factory):
             other = ["--set", "keyframes=fixed"]
             run_tokenflow_sdedit.main(["--config", str(path), "--device", "cpu", *other])
     return folder
-
-
-def save_masks(folder: Path, masks: np.ndarray) -> None:
-    """As DAVIS has them: PNG files whose palette's indices are the objects."""
-    folder.mkdir(parents=True)
-    for i, mask in enumerate(masks):
-        image = Image.fromarray(mask, "P")
-        image.putpalette([255, 255, 255, 128, 0, 0, 0, 128, 0])  # of background too, not black
-        image.save(folder / f"{i:05d}.png")
 
 
 @pytest.fixture
@@ -307,6 +289,17 @@ def test_truth_that_does_not_fit_is_refused(changes, message, place):
         find_truth(dataclasses.replace(source, **changes), None)
 
 
+def test_the_flow_is_the_one_asked_for(place):
+    folder = first(place / "out")
+    rows = [
+        Evaluator(Protocol(flow=flow, clip_model=None, device="cpu")).score_result(folder)
+        for flow in ("dis", "truth")
+    ]
+    assert rows[0].warp_error != rows[1].warp_error
+    assert rows[0].psnr == rows[1].psnr
+    assert [row.protocol["flow"] for row in rows] == ["dis", "truth"]
+
+
 # ---------------------------------------------------------------- records
 
 
@@ -392,108 +385,12 @@ def test_one_damaged_result_does_not_lose_the_others(results, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("method ")
 
 
-@pytest.mark.parametrize(
-    ("technique", "config", "name"),
-    [
-        ("pnp", {}, "PnP, TokenFlow"),
-        ("pnp", {"consistency": "tokenflow", "keyframes": "random"}, "PnP, TokenFlow"),
-        ("pnp", {"keyframes": "fixed"}, "PnP, fixed keyframes"),
-        ("pnp", {"consistency": "extended_attention"}, "PnP, extended attention"),
-        ("pnp", {"consistency": "none", "keyframes": "fixed"}, "PnP, per frame"),
-        ("controlnet", {"consistency": "first_frame"}, "ControlNet, first frame"),
-        ("pnp", {"propagation": "released"}, "PnP, TokenFlow (released)"),
-        ("pnp", {"max_keyframes": 4}, "PnP, TokenFlow (4 keyframes at once)"),
-        ("sdedit", {"blend": "linear"}, "SDEdit, TokenFlow (linear blend)"),
-        ("pnp", {"correspondence": "flow"}, "PnP, TokenFlow (optical flow)"),
-        (
-            "pnp",
-            {"propagation": "released", "correspondence": "flow"},
-            "PnP, TokenFlow (released, optical flow)",
-        ),
-        ("reconstruction", {"keyframes": "fixed"}, "VAE reconstruction"),
-        ("rgb_propagation", {}, "RGB propagation"),
-        ("dreamix", {}, "dreamix, TokenFlow"),
-    ],
-)
-def test_a_method_is_named_by_what_it_is(technique, config, name):
-    assert method_name(config, {"technique": technique}) == name
-
-
-# ---------------------------------------------------------------- masks
-
-
-def some_source(**changes: object) -> Source:
-    return Source("bear", Path("bear.mp4"), lambda: None, (2, 4, 8), **changes)
-
-
-def test_masks_are_objects_by_index_resized_by_nearest_neighbour(tmp_path):
-    masks = np.zeros((3, 2, 4), np.uint8)
-    masks[0, 0, 0], masks[1, 1, 3], masks[2] = 1, 2, 1
-    save_masks(tmp_path / "bear", masks)
-    for folder in (tmp_path, tmp_path / "bear"):
-        read = read_masks(some_source(), find_masks(some_source(), folder))
-        assert read.shape == (2, 4, 8)
-        assert np.array_equal(read, masks[:2].repeat(2, axis=1).repeat(2, axis=2) > 0)
-    later = some_source(start=1)
-    assert read_masks(later, find_masks(later, tmp_path))[1].all()
-    every_second = some_source(stride=2)
-    assert read_masks(every_second, find_masks(every_second, tmp_path))[1].all()
-
-
-def test_thin_objects_are_not_averaged_away(tmp_path):
-    masks = np.zeros((2, 4, 16), np.uint8)
-    masks[:, :, 5] = 1
-    save_masks(tmp_path / "bear", masks)
-    read = read_masks(some_source(), find_masks(some_source(), tmp_path))
-    assert np.array_equal(read[0], np.arange(8)[None].repeat(4, 0) == 2)
-
-
-def test_cropped_frames_have_cropped_masks(tmp_path):
-    masks = np.zeros((2, 4, 16), np.uint8)
-    masks[:, :, 4:8] = 1
-    save_masks(tmp_path / "bear", masks)
-    source = some_source(fit="crop")
-    read = read_masks(source, find_masks(source, tmp_path))
-    assert np.array_equal(read[0], np.arange(8)[None].repeat(4, 0) < 4)
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "I;16"])
-def test_masks_may_be_of_any_kind(mode, tmp_path):
-    for i in range(2):
-        image = Image.new(mode, (8, 4))
-        if mode == "RGBA":
-            image = Image.new(mode, (8, 4), (0, 0, 0, 255))
-        white = {"RGB": (0, 0, 255), "RGBA": (9, 0, 0, 255)}.get(mode, 1)
-        image.putpixel((5, 2), white)
-        image.save(tmp_path / f"{i}.png")
-    read = read_masks(some_source(), find_masks(some_source(), tmp_path))
-    assert np.argwhere(read).tolist() == [[0, 2, 5], [1, 2, 5]]
-
-
-def test_masks_without_leading_zeros_are_in_order(tmp_path):
-    for i in range(8, 12):
-        Image.new("L", (8, 4)).save(tmp_path / f"{i}.png")
-    source = some_source(start=1)
-    assert [path.name for path in find_masks(source, tmp_path)] == ["9.png", "10.png"]
-
-
-def test_missing_masks_are_refused(place, tmp_path):
-    with pytest.raises(MissingFileError, match=r"--masks: .*: expected PNG files, or a fol"):
-        find_masks(some_source(), tmp_path)
-    Image.new("L", (8, 4)).save(tmp_path / "0.png")
-    with pytest.raises(UserError, match="1 masks, the edit needs 2"):
-        find_masks(some_source(), tmp_path)
-    (tmp_path / "1.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1.png: a mask that cannot be read"):
-        read_masks(some_source(), find_masks(some_source(), tmp_path))
+# ---------------------------------------------------------------- other programs' videos
 
 
 def test_one_folder_of_masks_is_not_taken_for_several_clips(place):
     with pytest.raises(UserError, match=r"--masks: .*one: holds no folder one/ of masks"):
         evaluate.main([str(place / "out"), "--masks", str(place / "masks" / "one"), *QUICK])
-
-
-# ---------------------------------------------------------------- other programs' videos
 
 
 def test_any_video_is_scored(place, tmp_path):
@@ -667,131 +564,3 @@ def test_scoring_writes_nothing_into_results(place):
     before = contents(place)
     evaluate.main([str(first(place / "out")), *QUICK])
     assert contents(place) == before
-
-
-# ---------------------------------------------------------------- tables
-
-
-def row(**values: object) -> Row:
-    protocol = {
-        "flow": "dis", "flow_weights": None, "occlusion": "o", "resolution": "4x4", "mask": None,
-        "clip_model": None, "dino_model": None, "versions": {"torch": "1"},
-    }  # fmt: skip
-    plain = {
-        "method": "A", "clip": "one", "prompt": "p", "source_prompt": None, "folder": None,
-        "video": "v", "n_frames": 3, "height": 4, "width": 4, "fps": 10.0, "protocol": protocol,
-    }  # fmt: skip
-    return Row(**plain | values)
-
-
-def test_means_are_of_the_rows_that_have_a_measure():
-    rows = [
-        row(warp_error=1.0, clip_score=0.5),
-        row(method="B", warp_error=9.0),
-        row(clip="two", warp_error=3.0),
-        row(clip="two", warp_error=5.0),
-    ]
-    a, b = summarize(rows)
-    assert (a.method, a.rows, a.clips) == ("A", 3, 2)
-    assert a.means["warp_error"] == 3
-    assert (a.means["clip_score"], a.counts["clip_score"]) == (0.5, 1)
-    assert (a.means["psnr"], a.counts["psnr"]) == (None, 0)
-    assert (b.method, b.rows, b.means["warp_error"]) == ("B", 1, 9)
-    assert set(a.means) == set(COLUMNS)
-
-
-def test_the_text_table_is_aligned_and_says_of_how_many_a_mean_is():
-    rows = [
-        row(warp_error=12.345, clip_score=0.5, peak_memory_bytes=3 * 2**29),
-        row(clip="another", warp_error=1.0),
-        row(method="B", clip="another", clip_score=0.25, warp_error=2.0),
-    ]
-    lines = text_table(rows).splitlines()
-    assert lines[:6] == [
-        "method    clip         warp error x1e-3    CLIP score    peak memory GiB",
-        "A         one                     12.35         0.500               1.50",
-        "A         another                  1.00             -                  -",
-        "B         another                  2.00         0.250                  -",
-        "A         mean of 2                6.67  0.500 (of 1)        1.50 (of 1)",
-        "B         mean of 1                2.00         0.250                  -",
-    ]
-    assert lines[7].startswith("Protocol: flow dis; occlusion o; 4x4 (HxW), 3 frames; masks: none;")
-
-
-def test_edits_of_one_clip_by_one_method_are_told_apart_by_their_prompts():
-    rows = [row(prompt="a blue star", psnr=1.0), row(prompt="a green star", psnr=2.0)]
-    lines = text_table(rows).splitlines()
-    assert lines[0].split() == ["method", "clip", "prompt", "PSNR", "dB"]
-    assert "a blue star" in lines[1]
-    assert "prompt" not in text_table(rows[:1])
-
-
-def test_rows_by_other_protocols_are_told():
-    base = row()
-    other = row(protocol=base.protocol | {"flow": "raft", "flow_weights": "w"})
-    lines = text_table([base, other, base, base]).splitlines()[-2:]
-    assert lines[0].startswith("Protocol of rows 1, 3-4: flow dis;")
-    assert lines[1].startswith("Protocol of rows 2: flow raft, w;")
-
-
-def test_names_break_no_markdown_and_no_csv():
-    hostile = row(method="a|b\n*c* <script>", prompt='say "hi",\nthen | go', psnr=1.0)
-    line = markdown_table([hostile]).splitlines()[2]
-    assert line.split() == [
-        r"|",
-        r"a\|b",
-        r"\*c\*",
-        r"\<script>",
-        r"|",
-        r"one",
-        r"|",
-        r"1.00",
-        r"|",
-    ]
-    text = rows_as_csv([hostile, row(seconds={"edit": 1.5})])
-    first_line, second_line = csv.DictReader(io.StringIO(text, newline=""))
-    assert first_line["prompt"] == hostile.prompt
-    assert first_line["seconds_edit"] == ""
-    assert second_line["seconds_edit"] == "1.5"
-
-
-def test_json_is_of_plain_values():
-    (read,) = json.loads(rows_as_json([row(warp_error=1.0)]))
-    assert read["warp_error"] == 1.0
-    assert read["clip_score"] is None
-    assert set(read) == set(Row.model_fields)
-
-
-def test_rows_survive_saving(tmp_path):
-    rows = [row(warp_error=1.0), row(method="B", seconds={"edit": 1.5}, peak_memory_bytes=7)]
-    (tmp_path / "rows.json").write_text(rows_as_json(rows))
-    assert read_rows(tmp_path / "rows.json") == rows
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "rows.json: not valid JSON"),
-        ("[" * 100_000, "rows.json: not valid JSON"),
-        ("{}", "rows.json: expected a list of rows, as evaluate.py --json writes it"),
-        ("[[]]", "rows.json: row 1: expected keys and values"),
-        ('[{"method": 3}]', "rows.json: row 1: method: expected text, got 3"),
-    ],
-)
-def test_what_holds_no_rows_is_refused(text, message, tmp_path):
-    with pytest.raises(MissingFileError, match="no such file of rows"):
-        read_rows(tmp_path / "rows.json")
-    (tmp_path / "rows.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_rows(tmp_path / "rows.json")
-
-
-def test_the_flow_is_the_one_asked_for(place):
-    folder = first(place / "out")
-    rows = [
-        Evaluator(Protocol(flow=flow, clip_model=None, device="cpu")).score_result(folder)
-        for flow in ("dis", "truth")
-    ]
-    assert rows[0].warp_error != rows[1].warp_error
-    assert rows[0].psnr == rows[1].psnr
-    assert [row.protocol["flow"] for row in rows] == ["dis", "truth"]

@@ -1,0 +1,32 @@
+"""Folders of results: how a result is named."""
+
+import pytest
+
+from tokenflow.editing.results import method_name
+
+
+@pytest.mark.parametrize(
+    ("technique", "config", "name"),
+    [
+        ("pnp", {}, "PnP, TokenFlow"),
+        ("pnp", {"consistency": "tokenflow", "keyframes": "random"}, "PnP, TokenFlow"),
+        ("pnp", {"keyframes": "fixed"}, "PnP, fixed keyframes"),
+        ("pnp", {"consistency": "extended_attention"}, "PnP, extended attention"),
+        ("pnp", {"consistency": "none", "keyframes": "fixed"}, "PnP, per frame"),
+        ("controlnet", {"consistency": "first_frame"}, "ControlNet, first frame"),
+        ("pnp", {"propagation": "released"}, "PnP, TokenFlow (released)"),
+        ("pnp", {"max_keyframes": 4}, "PnP, TokenFlow (4 keyframes at once)"),
+        ("sdedit", {"blend": "linear"}, "SDEdit, TokenFlow (linear blend)"),
+        ("pnp", {"correspondence": "flow"}, "PnP, TokenFlow (optical flow)"),
+        (
+            "pnp",
+            {"propagation": "released", "correspondence": "flow"},
+            "PnP, TokenFlow (released, optical flow)",
+        ),
+        ("reconstruction", {"keyframes": "fixed"}, "VAE reconstruction"),
+        ("rgb_propagation", {}, "RGB propagation"),
+        ("dreamix", {}, "dreamix, TokenFlow"),
+    ],
+)
+def test_a_method_is_named_by_what_it_is(technique, config, name):
+    assert method_name(config, {"technique": technique}) == name
