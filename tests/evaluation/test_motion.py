@@ -14,9 +14,10 @@ from tokenflow.evaluation import motion
 from tokenflow.evaluation.motion import (
     Motion,
     consistent,
-    estimate_motion,
     find_raft_weights,
+    flow_model,
     load_motion,
+    motion_by,
     resize_motion,
     save_motion,
     truth_file,
@@ -127,7 +128,7 @@ def test_a_moving_square_hides_what_it_uncovers() -> None:
 @pytest.mark.parametrize("step", [(3, -2), (-4, 1)])
 def test_estimated_flow_points_to_where_things_were(step) -> None:
     """Things that move right by 3 were 3 to the left: the flow is (-3, ...)."""
-    found = estimate_motion(panned(3, step), "dis", None, CPU)
+    found = motion_by(flow_model("dis", None, CPU), panned(3, step))
     assert found.flow.shape == (2, 2, 64, 80)
     assert found.visible.dtype == torch.bool
     inner = found.flow[:, :, 12:-12, 12:-12]
@@ -138,7 +139,7 @@ def test_estimated_flow_points_to_where_things_were(step) -> None:
 
 
 def test_the_estimate_of_a_still_clip_is_no_motion() -> None:
-    found = estimate_motion(panned(3, (0, 0)), "dis", None, CPU)
+    found = motion_by(flow_model("dis", None, CPU), panned(3, (0, 0)))
     assert found.flow.abs().max() < 1e-3
     assert found.visible.all()
 
@@ -149,7 +150,7 @@ def test_estimate_and_truth_of_a_shapes_clip_agree() -> None:
     """
     clip = render_clip(random_scene(4, n_objects=1), 6, 128)
     true = true_motion(clip)
-    found = estimate_motion(clip.frames, "dis", None, CPU)
+    found = motion_by(flow_model("dis", None, CPU), clip.frames)
     error = (found.flow - true.flow).norm(dim=1)
     flipped = (found.flow + true.flow).norm(dim=1)
     both = found.visible & true.visible
@@ -167,16 +168,16 @@ def test_the_truth_is_of_as_many_frames_as_asked_for() -> None:
 
 
 def test_one_frame_has_no_motion() -> None:
-    found = estimate_motion(panned(1, (0, 0)), "dis", None, CPU)
+    found = motion_by(flow_model("dis", None, CPU), panned(1, (0, 0)))
     assert found.flow.shape == (0, 2, 64, 80)
     assert found.visible.shape == (0, 64, 80)
 
 
 def test_frames_too_small_for_dis_and_unknown_methods_are_refused() -> None:
     with pytest.raises(UserError, match=r"--flow dis: frames of 10x80 \(HxW\); it needs 16"):
-        estimate_motion(panned(2, (0, 0), height=10), "dis", None, CPU)
+        motion_by(flow_model("dis", None, CPU), panned(2, (0, 0), height=10))
     with pytest.raises(UserError, match="flow: expected one of raft, dis; got 'farneback'"):
-        estimate_motion(panned(2, (0, 0)), "farneback", None, CPU)
+        motion_by(flow_model("farneback", None, CPU), panned(2, (0, 0)))
 
 
 # ---------------------------------------------------------------- RAFT
@@ -194,7 +195,7 @@ def raft_weights(tmp_path_factory):
 def test_raft_sees_the_frames_it_is_given(raft_weights, monkeypatch) -> None:
     """Padded to what it takes and cropped again; source first, in [-1, 1]."""
     monkeypatch.setattr(motion, "RAFT_UPDATES", 1)
-    model = motion.flow_model("raft", raft_weights, CPU)
+    model = flow_model("raft", raft_weights, CPU)
     seen, made = [], []
     model.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     model.model.register_forward_hook(lambda *call: made.append(call[2][-1]))
@@ -213,7 +214,7 @@ def test_raft_sees_the_frames_it_is_given(raft_weights, monkeypatch) -> None:
 def test_raft_is_torchvisions_with_the_given_weights(raft_weights, monkeypatch) -> None:
     monkeypatch.setattr(motion, "RAFT_UPDATES", 2)
     frames = panned(2, (3, -2), height=128, width=128)
-    found = estimate_motion(frames, "raft", raft_weights, CPU)
+    found = motion_by(flow_model("raft", raft_weights, CPU), frames)
     torch.manual_seed(0)
     theirs = raft_large(weights=None).eval()
     now, before = (torch.from_numpy(f).permute(2, 0, 1)[None] / 127.5 - 1 for f in frames[::-1])
@@ -226,7 +227,7 @@ def test_raft_is_torchvisions_with_the_given_weights(raft_weights, monkeypatch) 
 def test_weights_of_another_model_are_refused(tmp_path) -> None:
     save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
     with pytest.raises(UserError, match=r"other.safetensors: not weights of torchvision's RAFT-l"):
-        motion.flow_model("raft", tmp_path / "other.safetensors", CPU)
+        flow_model("raft", tmp_path / "other.safetensors", CPU)
 
 
 def test_pickles_are_refused_as_weights(tmp_path) -> None:
@@ -355,7 +356,7 @@ def test_flow_is_scaled_with_the_frames() -> None:
     torch.testing.assert_close(half.flow, old.flow)
 
 
-def test_the_truth_lies_beside_its_clip_or_where_it_is_said_to(tmp_path) -> None:
+def test_the_truth_lies_next_to_its_clip_or_where_it_is_said_to(tmp_path) -> None:
     video, folder = tmp_path / "star.v2.mp4", tmp_path / "bear.480p"
     video.touch()
     folder.mkdir()

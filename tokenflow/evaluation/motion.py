@@ -122,25 +122,17 @@ def consistent(
 # Estimates
 
 
-def estimate_motion(
-    frames: np.ndarray, method: str, weights: Path | None, device: torch.device
-) -> Motion:
-    """Optical flow from each frame to the one before it, with what forward-backward flow hides.
+def flow_model(method: str, weights: Path | None, device: torch.device) -> FlowModel:
+    """Load a flow estimator.
 
     Args:
-        frames: (n, H, W, 3) uint8 RGB, n >= 1.
         method: "raft" or "dis".
         weights: RAFT's, as in `find_raft_weights`; not used by DIS.
         device: RAFT's; DIS runs on the CPU.
 
     Raises:
-        UserError: the method is unknown, its weights cannot be had, or frames are too small.
+        UserError: the method is unknown, or its weights are missing or damaged.
     """
-    return motion_by(flow_model(method, weights, device), frames)
-
-
-def flow_model(method: str, weights: Path | None, device: torch.device) -> FlowModel:
-    """Load a flow estimator; arguments and errors as those of `estimate_motion`."""
     if method == "dis":
         return _dis
     if method == "raft":
@@ -149,7 +141,11 @@ def flow_model(method: str, weights: Path | None, device: torch.device) -> FlowM
 
 
 def motion_by(model: FlowModel, frames: np.ndarray) -> Motion:
-    """`estimate_motion` by a loaded model, frame pair by frame pair."""
+    """Optical flow from each frame to the one before it, and what forward-backward flow hides.
+
+    Args:
+        frames: (n, H, W, 3) uint8 RGB, n >= 1.
+    """
     n, height, width, _ = frames.shape
     flow = torch.zeros(n - 1, 2, height, width)
     visible = torch.zeros(n - 1, height, width, dtype=torch.bool)
@@ -234,7 +230,7 @@ def find_raft_weights(weights: Path | None) -> Path:
             torch.hub.download_url_to_file(RAFT_WEIGHTS.url, str(cached), digest)
         except (OSError, urllib.error.URLError, RuntimeError) as error:
             raise MissingFileError(
-                f"--flow raft: its weights are not at {cached}, nor to be had from "
+                f"--flow raft: its weights are not at {cached} and cannot be fetched from "
                 f"{RAFT_WEIGHTS.url} ({error}); {OFFLINE}"
             ) from error
     if not sha256_file(cached).startswith(digest):
@@ -263,7 +259,7 @@ def _load_raft(weights: Path) -> dict[str, Tensor]:
 
 
 def truth_file(clip: str | Path, truth: Path | None = None) -> Path:
-    """Where the ground truth of a clip's motion lies: beside the clip, or where `truth` says.
+    """Where a clip's true motion is stored: next to the clip, or where `truth` says.
 
     Args:
         clip: the clip's path, or only its name where `truth` is given.

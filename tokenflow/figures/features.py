@@ -1,4 +1,4 @@
-"""Features of clips: how visualize.py takes them, and rebuilds a frame from another one's.
+"""Self-attention tokens of clips: how they are taken, coloured and matched.
 
 The tokens of a layer are extracted at one timestep of the cache's inversion, with the cache's own
 denoiser: ordinary attention, no guidance, no TokenFlow.
@@ -47,7 +47,7 @@ from tokenflow_utils import (
 )
 from util import UserError
 
-LAYER = "up_blocks.2.attentions.1"  # looked at by default: in the middle of the decoder
+LAYER = "up_blocks.2.attentions.1"  # the default: in the middle of the decoder
 _LAYER_SUFFIX = ".transformer_blocks.0.attn1.processor"
 
 
@@ -56,7 +56,7 @@ class View:
     """Where and how features of a clip are taken; all of it checked before a model is loaded.
 
     Attributes:
-        inversion: the inversion's timesteps up to the one that is looked at, ascending.
+        inversion: the inversion's timesteps up to the chosen one, ascending.
         sampling: the timesteps that preprocess saved latents for, noisiest first.
         layer: a key of `unet.attn_processors`.
         what: "input", the tokens phi that a self-attention is given, or its "output".
@@ -246,7 +246,7 @@ def source_denoiser(view: View, models: StableDiffusion, chosen: Sequence[int]) 
 
 
 def edit_tokens(view: View, models: StableDiffusion, frames: np.ndarray, prompt: str) -> Tensor:
-    """The tokens of an edited video, taken as the source's were: encoded, inverted, looked at.
+    """The tokens of an edited video, taken as the source's were: encoded and inverted.
 
     A ControlNet of the inversion follows the edited frames, but depth is the source's.
 
