@@ -65,27 +65,7 @@ def open_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -> Edi
     check_path(config.latents_path, "latents_path")
     model_key = model_key_for(config.sd_version, config.model_key)
     checkpoint = checkpoint_folder(model_key, config.allow_pickle)
-    source = _source(config)
-    wanted = {
-        "source_sha256": source and source_sha256(source),
-        "model_revision": checkpoint_revision(checkpoint),
-        "steps": config.n_inversion_steps,
-        "frame_start": config.frame_start,
-        "frame_stride": config.frame_stride,
-    }
-    cache = find_cache(
-        clip_folder(config.latents_path, config.sd_version, clip_name(config.data_path)),
-        wanted,
-        config.n_frames,
-        partial(remedy, config),
-        config.verify,
-    )
-    if source is None:
-        log.warning(
-            "data_path: %s is not there to compare; using the frames of %s",
-            config.data_path,
-            cache.folder,
-        )
+    cache = _find_cache(config, checkpoint)
     manifest = cache.manifest
     if config.verify:
         features = find_features(cache, features_remedy(config, manifest))
@@ -113,6 +93,32 @@ def open_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -> Edi
         dtype=resolve_dtype(config.dtype, device),
         group=group,
     )
+
+
+def _find_cache(config: EditConfig, checkpoint: Path) -> SourceCache:
+    """The cache of the clip, frames and model that a config names."""
+    source = _source(config)
+    wanted = {
+        "source_sha256": source and source_sha256(source),
+        "model_revision": checkpoint_revision(checkpoint),
+        "steps": config.n_inversion_steps,
+        "frame_start": config.frame_start,
+        "frame_stride": config.frame_stride,
+    }
+    cache = find_cache(
+        clip_folder(config.latents_path, config.sd_version, clip_name(config.data_path)),
+        wanted,
+        config.n_frames,
+        partial(remedy, config),
+        config.verify,
+    )
+    if source is None:
+        log.warning(
+            "data_path: %s is not there to compare; using the frames of %s",
+            config.data_path,
+            cache.folder,
+        )
+    return cache
 
 
 def _check_backend(name: str, device: torch.device) -> None:
