@@ -1,6 +1,6 @@
 """A second TokenFlow to compare with: loops over frames, heads and tokens, in float64.
 
-Written from the paper's equations (and, for `released`, from the list in README), sharing no code
+Written from the paper's equations (and, for `released`, from docs/released.md), sharing no code
 with the project. It evaluates the three branches (source, unconditional, conditional) in one
 batch and replaces `attn1.forward` itself, where the project evaluates the source on its own and
 sets attention processors.
