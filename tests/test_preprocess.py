@@ -390,7 +390,7 @@ def test_a_davis_folder(tiny_model, tmp_path):
 def test_a_short_clip_uses_what_there_is(clip, tiny_model, tmp_path, caplog):
     folder = invert(clip.with_suffix(""), tmp_path, tiny_model, n_frames=40, steps=5)
     assert folder.name.startswith("nframes_6-")
-    assert "40 frames asked for, using the 6 there are" in caplog.text
+    assert "40 frames requested, only 6 available" in caplog.text
     manifest = read_manifest(folder)
     assert (manifest.n_frames, manifest.frames_asked) == (6, 40)
 

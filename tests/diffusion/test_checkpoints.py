@@ -241,7 +241,7 @@ def test_the_scripts_take_pickles_with_a_flag(made, model, monkeypatch):
     pickle_weights(model, "unet")
     with pytest.raises(UserError, match="pickled weights"):
         run_tokenflow_sdedit.main(argv)
-    with pytest.raises(UserError, match="made with another model"):  # other files, to be sure
+    with pytest.raises(UserError, match="another model"):  # other files, to be sure
         run_tokenflow_sdedit.main([*argv, "--allow_pickle"])
     monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
     with pytest.raises(UserError, match="pickled weights"):
@@ -304,7 +304,7 @@ def test_an_index_that_leads_elsewhere_is_refused(model, name):
     content = json.loads(index.read_text())
     content["weight_map"][next(iter(content["weight_map"]))] = name
     index.write_text(json.dumps(content))
-    message = r"index\.json: lists .*expected \.safetensors files next to it"
+    message = r"index\.json: lists .*expected \.safetensors files in the same folder"
     with pytest.raises(UserError, match=message):
         checkpoint_folder(str(model))
 
@@ -345,7 +345,7 @@ def test_an_adapter_is_refused(model):
     (model / "text_encoder" / "adapter_config.json").write_text(
         '{"base_model_name_or_path": "owner/name", "peft_type": "LORA"}'
     )
-    with pytest.raises(UserError, match=r"adapter_config\.json: an adapter's"):
+    with pytest.raises(UserError, match=r"adapter_config\.json: an adapter"):
         checkpoint_folder(str(model))
 
 

@@ -286,7 +286,7 @@ def test_a_short_clip_is_used_with_a_warning(tmp_path, caplog, kind):
     assert indices(video.read_clip(path, 9, start=1, stride=2).frames) == [1, 3]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "9 frames asked for, using the 2 there are" in record.getMessage()
+    assert "9 frames requested, only 2 available" in record.getMessage()
     with pytest.raises(UserError, match="start 5 is beyond the end: the clip has 5 frames"):
         video.read_clip(path, 1, start=5)
 
@@ -719,8 +719,8 @@ def huge(kind: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
     array = np.random.default_rng(0).integers(0, 255, (64, 256, 3), np.uint8)
     path = folder / f"huge.{kind}"
-    if kind in ("mp4", "mov", "mkv", "avi"):
-        codec, pix_fmt = ("mjpeg", "yuvj420p") if kind in ("mp4", "mov") else ("ffv1", "yuv420p")
+    if kind in ("mp4", "mkv"):
+        codec, pix_fmt = ("mjpeg", "yuvj420p") if kind == "mp4" else ("ffv1", "yuv420p")
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=10)
             stream.height, stream.width, stream.pix_fmt = 64, 256, pix_fmt
@@ -728,29 +728,17 @@ def huge(kind: str, folder: Path) -> Path:
             container.mux(stream.encode(frame))
             container.mux(stream.encode())
     else:
-        options = {"compression": "raw"} if kind == "tif" else {}
-        Image.fromarray(array).save(path, **options)
+        Image.fromarray(array).save(path)
     data = bytearray(path.read_bytes())
     if kind == "gif":
         struct.pack_into("<HH", data, 6, 65535, 65535)
-    elif kind == "bmp":
-        struct.pack_into("<ii", data, 18, 65535, 65535)
     elif kind == "png":
         struct.pack_into(">II", data, 16, 65535, 65535)
         struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
-    elif kind == "webp":  # a lossy frame's header: 14 bits a side
-        struct.pack_into("<HH", data, data.index(b"\x9d\x01\x2a") + 3, 16383, 16383)
-    elif kind == "tif":
-        tags = struct.unpack_from("<I", data, 4)[0]
-        for at in range(tags + 2, tags + 2 + 12 * struct.unpack_from("<H", data, tags)[0], 12):
-            if struct.unpack_from("<H", data, at)[0] in (256, 257):  # width, height
-                struct.pack_into("<HII", data, at + 2, 4, 1, 65535)
     elif kind == "mkv":
         for tag in (b"\xb0\x82\x01\x00", b"\xba\x81\x40"):
             at = data.index(tag)
             data[at + 2 : at + len(tag)] = b"\xff" * (len(tag) - 2)
-    elif kind == "avi":
-        struct.pack_into("<ii", data, data.index(b"strf") + 12, 65535, 65535)
     else:  # a JPEG frame's own header
         struct.pack_into(">HH", data, data.index(b"\xff\xc0\x00\x11\x08") + 5, 65535, 65535)
     path.write_bytes(data)
@@ -772,7 +760,7 @@ for path in sys.argv[1:]:
 
 
 def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path):
-    kinds = ["gif", "bmp", "png", "webp", "tif", "jpg", "mp4", "mov", "mkv", "avi"]
+    kinds = ["gif", "png", "jpg", "mp4", "mkv"]
     paths = [huge(kind, tmp_path / kind) for kind in kinds]
     wanted = [p if p.suffix in video.VIDEO_SUFFIXES else p.parent for p in paths]
     words = [sys.executable, "-c", HUGE, *map(str, wanted)]

@@ -1,4 +1,4 @@
-"""How many images a model is given at once where the user does not say: as many as memory holds."""
+"""Batch sizes of the UNet and the VAE, chosen by the free GPU memory unless the user names one."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tokenflow.diffusion.vae import decode_latents
 
 log = logging.getLogger("tokenflow")
 
-ON_CPU = 8  # a processor is busy with one image already; what more of them cost is memory
-MOST = 32  # more at once make no GPU faster
-MOST_VAE = 8  # 32 frames of 512x512 have 2^31 numbers in its decoder: too many for some kernels
-SHARE = 0.8  # of the free memory: cuDNN's workspaces and fragments need some beside
+ON_CPU = 8  # larger batches cost memory and are no faster
+MOST = 32  # larger batches are no faster on any GPU
+MOST_VAE = 8  # 32 frames of 512x512 have 2^31 values in its decoder: too many for some kernels
+SHARE = 0.8  # of the free memory: cuDNN's workspaces and fragmentation need the rest
 
 
 def unet_batch_size(
     batch_size: int | None, denoiser: Denoiser, size: tuple[int, int], most: int = MOST
 ) -> int:
-    """Images at once for the UNet; on CUDA, where no number is given, by a look at what they take.
+    """The UNet's batch size; on CUDA, two trial forwards measure the memory that images take.
 
     Args:
-        batch_size: what the user asks for; None to choose.
-        denoiser: of the clip, at least one frame.
+        batch_size: the user's choice, which is returned; None to choose.
+        denoiser: the clip's; at least one frame.
         size: (H, W) of the frames.
-        most: the largest choice.
+        most: upper bound of the choice.
     """
     models = denoiser.models
     t = models.schedule.timesteps(1)[0]
@@ -41,7 +41,7 @@ def unet_batch_size(
 
 
 def vae_batch_size(batch_size: int | None, models: StableDiffusion, size: tuple[int, int]) -> int:
-    """Images at once for the VAE, whose activations are far larger. Args: as above."""
+    """The VAE's batch size; its activations are far larger. Args: see `unet_batch_size`."""
 
     def decode(m: int) -> None:
         decode_latents(models, _blank(models, size, m), m)
@@ -67,25 +67,22 @@ def _chosen(
 
 
 def fitting_batch_size(one: int, two: int, free: int) -> int:
-    """The images that fit in SHARE of the free memory, from 1 to MOST.
+    """The number of images that fit in SHARE of the free memory, from 1 to MOST.
 
-    What m images take is drawn on a straight line through what one and two take.
+    Memory is assumed to grow linearly with the number of images.
 
     Args:
-        one, two: bytes that one image and two images at once take at their peak.
-        free: bytes.
+        one, two: peak bytes of one image and of two images in a batch.
+        free: free bytes.
     """
     each = max(two - one, 1)
-    beside = max(one - each, 0)  # taken however many images there are
-    return min(max(int((SHARE * free - beside) // each), 1), MOST)
+    constant = max(one - each, 0)  # independent of the number of images
+    return min(max(int((SHARE * free - constant) // each), 1), MOST)
 
 
 @torch.inference_mode()
 def _measured(forward: Callable[[int], None], device: torch.device) -> int:
-    """`fitting_batch_size` of a forward of m images, run for one and for two.
-
-    One that does not fit twice is run singly.
-    """
+    """`fitting_batch_size` by forwards of one and of two images; 1 if two do not fit."""
     taken = []
     for m in (1, 2):
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Where Stable Diffusion checkpoints are found: the table of names, local folders, the hub."""
+"""Finding checkpoints (local folders, the hub), checking their files and loading models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from tokenflow.diffusion.model_names import CONTROLNETS, MODELS
 from util import MissingFileError, UserError
 
-# What of a checkpoint is fetched from the hub: diffusers' folders, safetensors only.
+# The files of a checkpoint: diffusers' folders, safetensors only.
 PIPELINE_FILES = {
     "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
     "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
@@ -27,12 +27,12 @@ PIPELINE_FILES = {
     "tokenizer": ("tokenizer_config.json",),
     "scheduler": ("scheduler_config.json",),
 }
-# What the libraries call a model's weights file, and its pickled form where there is one.
+# The names of a model's weights file, and of its pickled form.
 WEIGHTS = {
     "diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.bin",
     "model.safetensors": "pytorch_model.bin",
 }
-INDEX = ".index.json"  # what is added to the name where the weights are in several files
+INDEX = ".index.json"  # suffix of the index of weights in several files
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 # Keys of a model's config.json by which transformers and diffusers would load other files than its
 # own, or code: kernels from the hub, adapters, other programs' quantised weights.
@@ -72,7 +72,7 @@ def checkpoint_folder(key: str, allow_pickle: bool = False) -> Path:
 
     Args:
         key: a local folder in diffusers' format, or a hub id.
-        allow_pickle: take a part's pickled weights where it has no others.
+        allow_pickle: use a part's pickled weights if it has no safetensors.
 
     Raises:
         MissingFileError: if the folder or one of its files is missing, or the hub has no such
@@ -109,10 +109,10 @@ def checkpoint_folder(key: str, allow_pickle: bool = False) -> Path:
 
 
 def single_model_folder(key: str, option: str, allow_pickle: bool = False) -> Path:
-    """The local folder of one model (a ControlNet, a depth estimator): as `checkpoint_folder`.
+    """The local folder of one model (a ControlNet, a depth estimator); see `checkpoint_folder`.
 
     Args:
-        option: what names it, for the error: controlnet_key or depth_model.
+        option: the option that names it, for errors: controlnet_key or depth_model.
     """
     patterns = ["*.json", *WEIGHTS, *map(_shards, WEIGHTS)]
     folder = _local_or_hub(key, patterns, option)
@@ -133,14 +133,14 @@ def single_model_folder(key: str, option: str, allow_pickle: bool = False) -> Pa
 
 
 def uses_safetensors(folder: Path, allow_pickle: bool = False) -> bool:
-    """Whether a model is loaded from safetensors: yes, unless all that it has is pickled weights.
+    """Whether a model is loaded from safetensors: true unless it only has pickled weights.
 
     Args:
         folder: of one model: a ControlNet's, or a checkpoint's unet/.
-        allow_pickle: what the user says to pickled weights.
+        allow_pickle: whether the user allows pickled weights.
 
     Returns:
-        False where there are no safetensors, and pickled weights that may be used.
+        False if there are only pickled weights and they are allowed.
 
     Raises:
         UserError: the weights are pickled only and may not be used, or are of a format that
@@ -160,7 +160,7 @@ def uses_safetensors(folder: Path, allow_pickle: bool = False) -> bool:
     if not allow_pickle:
         raise UserError(
             f"{pickled[0]}: pickled weights can run code when they are read, and there are no "
-            f"safetensors next to them; {convert}, or, if you trust where they are from, add "
+            f"safetensors next to them; {convert}, or, if you trust their source, add "
             "--allow_pickle (of preprocess.py and the run scripts; allow_pickle: true in a config)"
         )
     return False
@@ -177,12 +177,12 @@ def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **opt
 
     Args:
         cls: the model's class, which the folder's files do not choose.
-        folder: as in `uses_safetensors`; files that `single_model_folder` has checked.
-        allow_pickle: as in `uses_safetensors`.
+        folder: one model's, checked by `single_model_folder` or `checkpoint_folder`.
+        allow_pickle: see `uses_safetensors`.
         options: of from_pretrained.
 
     Raises:
-        UserError: as in `uses_safetensors`, or if pickled weights hold anything but tensors.
+        UserError: see `uses_safetensors`; or pickled weights hold anything but tensors.
     """
     safe = uses_safetensors(folder, allow_pickle)
     try:
@@ -197,16 +197,16 @@ def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **opt
 
 
 def check_controlnet_fits(checkpoint: Path, key: str, allow_pickle: bool = False) -> None:
-    """Refuses a ControlNet that cannot be found or was made for another kind of UNet.
+    """Refuses a ControlNet that is missing or was trained for another kind of UNet.
 
     Args:
         checkpoint: the Stable Diffusion checkpoint's folder.
         key: hub id or local folder of the ControlNet.
-        allow_pickle: as in `checkpoint_folder`.
+        allow_pickle: see `checkpoint_folder`.
 
     Raises:
         MissingFileError: if the ControlNet cannot be found.
-        UserError: naming what does not fit.
+        UserError: names the field that does not fit.
     """
     unet = UNet2DConditionModel.load_config(checkpoint, subfolder="unet")
     folder = single_model_folder(key, "controlnet_key", allow_pickle)
@@ -223,9 +223,9 @@ def check_controlnet_fits(checkpoint: Path, key: str, allow_pickle: bool = False
 def checkpoint_revision(folder: Path) -> str:
     """A short fingerprint of a checkpoint: equal for copies of it, whatever their path.
 
-    It covers the configurations, and of each weights file the head (its tensors' names, shapes
-    and offsets) and the tail: cheap, and different for checkpoints that differ in training. A
-    pickled file's tail has the checksums of its tensors.
+    A hash of the configurations and of each weights file's first and last MiB: cheap, and different
+    for checkpoints that differ in training. The first MiB of safetensors holds names, shapes and
+    offsets; the last MiB of a pickled file holds its tensors' checksums.
     """
     digest = hashlib.sha256()
     for part in ("unet", "vae", "text_encoder", "scheduler"):
@@ -250,7 +250,7 @@ def load_unet_skeleton(folder: Path) -> UNet2DConditionModel:
 
 
 def for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Moves a model to a device for inference only."""
+    """Moves a model to a device, in evaluation mode and without gradients."""
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -284,13 +284,13 @@ def _hub_hint(key: str, name: str) -> str:
 
 
 def _weights_of_parts() -> Iterator[tuple[str, str]]:
-    """The parts of a checkpoint that have weights, and the file of them."""
+    """The parts of a checkpoint that have weights, with the names of their files."""
     for part, names in PIPELINE_FILES.items():
         yield from ((part, name) for name in names if name in WEIGHTS)
 
 
 def _shards(name: str) -> str:
-    """The pattern of the several files that large weights may come in, beside an index."""
+    """The pattern of the files of large weights that have an index."""
     stem, suffix = os.path.splitext(name)
     return f"{stem}-*{suffix}"
 
@@ -300,7 +300,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """The files that a model's weights are read from, in order."""
+    """The files of a model's weights, in order."""
     names = WEIGHTS if any(folder.glob("*.safetensors")) else WEIGHTS.values()
     found = [folder / name for name in names if (folder / name).is_file()]
     for index in (folder / f"{name}{INDEX}" for name in names):
@@ -313,54 +313,55 @@ def _shards_of(index: Path) -> list[str]:
     """The names of the files that an index lists.
 
     Raises:
-        UserError: one is not beside the index, or of another format than the index is for.
+        UserError: the index is damaged, or lists a file of another folder or format.
     """
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{index}: damaged, not an index of weights; fetch the model again"
+            f"{index}: damaged, not an index of weights; download the model again"
         ) from error
     suffix = Path(index.name.removesuffix(INDEX)).suffix
     for name in names:
         # An index of safetensors that names a pickled file would have it read.
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(suffix):
-            raise UserError(f"{index}: lists {name!r:.80}, expected {suffix} files next to it")
+            raise UserError(
+                f"{index}: lists {name!r:.80}, expected {suffix} files in the same folder"
+            )
         if not (index.parent / name).is_file():
             raise MissingFileError(f"{index}: lists {name!r:.80}, which is missing")
     return names
 
 
 def _check_files(folder: Path) -> None:
-    """Refuses damaged or odd JSON, and weights whose header or length is wrong; reads no weights.
-
-    Odd is what would have other files read, or code be run.
+    """Refuses damaged JSON, JSON by which other files or code would be loaded, and weights whose
+    header or length is wrong.
     """
     for path in folder.glob("*.json"):
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: damaged, not JSON ({error}); fetch it again") from error
+            raise UserError(
+                f"{path}: damaged, not JSON ({error}); download the model again"
+            ) from error
         if path.name.endswith(INDEX):
             _shards_of(path)
         if path.name == "adapter_config.json":
-            raise UserError(f"{path}: an adapter's, which would load another model; remove it")
+            raise UserError(f"{path}: an adapter, which would load another model; remove it")
         if path.name == "config.json":
             key = next((key for key in LOADS_OTHERS if _has_key(content, key)), None)
             if key is not None:
-                raise UserError(
-                    f"{path}: {key} may load code or files from elsewhere; remove it to go on"
-                )
+                raise UserError(f"{path}: {key} may load code or files from elsewhere; remove it")
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise UserError(f"{path}: damaged ({error}); fetch the model again") from error
+            raise UserError(f"{path}: damaged ({error}); download the model again") from error
 
 
 def _has_key(content: Any, key: str) -> bool:
-    """Whether JSON has a key with a value, in it or in what is nested in it."""
+    """Whether JSON has a key with a value, at any depth."""
     if not isinstance(content, dict):
         return False
     return content.get(key) is not None or any(_has_key(v, key) for v in content.values())

@@ -1,4 +1,4 @@
-"""What is seen in a clip (edges, depth, optical flow), and the ControlNet that follows it."""
+"""Edges, depth and optical flow of a clip, and the ControlNet that is conditioned on them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tokenflow.diffusion.control_settings import ControlSettings
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet, the pictures that it follows and how strongly it does."""
+    """A ControlNet, its condition images and its scale."""
 
     controlnet: ControlNetModel
-    images: Tensor  # (n, 1, H, W) in [0, 1]: what each of the model's three channels is given
+    images: Tensor  # (n, 1, H, W) in [0, 1], repeated for the model's three channels
     scale: float = 1.0
 
     def residuals(self, x: Tensor, t: int, text: Tensor, images: Tensor) -> dict:
-        """What the ControlNet adds to the UNet, as keyword arguments of its forward.
+        """The ControlNet's residuals, as keyword arguments of the UNet's forward.
 
         Args:
             x: (b, c, h, w) latents.
@@ -46,10 +46,10 @@ class Control:
 def load_controlnet(
     key: str, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
 ) -> ControlNetModel:
-    """Loads a ControlNet, frozen and in evaluation mode.
+    """Loads a ControlNet for inference.
 
     Args:
-        allow_pickle: as in `checkpoint_folder`.
+        allow_pickle: see `checkpoint_folder`.
 
     Raises:
         MissingFileError: if it cannot be found.
@@ -66,10 +66,10 @@ def draw_control(
     frames: np.ndarray,
     depth: Tensor | None,
 ) -> Control:
-    """A ControlNet with the pictures that it follows, drawn from a clip.
+    """Computes a ControlNet's condition images from a clip.
 
     Args:
-        controlnet: of the settings' key.
+        controlnet: the model that `settings.key` names.
         frames: (n, H, W, 3) uint8 RGB.
         depth: (n, 1, H, W) of `estimate_depth`; needed if the settings' kind is depth.
     """
@@ -82,7 +82,7 @@ def draw_control(
 
 
 def canny_edges(frames: np.ndarray, low: int, high: int) -> Tensor:
-    """Canny edges of a clip as a ControlNet's pictures.
+    """Canny edges of a clip, as condition images of a ControlNet.
 
     Args:
         frames: (n, H, W, 3) uint8 RGB.
@@ -105,13 +105,13 @@ def estimate_depth(
 ) -> Tensor:
     """Inverse depth of a clip by a DPT model, normalised over the clip.
 
-    Normalising each frame by itself would make the depth of a still background jump whenever
-    something near enters or leaves the picture, and the edit flicker with it.
+    Normalised per frame, the depth of a still background would jump whenever something near
+    enters or leaves the picture, and the edit would flicker.
 
     Args:
         frames: (n, H, W, 3) uint8 RGB.
         key: hub id or local folder of a transformers DPT model.
-        allow_pickle: as in `checkpoint_folder`.
+        allow_pickle: see `checkpoint_folder`.
 
     Returns:
         (n, 1, H, W) float32 in [0, 1]; 1 is nearest.

@@ -24,7 +24,7 @@ class NoiseSchedule:
 
     config: dict
     alphas_cumprod: tuple[float, ...]  # alpha_t^2
-    final_alpha_cumprod: float  # alpha^2 of what DDIM calls clean
+    final_alpha_cumprod: float  # alpha^2 at CLEAN
     prediction_type: str  # "epsilon" or "v_prediction"
 
     @classmethod
@@ -49,14 +49,14 @@ class NoiseSchedule:
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> NoiseSchedule:
-        """The schedule of a checkpoint's folder; reads no weights. Raises as `from_scheduler`."""
+        """Reads the schedule of a checkpoint's folder. Raises: see `from_scheduler`."""
         return cls.from_scheduler(DDIMScheduler.from_pretrained(folder, subfolder="scheduler"))
 
     def timesteps(self, n_steps: int) -> list[int]:
-        """The n_steps sampling timesteps, noisiest first, spaced as the checkpoint says.
+        """The n_steps sampling timesteps, noisiest first, spaced as the checkpoint configures.
 
-        With as many steps as the model was trained on, a checkpoint's offset (1 for Stable
-        Diffusion) would lead beyond the last level: it is left out then.
+        With as many steps as the model was trained with, the checkpoint's offset (1 for Stable
+        Diffusion) would pass the last timestep, and is left out.
 
         Raises:
             UserError: if the model was trained with fewer timesteps.
@@ -110,30 +110,30 @@ def ddim_inversion_step(
 ) -> Tensor:
     """One DDIM step towards noise: the x' from which sampling's step t_to -> t_from returns to x.
 
-    Sampling takes the noise at x', which is not known yet. Plain DDIM inversion
-    (iterations = 1) takes it at x; each further iteration takes it at the last estimate of x',
-    a fixed-point iteration whose limit inverts the sampling step exactly. It diverges where an
-    iteration turns the error's sign without shrinking it. So from the third on, each is mixed with
-    the one before (Anderson acceleration of depth 1, for each frame): with g what an iteration
-    finds and r = g - estimate, the next estimate is g - c (g - g_before), where
-    c = <r, r - r_before> / |r - r_before|^2, and 0 < c < 1 in any such direction.
+    Sampling evaluates the noise at x', which is not known yet. Plain DDIM inversion
+    (iterations = 1) evaluates it at x; each further iteration evaluates it at the last estimate of
+    x', a fixed-point iteration whose limit inverts the sampling step exactly. It diverges where an
+    iteration flips the error's sign without shrinking it. From the third iteration on, each is
+    therefore mixed with the previous one (Anderson acceleration of depth 1, per frame): with g the
+    result of an iteration and r = g - estimate, the next estimate is g - c (g - g_before), where
+    c = <r, r - r_before> / |r - r_before|^2, and 0 < c < 1 in such a direction.
 
-    A frame is finished, and not evaluated again, once |r| < tolerance * |g|. This pays where the
-    first estimate is a good one (`start`): then the first evaluation may be the last.
+    A frame is finished, and not evaluated again, once |r| < tolerance * |g|. With a good first
+    estimate (`start`) one evaluation can suffice.
 
     Args:
-        eps_model: eps(x, t, rows), the predicted noise at timestep t of some of the latents, whose
-            numbers in the batch are `rows`; each as if it were alone.
+        eps_model: eps(x, t, rows), the predicted noise at timestep t of the latents with indices
+            `rows` in the batch, each independent of the others.
         x: latents at t_from, (m, c, h, w).
-        iterations: evaluations of eps_model for a latent, at most; >= 1.
-        tolerance: relative residual of a finished frame; 0 makes every iteration for every frame.
-        start: the first estimate of x', (m, c, h, w); x itself where none is given.
+        iterations: maximum number of evaluations per latent, at least 1.
+        tolerance: relative residual of a finished frame; 0 runs all iterations for every frame.
+        start: the first estimate of x', (m, c, h, w); x by default.
 
-    Source: Pan et al. 2023, "Accelerated Iterative Diffusion Inversion", which mixes so too.
+    Source: Pan et al. 2023, "Accelerated Iterative Diffusion Inversion", which mixes in this way.
     """
     levels = schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to)
     estimate = x.clone() if start is None else start.clone()
-    rows = torch.arange(len(x), device=x.device)  # the unfinished frames
+    rows = torch.arange(len(x), device=x.device)  # unfinished frames
     last_found = last_residual = estimate
     for iteration in range(iterations):
         found = ddim_step(x[rows], eps_model(estimate[rows], t_to, rows), *levels)
@@ -151,12 +151,12 @@ def ddim_inversion_step(
 
 
 def _norms(x: Tensor) -> Tensor:
-    """The length of each frame, (m,)."""
+    """The norm of each frame, (m,)."""
     return x.flatten(1).norm(dim=1)
 
 
 def _least_squares(x: Tensor, direction: Tensor) -> Tensor:
-    """The c of each frame that makes |x - c direction| least, (m, 1, 1, 1); 0 for no direction."""
+    """The c of each frame that minimises |x - c direction|, (m, 1, 1, 1); 0 for no direction."""
     frame = tuple(range(1, x.ndim))
     length = direction.square().sum(frame, keepdim=True)
     return (x * direction).sum(frame, keepdim=True) / length.where(length > 0, torch.inf)

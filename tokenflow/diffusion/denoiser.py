@@ -28,10 +28,10 @@ class Denoiser:
         models: the checkpoint.
         text: (B, 77, c) text embeddings, one per branch.
         depth: (n, 1, h, w) in [-1, 1], a depth model's fifth latent channel.
-        control: what a ControlNet adds to the UNet, if anything.
+        control: a ControlNet and its condition images, if any.
 
     Attributes:
-        image_forwards: how often the UNet was evaluated on one image for one branch so far.
+        image_forwards: UNet evaluations so far, counted per image and branch.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Denoiser:
         if self.control is not None:
             images = self._of(self.control.images, frames).repeat(self.branches, 1, 1, 1)
             residuals = self.control.residuals(model_input, t, text, images)
-        # As a tensor: torch.compile compiles again for every number.
+        # A tensor: a compiled UNet would be recompiled for every number.
         timestep = torch.tensor(t, device=models.device)
         prediction = models.unet(
             model_input, timestep, encoder_hidden_states=text, return_dict=False, **residuals
@@ -125,7 +125,7 @@ def depth_channel(
 ) -> Tensor | None:
     """The fifth latent channel of a clip, (n, 1, h, w), where the UNet expects one.
 
-    Args: as in `make_denoiser`.
+    Args: see `make_denoiser`.
     """
     if not models.takes_depth:
         return None
@@ -136,7 +136,7 @@ def depth_channel(
 def encode_prompts(models: StableDiffusion, prompts: Sequence[str]) -> Tensor:
     """Text embeddings (len(prompts), 77, c) in the models' dtype; overlong prompts are cut.
 
-    A prompt that is cut is named in a warning with what was dropped.
+    A warning names the part of a prompt that is cut.
     """
     length = models.tokenizer.model_max_length
     for prompt in prompts:

@@ -16,13 +16,13 @@ from util import UserError
 
 @dataclass(frozen=True)
 class InversionTimesteps:
-    """The timesteps of an inversion.
+    """The timesteps of an inversion and of what follows it.
 
     Attributes:
-        inversion: of the inversion's steps, cleanest first.
-        reconstruction: of the reconstruction, noisiest first.
-        sampling: of the sampling steps, noisiest first.
-        saved: whose latents are written, noisiest first: the sampling timesteps and the noisiest.
+        inversion: the inversion's timesteps, cleanest first.
+        reconstruction: the reconstruction's, noisiest first.
+        sampling: the edit's sampling timesteps, noisiest first.
+        saved: timesteps whose latents are written, noisiest first: `sampling` and the noisiest.
     """
 
     inversion: list[int]
@@ -34,7 +34,7 @@ class InversionTimesteps:
 def inversion_timesteps(
     schedule: NoiseSchedule, steps: int, save_steps: int, recon_steps: int
 ) -> InversionTimesteps:
-    """The timesteps of an inversion with these numbers of steps.
+    """Computes the timesteps for the given numbers of steps.
 
     Raises:
         UserError: if the sampling timesteps are not among the inversion's, or a timestep has no
@@ -70,41 +70,41 @@ def invert(
     frames: Tensor | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
-    """DDIM inversion of every frame on its own.
+    """Inverts every frame independently by DDIM.
 
-    With a tolerance, each step starts from the noise that the steps before it lead to expect, and
-    ends for a frame as soon as an evaluation confirms it (`ddim_inversion_step`).
+    With a tolerance, each step starts from the noise extrapolated from the previous steps, and
+    stops for a frame as soon as its residual is below the tolerance (`ddim_inversion_step`).
 
     Args:
         denoiser: the model under the inversion prompt, without guidance.
         latents: (n, 4, h, w) float32 latents at timestep t, on the CPU; n may be 0.
-        timesteps: ascending; those up to t are behind.
-        iterations: noise evaluations per frame and step, at most.
-        tolerance: relative residual of a finished frame; 0: every evaluation, from plain DDIM's
-            start.
+        timesteps: ascending; those up to t are skipped.
+        iterations: maximum number of noise evaluations per frame and step.
+        tolerance: relative residual at which a frame's step stops; 0 uses all evaluations and
+            starts from plain DDIM's estimate.
         batch_size: frames evaluated at once.
-        t: CLEAN, or the timestep at which an interrupted inversion resumes.
-        past: (timestep, noise) of the last two steps, updated in place; to resume bit-equal with a
-            tolerance, pass it as it was at t.
-        frames: the latents' numbers in the clip; 0..n-1 where none are given.
-        progress: whether to show it.
+        t: the timestep of `latents`: CLEAN, or the last one of an interrupted inversion.
+        past: (timestep, noise) of the last two steps, updated in place; with a tolerance, a
+            resumed inversion needs it to give the same result.
+        frames: the frames' indices in the clip; 0..n-1 by default.
+        progress: show a progress bar.
 
     Yields:
-        each timestep with its latents (n, 4, h, w), on the CPU, as soon as it is reached.
+        (timestep, latents), the latents (n, 4, h, w) on the CPU.
     """
     schedule, x = denoiser.models.schedule, latents
     past = past if past is not None else []
     frames = torch.arange(len(x)) if frames is None else frames
-    noise = torch.empty_like(x)  # as last evaluated, for each frame
+    noise = torch.empty_like(x)  # of each frame's last evaluation
 
     def eps_model(latents: Tensor, t: int, rows: Tensor) -> Tensor:
         noise[rows] = predicted_noise(denoiser, latents, t, frames[rows], batch_size)
         return noise[rows]
 
     steps = list(zip([CLEAN, *timesteps[:-1]], timesteps, strict=True))
-    behind = sum(t_to <= t for t_to in timesteps)
-    shown = {"unit": "step", "initial": behind, "total": len(steps), "disable": not progress}
-    for t_from, t_to in tqdm(steps[behind:], desc="invert", **shown):
+    done = sum(t_to <= t for t_to in timesteps)
+    shown = {"unit": "step", "initial": done, "total": len(steps), "disable": not progress}
+    for t_from, t_to in tqdm(steps[done:], desc="invert", **shown):
         start = None
         if tolerance and past:
             levels = schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to)
@@ -117,7 +117,7 @@ def invert(
 def predicted_noise(
     denoiser: Denoiser, x: Tensor, t: int, frames: Tensor, batch_size: int
 ) -> Tensor:
-    """The noise at timestep t of a denoiser without guidance, batch by batch, on the CPU."""
+    """A denoiser's noise at timestep t without guidance, on the CPU, computed in batches."""
     eps = torch.empty_like(x)
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
@@ -126,10 +126,10 @@ def predicted_noise(
 
 
 def expected_noise(past: Sequence[tuple[int, Tensor]], t: int) -> Tensor:
-    """The noise at timestep t on the straight line through those of one or two timesteps.
+    """Extrapolates the noise linearly to timestep t.
 
     Args:
-        past: (timestep, noise) pairs; of one, its noise is expected again.
+        past: one or two (timestep, noise) pairs; a single noise is returned as it is.
     """
     (t_last, last), (t_before, before) = past[-1], past[0]
     if t_last == t_before:
@@ -151,19 +151,19 @@ def sample(
 
     Args:
         noisy: (n, 4, h, w) latents at timestep t, on the CPU; n may be 0.
-        timesteps: descending; those above t are behind.
-        t: one of them, by default the first.
-        frames, progress: as in `invert`.
+        timesteps: descending; those above t are skipped.
+        t: the timestep of `noisy`, by default the first.
+        frames, progress: see `invert`.
 
     Yields:
-        each next timestep, CLEAN at last, with its latents (n, 4, h, w), on the CPU.
+        (timestep, latents) after each step, CLEAN last; the latents (n, 4, h, w) on the CPU.
     """
     schedule, x = denoiser.models.schedule, noisy
     frames = torch.arange(len(x)) if frames is None else frames
     steps = list(zip(timesteps, [*timesteps[1:], CLEAN], strict=True))
-    behind = 0 if t is None else timesteps.index(t)
-    shown = {"unit": "step", "initial": behind, "total": len(steps), "disable": not progress}
-    for t_from, t_to in tqdm(steps[behind:], desc="reconstruct", **shown):
+    done = 0 if t is None else timesteps.index(t)
+    shown = {"unit": "step", "initial": done, "total": len(steps), "disable": not progress}
+    for t_from, t_to in tqdm(steps[done:], desc="reconstruct", **shown):
         eps = predicted_noise(denoiser, x, t_from, frames, batch_size)
         x = ddim_step(x, eps, schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to))
         yield t_to, x
@@ -172,6 +172,6 @@ def sample(
 def reconstruct(
     denoiser: Denoiser, noisy: Tensor, timesteps: Sequence[int], batch_size: int
 ) -> Tensor:
-    """The clean latents (n, 4, h, w) that `sample` leads to."""
+    """The clean latents (n, 4, h, w) at the end of `sample`."""
     *_, (_, latents) = sample(denoiser, noisy, timesteps, batch_size)
     return latents

@@ -18,12 +18,12 @@ from util import UserError
 
 MOST_KINDS_OF_PASS = 64  # that a UNet is compiled for
 
-BETTER_DTYPE = "--dtype bfloat16 or float32 (dtype in a config), and build the cache again with it"
+BETTER_DTYPE = "--dtype bfloat16 or float32 (dtype in a config), and rebuild the cache with it"
 
 
 @dataclass(frozen=True)
 class StableDiffusion:
-    """The frozen models of one checkpoint, on one device in one dtype."""
+    """The models of one checkpoint, for inference, on one device in one dtype."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -32,7 +32,7 @@ class StableDiffusion:
     schedule: NoiseSchedule
     device: torch.device
     dtype: torch.dtype
-    allow_pickle: bool = False  # of other models, such as a ControlNet
+    allow_pickle: bool = False  # for models loaded later, such as ControlNets
     _controlnets: dict[str, ControlNetModel] = field(default_factory=dict, compare=False)
 
     def controlnet(self, key: str) -> ControlNetModel:
@@ -63,7 +63,7 @@ def resolve_device(name: str, group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
     """The torch device of a `device` option: auto, cpu, cuda, cuda:1, mps.
 
     Args:
-        group: of several processes, each takes the GPU of its number on its machine.
+        group: each of several processes takes the GPU of its local rank.
 
     Raises:
         UserError: if torch knows no such device or this machine has none.
@@ -110,11 +110,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_stable_diffusion(
     folder: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
 ) -> StableDiffusion:
-    """Loads a checkpoint's models from a local folder, frozen and in evaluation mode.
+    """Loads a checkpoint's models from a local folder for inference.
 
     Args:
-        folder: of `checkpoint_folder`.
-        allow_pickle: as in `checkpoint_folder`.
+        folder: returned by `checkpoint_folder`.
+        allow_pickle: see `checkpoint_folder`.
 
     Raises:
         UserError: see `load_model`.
@@ -123,7 +123,8 @@ def load_stable_diffusion(
     text_encoder = load_model(CLIPTextModel, folder / "text_encoder", **options)
     vae = load_model(AutoencoderKL, folder / "vae", **options)
     unet = load_model(UNet2DConditionModel, folder / "unet", **options)
-    # The fastest layout of convolutions: for a VAE everywhere, for a UNet (not measured) on GPUs.
+    # channels_last makes the VAE's convolutions faster on every device, and is recommended for the
+    # UNet's in half precision on GPUs (not measured here). It gains nothing for a UNet on the CPU.
     vae = vae.to(memory_format=torch.channels_last)
     if device.type == "cuda":
         unet = unet.to(memory_format=torch.channels_last)
@@ -139,16 +140,16 @@ def load_stable_diffusion(
     )
 
 
-# What loads a checkpoint: `load_stable_diffusion`, or what remembers the last one.
+# `load_stable_diffusion`, or a function that caches the last checkpoint.
 Loader = Callable[[Path, torch.device, torch.dtype, bool], StableDiffusion]
 
 
 def compile_unet(unet: UNet2DConditionModel, backend: str = "inductor") -> None:
-    """Compiles a UNet's forward in place, whole (fullgraph) or not at all; a second call is idle.
+    """Compiles a UNet's forward in place, as one graph; a second call does nothing.
 
-    It is compiled when it is called, once for every kind of pass: each mode of the patch, with and
-    without injection, and a shorter last chunk. That can be more often than torch expects of one
-    function, so its limit, which is the process's, is raised.
+    Each kind of pass (each mode of the patch, with and without injection, a shorter last chunk) is
+    compiled at its first call. These can be more graphs than torch allows for one function by
+    default, so the process's limit is raised.
     """
     if hasattr(unet.forward, "_torchdynamo_orig_callable"):
         return

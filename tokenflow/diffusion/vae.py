@@ -42,7 +42,7 @@ def decode_latents(
     """The inverse of `encode_frames`: (n, 4, h, w) latents to (n, H, W, 3) uint8 RGB.
 
     Args:
-        group: the processes that share the frames out, each of which calls this for all of them.
+        group: each of its processes calls this with all latents and decodes its shard.
 
     Raises:
         UserError: if the decoded pixels are not finite.
@@ -65,25 +65,24 @@ def decode_latents(
 
 
 def _pieces(n: int, size: int) -> list[slice]:
-    """0..n-1 in ranges of `size` at most; none for n = 0."""
+    """Slices of at most `size` that cover 0..n-1."""
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
-_VALUES_AT_ONCE = 2**20  # of a uint8 clip, which are compared
+_VALUES_AT_ONCE = 2**20  # compared in one step
 
 
 class SquaredError:
-    """The squared error of uint8 pictures summed up piece by piece, exactly."""
+    """The squared error of uint8 frames, summed exactly in chunks."""
 
     def __init__(self) -> None:
         self.total = self.count = 0
 
     def add(self, frames: np.ndarray, reference: np.ndarray) -> None:
-        """Adds two uint8 arrays of one shape, which are copied a frame at a time."""
+        """Adds two uint8 arrays of one shape."""
         if frames.shape != reference.shape:
             raise ValueError(f"shapes {frames.shape} and {reference.shape} are not the same")
-        # A list of pixels may be as long as a clip is large: as many rows at once as one large
-        # frame has values.
+        # Bounds the memory of the int32 copies, also for a list of pixels.
         rows = max(1, _VALUES_AT_ONCE // max(1, frames[:1].size))
         for first in range(0, len(frames), rows):
             part = slice(first, first + rows)

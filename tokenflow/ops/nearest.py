@@ -1,12 +1,12 @@
-"""Nearest neighbours of source tokens (Eq. 5 of TokenFlow), where the time of a live edit goes.
+"""Nearest neighbours of source tokens (Eq. 5 of TokenFlow), the bottleneck of a live edit.
 
 For m frames of L tokens and keyframes of L' tokens, a layer takes 2 * L * L' * c floating-point
-operations for each frame and neighbour, and would take L * L' similarities of memory. Here the
-product is computed tile by tile, and of each tile only the largest similarity and its place are
-kept: by a Triton kernel on CUDA (nearest_triton.py), else by PyTorch.
+operations and L * L' similarities for each frame and neighbour. To save memory the product is
+computed in tiles, and only each tile's largest similarity and its index are kept: by a Triton
+kernel on CUDA (nearest_triton.py), else by PyTorch.
 
-The similarity is the cosine, except that queries are not normalised: their length scales all
-similarities of a query alike, and does not move the largest.
+The similarity is the cosine, except that queries are not normalised: a query's norm scales all of
+its similarities equally, and does not change the largest.
 
 Symbols: m frames, k keyframes, L and L' tokens of a frame and of a keyframe, c channels, j
 neighbours of a frame.
@@ -25,14 +25,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 log = logging.getLogger("tokenflow")
 
-# Similarities of a tile. On the CPU it stays in the caches: 2 MiB in float32; 4 MiB where products
-# are long, because reading the keys once for more queries gains more there. On a GPU it is large
-# enough to fill it, 64 MiB. With few keys, more than CPU_QUERIES at once only leave the cache.
+# Similarities of a tile. On the CPU a tile fits in the caches: 2 MiB in float32, 4 MiB for many
+# channels, where reading the keys once for more queries gains more. On a GPU it is large enough to
+# occupy it, 64 MiB. With few keys, more than CPU_QUERIES rows would leave the cache.
 TILE_KEYS = 4096
 CPU_TILE, CPU_TILE_LONG, GPU_TILE = 1 << 19, 1 << 20, 1 << 24
 CPU_QUERIES = 1024
 LONG_PRODUCT = 128  # channels
-# Below this number of keys PyTorch's arg-max over a whole row takes less time than two levels.
+# Up to this number of keys PyTorch's arg-max over a whole row is faster than two levels.
 FEW_KEYS = 128
 
 
@@ -45,8 +45,8 @@ def nearest_tokens(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Te
     Args:
         tokens: (m, L, c), of any floating dtype; similarities are summed in float32.
         keyframe_tokens: (k, L', c), the same dtype and device.
-        which: (m, j) int64 in 0..k-1, the keyframes that each frame is compared with. One that a
-            frame names twice is compared once.
+        which: (m, j) int64 in 0..k-1, the keyframes that each frame is compared with; a keyframe
+            named twice for a frame is compared once.
 
     Returns:
         (m, j, L) int64 in 0..L'-1; of equally similar tokens, the first.
@@ -128,9 +128,9 @@ def _nearest_tokens_triton(tokens: Tensor, keyframe_tokens: Tensor, which: Tenso
 
 
 def nearest_tokens_pytorch(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Tensor:
-    """`nearest_tokens` on any device: one tiled product for each keyframe that is named.
+    """`nearest_tokens` on any device: one tiled product for each keyframe in `which`.
 
-    On CUDA it waits for `which`.
+    Synchronises on CUDA, to read `which`.
     """
     length = tokens.shape[1]
     found = torch.empty((*which.shape, length), dtype=torch.long, device=tokens.device)
@@ -146,21 +146,21 @@ def nearest_tokens_pytorch(tokens: Tensor, keyframe_tokens: Tensor, which: Tenso
 
 
 def normalised(tokens: Tensor) -> Tensor:
-    """Tokens (..., c) at length 1, float32; a token of zeros stays one.
+    """Tokens (..., c) of norm 1, float32; a zero token stays zero.
 
-    In half precision most similarities of neighbouring frames round to the same few numbers.
+    In half precision most similarities of adjacent frames would round to the same few values.
     """
     return tokens.float() * inverse_norms(tokens)[..., None]
 
 
 def inverse_norms(tokens: Tensor) -> Tensor:
-    """1 / |token| of tokens (..., c), float32, and a finite number for a token of zeros."""
+    """1 / |token| of tokens (..., c), float32; finite for a zero token."""
     norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
     return norms.clamp_min(1e-12).reciprocal()
 
 
 def _users(which: Tensor) -> dict[int, dict[int, list[int]]]:
-    """Of each keyframe that is named: the frames that name it, ascending, and in which slots."""
+    """For each keyframe in `which`: the frames that name it, ascending, and their columns."""
     users: dict[int, dict[int, list[int]]] = {}
     for frame, keyframes in enumerate(which.tolist()):
         for slot, keyframe in enumerate(keyframes):

@@ -1,4 +1,4 @@
-"""What a run says of itself: seconds per stage, peak memory, versions."""
+"""What run.yaml records: seconds per stage, peak memory, versions."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Stopwatch:
         self.add(stage, time.perf_counter() - start)
 
     def add(self, stage: str, seconds: float) -> None:
-        """Add seconds that were measured elsewhere."""
+        """Adds seconds measured elsewhere."""
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 3)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_bytes` count from here, on CUDA and where Linux allows it."""
+    """Restarts `peak_memory_bytes`, on CUDA and where Linux allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access(CLEAR_REFS, os.W_OK):
@@ -54,7 +54,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held since the last reset: of the CUDA allocator, else of the process."""
+    """Peak memory since the last reset, of the CUDA allocator or else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -62,14 +62,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """A device's name for people: the card's, or the processor's architecture."""
+    """The GPU's name, or the processor's architecture and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def versions() -> dict[str, str]:
-    """The versions that results may depend on."""
+    """Versions of Python and of the libraries that results may depend on."""
     modules = (torch, diffusers, transformers, np, av, cv2)
     found = {module.__name__: str(module.__version__) for module in modules}
     return {"python": platform.python_version(), **found}

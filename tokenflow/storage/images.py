@@ -22,7 +22,7 @@ _IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 MAX_SIDE, MAX_PIXELS = 16384, 64_000_000
 _MAX_IMAGE_BYTES = 1 << 30  # of a file: no image of MAX_PIXELS has more
 
-# What Pillow's decoders raise for broken files; TypeError and struct.error come of broken EXIF.
+# What Pillow's decoders raise for broken files; TypeError and struct.error for broken EXIF.
 _IMAGE_ERRORS = (
     OSError,
     SyntaxError,
@@ -34,7 +34,7 @@ _IMAGE_ERRORS = (
 
 
 def check_kind(path: Path) -> None:
-    """Refuse pipes, sockets and devices: opening one may wait, or read, for ever."""
+    """Refuses pipes, sockets and devices: opening or reading one may never end."""
     if not (os.path.isfile(path) or os.path.isdir(path)):
         raise UserError(f"{path}: neither a file nor a folder, but a pipe, a socket or a device")
 
@@ -47,10 +47,10 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def check_size(height: int, width: int) -> None:
-    """Refuse a size to work at that is beyond any frame's.
+    """Refuses a working size above the limits of a frame.
 
     Raises:
-        UserError: names the bound.
+        UserError: names the limits.
     """
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
         raise UserError(
@@ -60,9 +60,11 @@ def check_size(height: int, width: int) -> None:
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """List a folder's visible images in natural order.
+    """A folder's visible images in natural order.
 
-    None at all, links that lead out of the folder or to no file, pipes and devices are refused.
+    Raises:
+        UserError: there are none, or one is a link out of the folder or to no file, a pipe or a
+            device.
     """
     images = [
         entry
@@ -102,14 +104,14 @@ def opened_image(path: Path, kind: str = "an image") -> Iterator[Image.Image]:
         kind: what the file is, for errors.
 
     Raises:
-        UserError: it is none that can be read, or too large; of what is done with the image, the
-            errors that a broken file makes.
+        UserError: it cannot be read or is too large; also if using the image in the block fails
+            because the file is broken.
     """
     try:
         if not path.is_file() or path.stat().st_size > _MAX_IMAGE_BYTES:
             raise ValueError(f"expected a file of at most {_MAX_IMAGE_BYTES >> 30} GB")
         with warnings.catch_warnings():
-            # What Pillow finds odd in a file is no matter, and sizes are judged below.
+            # Pillow's warnings do not matter here; sizes are checked below.
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_IMAGE_FORMATS) as image:
                 check_native_size(path, *image.size)

@@ -41,10 +41,10 @@ MAX_FPS_DENOMINATOR = 1_000_000  # a decimal's own fraction may not fit a video'
 
 # FFmpeg also "decodes" text files, single images and playlists (which open other files): not here.
 _VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,asf,flv,ogg"
-_MAX_CLIP_NAME_BYTES = 200  # leaves room for more in the name of a file or folder
+_MAX_CLIP_NAME_BYTES = 200  # leaves room for suffixes in the name of a file or folder
 
 # For av.open; an absolute path goes with it, since FFmpeg reads a relative one with a colon as a
-# protocol. Tags are not ours to judge: cameras also write them in other encodings than UTF-8.
+# protocol. Cameras write tags in other encodings than UTF-8: they are not checked.
 READING = {
     "options": {
         "format_whitelist": _VIDEO_FORMATS,
@@ -56,8 +56,8 @@ READING = {
 _CRF = "15"  # visually lossless: results are compared and measured from these files
 _BT709 = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709"}
 
-# Without it x264 makes other bytes of the same frames now and then: the assembly of its macroblock
-# tree reads beyond the tree of a small picture.
+# Without it x264's output for the same frames varies: the assembly of its macroblock tree reads
+# beyond the tree of a small frame.
 _REPRODUCIBLE = {"x264-params": "cpu-independent=1"}
 
 # (a, b, c, d) of the display matrix, (x, y) -> (a x + c y, b x + d y) with y down.
@@ -160,7 +160,7 @@ def read_clip(
     Raises:
         MissingFileError: there is no such path.
         UserError: an argument is out of range, the source cannot be read, or its frames would
-            not fit into memory; says why.
+            not fit into memory.
     """
     path = Path(path)
     _check_request(n_frames, start, stride, size, fps)
@@ -174,7 +174,7 @@ def read_clip(
     def keep(image: Image.Image, there: int) -> None:
         native.append((image.height, image.width))
         fitted = size or default_size(*native[0])
-        # Now, not when memory is full; a header may say anything, so the decoded frames count too.
+        # Before memory is full. A header may be wrong, so the frames read so far count too.
         check_memory(max(len(frames) + 1, min(n_frames, there)), *fitted)
         frames.append(np.asarray(fit_frame(image, fitted, fit)))
 
@@ -184,9 +184,7 @@ def read_clip(
     if not frames:
         raise UserError(f"{path}: start {start} is beyond the end: the clip has {n_seen} frames")
     if len(frames) < n_frames:
-        logger.warning(
-            "%s: %d frames asked for, using the %d there are", path, n_frames, len(frames)
-        )
+        logger.warning("%s: %d frames requested, only %d available", path, n_frames, len(frames))
     return Clip(np.stack(frames), fps or rate / stride, native[0])
 
 
@@ -204,27 +202,27 @@ def _check_request(
 
 
 def check_memory(n_frames: int, height: int, width: int) -> None:
-    """Refuse frames that this machine's memory cannot hold while a clip of them is made.
+    """Refuses a clip that does not fit into this machine's memory.
 
     Raises:
-        UserError: says what is needed and what there is.
+        UserError: names the memory needed and the machine's.
     """
-    # The frames one by one, and the clip that they are copied to.
+    # The list of frames, and the clip that they are copied to.
     needed = 2 * n_frames * height * width * 3
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > total:
         raise UserError(
             f"{n_frames} frames of {width}x{height} need {needed / 1e9:.1f} GB of memory, and this "
-            f"machine has {there / 1e9:.1f} GB; take fewer (--n_frames) or smaller ones (--H, --W)"
+            f"machine has {total / 1e9:.1f} GB; take fewer (--n_frames) or smaller ones (--H, --W)"
         )
 
 
 def _read_video(
     path: Path, wanted: range, keep: Callable[[Image.Image, int], None]
 ) -> tuple[int, Fraction]:
-    """Hand the wanted frames to `keep`; returns (frames decoded, average frame rate).
+    """Calls `keep` with each wanted frame; returns (frames decoded, average frame rate).
 
-    `keep` is told how many of the wanted frames there are, or 0 where that is not known.
+    The second argument of `keep` is the number of wanted frames in the video, 0 if not known.
     """
     try:
         container = av.open(os.path.abspath(path), **READING)
@@ -258,7 +256,7 @@ def _read_video(
     if not n_seen:
         raise UserError(f"{path}: has no frame that can be decoded")
     if not rate:
-        logger.warning("%s: tells no frame rate, taking %d", path, DEFAULT_FOLDER_FPS)
+        logger.warning("%s: has no frame rate; using %d", path, DEFAULT_FOLDER_FPS)
         rate = Fraction(DEFAULT_FOLDER_FPS)
     # Variable rates average to unwieldy fractions; 1001 keeps 30000/1001 and its kin exact.
     return n_seen, rate.limit_denominator(1001) or rate
@@ -287,9 +285,9 @@ def _displayed(path: Path, frame: av.VideoFrame) -> Image.Image:
 def _read_folder(
     path: Path, wanted: range, keep: Callable[[Image.Image, int], None]
 ) -> tuple[int, Fraction]:
-    """Hand the wanted images to `keep`; returns (images there are, DEFAULT_FOLDER_FPS).
+    """Calls `keep` with each wanted image; returns (images in the folder, DEFAULT_FOLDER_FPS).
 
-    `keep` is told how many of the wanted images there are.
+    The second argument of `keep` is the number of wanted images in the folder.
     """
     images = folder_images(path)
     chosen = images[wanted.start : wanted.stop : wanted.step]
