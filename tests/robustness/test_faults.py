@@ -761,7 +761,7 @@ def as_script(job: Job) -> Callable[[], object]:
 
 def check_refused(world: World, job: Job, place: Path, child: Child, reason: str) -> None:
     line = the_line(child)
-    assert reason in line and "the same command goes on" in line, line
+    assert reason in line and "run the same command again" in line, line
     check_nothing_broken(world, job, place)
 
 
