@@ -42,9 +42,10 @@ FRAME_RANGE = ("frame_start", "frame_stride")
 # Edits of one cache may differ in these: its features are built for the largest, or the first.
 LARGEST = ("pnp_attn_t", "pnp_f_t")
 FIRST = ("interval", "keyframe_seed")
-CONTROL_OPTIONS = (  # of an inversion with sd_version: ControlNet; the keys of an edit are the same
-    "control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high", "depth_model",
-)  # fmt: skip
+CONTROL_OPTIONS = {  # of an inversion with sd_version: ControlNet
+    name: name for name in
+    ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high", "depth_model")
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,9 @@ def read_batch(
     """
     content = load_yaml(path)
     for key, value in (overrides or {}).items():
-        content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
+        known = content.get(key)
+        both = isinstance(known, dict) and isinstance(value, dict)
+        content[key] = known | value if both else value
     given = parse(ClipList, content, str(path))
     edits = []
     for clip, entry in _clips(path, given).items():
@@ -335,7 +338,7 @@ def _jobs(edits: Sequence[_Edit]) -> Iterator[Job]:
         caches.setdefault(checkpoint, {}).setdefault(cache, []).append(edit)
     for of_checkpoint in caches.values():
         for group in of_checkpoint.values():
-            options = _cache_options(group) | _flags(group[0].preprocess)
+            options = _cache_options(group)
             args = parse(PreprocessOptions, options, f"{group[0].where}: preprocess")
             place = {key: getattr(args, key) for key in FRAME_RANGE}
             place["n_inversion_steps"] = args.steps  # whatever other caches of the clip there are
@@ -347,37 +350,27 @@ def _jobs(edits: Sequence[_Edit]) -> Iterator[Job]:
 
 def _cache_options(edits: Sequence[_Edit]) -> dict[str, Any]:
     """The options of the inversion that serves all these edits."""
-    first = edits[0]
     options: dict[str, Any] = dict.fromkeys(LARGEST, 0.0)
     for edit in edits:
-        for option, key in INVERSION_OPTIONS.items():
+        keys = INVERSION_OPTIONS
+        if edit.config.sd_version == "ControlNet":
+            keys = INVERSION_OPTIONS | CONTROL_OPTIONS
+        for option, key in keys.items():
             value = getattr(edit.config, key, None)
+            if value is None:
+                continue
             if option in LARGEST:
-                options[option] = max(options[option], value or 0.0)
+                options[option] = max(options[option], value)
             elif options.setdefault(option, value) != value and option not in FIRST:
                 raise UserError(
                     f"{edit.where}: {edit.variant.name}: {key}: is {value} here and "
                     f"{options[option]} for other edits from the same inversion; put it in settings"
                 )
-    options = {option: value for option, value in options.items() if value is not None}
-    if first.config.sd_version == "ControlNet":
-        configs = [e.config for e in edits if isinstance(e.config, controlnet.ControlNetConfig)]
-        controls = [{key: getattr(c, key) for key in CONTROL_OPTIONS} for c in configs]
-        if any(control != controls[0] for control in controls):
-            raise UserError(
-                f"{first.where}: controlnet: {', '.join(CONTROL_OPTIONS)}: the inversion uses them "
-                "too with sd_version: ControlNet; they must be equal for all edits from it"
-            )
-        options |= controls[0] if controls else {}
+    for option, value in edits[0].preprocess.items():
+        if option.startswith("no_") and value is True:  # as on the command line
+            option, value = option.removeprefix("no_"), False
+        options[option] = value
     return options
-
-
-def _flags(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with `no_NAME: true` as `NAME: false`."""
-    return {
-        option.removeprefix("no_"): False if option.startswith("no_") and value is True else value
-        for option, value in section.items()
-    }
 
 
 def _check_models(edits: Sequence[_Edit]) -> None:

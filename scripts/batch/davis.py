@@ -31,7 +31,8 @@ def sequences(root: Path, resolution: str, image_set: str | None, where: str) ->
     if image_set is not None:
         file = Path(image_set)
         return [images / name for name in read_image_set(file if file.is_file() else root / file)]
-    folders = [folder for folder in sorted(images.iterdir()) if _holds_images(folder)]
+    files = (file for file in images.glob("*/*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    folders = sorted({file.parent for file in files})
     if not folders:
         raise UserError(f"{where}: {images}: holds no folders of images")
     return folders
@@ -42,7 +43,7 @@ def read_image_set(file: Path) -> list[str]:
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: a line does not name a sequence, or there is none.
+        UserError: a line does not name a sequence, or the file is empty.
     """
     if not file.is_file():
         raise MissingFileError(f"{file}: no such image set")
@@ -68,9 +69,3 @@ def read_image_set(file: Path) -> list[str]:
 def _is_name(name: str) -> bool:
     """Whether it can only be something within a folder."""
     return bool(name.strip(".")) and not re.search(r"[/\\\0]", name)
-
-
-def _holds_images(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        entry.suffix.lower() in IMAGE_SUFFIXES for entry in folder.iterdir()
-    )

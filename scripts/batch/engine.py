@@ -208,8 +208,7 @@ def run_jobs(
     Args:
         jobs: an inversion before the edits that need it.
         log_folder: for the log file of each clip.
-        n_processes: how many jobs run at once; None: one on each GPU, or one on each machine
-            where there is none.
+        n_processes: how many jobs run at once; None: one on each GPU, else one on each machine.
 
     Returns:
         by the key of each job, how it ended.
