@@ -18,6 +18,8 @@
 set -u
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$head:$((20000 + SLURM_JOB_ID % 10000))
+RAY_AUTH_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # others on the network have no access
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 srun ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --disable-usage-stats -- env RAY_ADDRESS="$address" sh scripts/run_davis.sh "$@"
 status=$?

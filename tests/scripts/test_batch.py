@@ -276,6 +276,32 @@ def test_wrong_options_are_refused_with_a_status_that_is_no_number_of_clips(
     assert re.search(f"^error: .*{message}", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (3, False), (143, True)])
+def test_a_slurm_job_starts_one_cluster_and_is_requeued_when_interrupted(
+    tmp_path, status, requeued
+):
+    commands = {
+        "srun": f'echo "$RAY_AUTH_MODE ${{#RAY_AUTH_TOKEN}} $*"; exit {status}',
+        "scontrol": 'if [ "$1" = show ]; then echo n1; echo n2; else echo "$*"; fi',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    job["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    script = str(engine.ROOT / "scripts/slurm_davis.sh")
+    done = subprocess.run(
+        ["sh", script, "list.yaml", "--verify"],
+        env=os.environ | job, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert done.stdout.splitlines() == [
+        "token 32 ray symmetric-run --address n1:23456 --min-nodes 2 --disable-usage-stats -- "
+        "env RAY_ADDRESS=n1:23456 sh scripts/run_davis.sh list.yaml --verify",
+        *["requeue 123456"] * requeued,
+    ]
+
+
 # ------------------------------------------------------------------------------ the real processes
 
 
