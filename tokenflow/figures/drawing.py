@@ -22,6 +22,7 @@ from util import atomic_file
 DPI = 100
 PANEL = 2.56  # inches that a panel is wide
 TEXT = 0.25  # inches of a line of text
+CELL = 0.18  # inches that a frame and step of a keyframe figure is wide, at most
 ARROWS = 20  # along the longer side of a field, at most
 
 
@@ -102,13 +103,17 @@ def field_colours(field: np.ndarray, longest: float) -> np.ndarray:
         field: (h, w, 2), right and down.
         longest: the displacement of full colour; longer ones have it too.
     """
-    lengths = np.hypot(field[..., 0], field[..., 1])
-    clipped = field * np.minimum(1, longest / np.maximum(lengths, 1e-12))[..., None]
     # flow_to_image divides by the longest displacement: one more column holds it.
     column = np.full((len(field), 1, 2), [longest, 0.0])
-    flow = np.concatenate([clipped, column], axis=1).astype(np.float32)
+    flow = np.concatenate([_clipped(field, longest), column], axis=1).astype(np.float32)
     image = flow_to_image(torch.from_numpy(flow).permute(2, 0, 1))
     return image.permute(1, 2, 0).numpy()[:, :-1]
+
+
+def _clipped(field: np.ndarray, longest: float) -> np.ndarray:
+    """A field whose displacements are at most so long."""
+    lengths = np.hypot(field[..., 0], field[..., 1])
+    return field * np.minimum(1, longest / np.maximum(lengths, 1e-12))[..., None]
 
 
 def draw_field(axis: Axes, field: np.ndarray, longest: float, caption: str) -> None:
@@ -116,7 +121,7 @@ def draw_field(axis: Axes, field: np.ndarray, longest: float, caption: str) -> N
     show(axis, field_colours(field, longest), caption)
     every = -(-max(field.shape[:2]) // ARROWS)
     y, x = np.mgrid[every // 2 : len(field) : every, every // 2 : field.shape[1] : every]
-    arrows = field[y, x] * (every / max(longest, 1e-12))
+    arrows = _clipped(field, longest)[y, x] * (every / max(longest, 1e-12))
     axis.quiver(x, y, arrows[..., 0], arrows[..., 1], angles="xy", scale_units="xy", scale=1)
 
 
@@ -140,9 +145,7 @@ def draw_wheel(axis: Axes, side: int, caption: str) -> None:
 # Keyframes
 
 
-def keyframe_figure(
-    chosen: np.ndarray, first_step: int, interval: int, title: str, width: float = 8.0
-) -> Figure:
+def keyframe_figure(chosen: np.ndarray, first_step: int, interval: int, title: str) -> Figure:
     """The keyframes of every step: a grid, steps down, frames to the right, black where chosen.
 
     Args:
@@ -151,13 +154,13 @@ def keyframe_figure(
         interval: frames between two lines.
     """
     steps, n = chosen.shape
-    height = min(max(width * steps / n, 1.0), 16.0)
-    figure = Figure((width, height + 1.2), dpi=DPI, layout="constrained")
+    cell = min(CELL, 16 / max(steps, n))
+    figure = Figure((max(6.5, n * cell + 0.8), steps * cell + 1.2), dpi=DPI, layout="constrained")
     axis = figure.subplots()
     box = (-0.5, n - 0.5, first_step + steps - 0.5, first_step - 0.5)
     axis.imshow(chosen, cmap="Greys", vmin=0, vmax=1, extent=box, interpolation="nearest")
     axis.vlines(np.arange(0, n, interval) - 0.5, box[3], box[2], color="tab:blue", linewidth=1)
-    axis.set(xlabel="frame", ylabel="step", aspect="auto")
+    axis.set(xlabel="frame", ylabel="step")
     for along in (axis.xaxis, axis.yaxis):
         along.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(title, fontsize="medium")
