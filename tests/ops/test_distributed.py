@@ -531,7 +531,7 @@ def test_the_command_line(clip, tiny_model, keys, tmp_path):
     single = run_tokenflow_pnp.edit(PnPConfig(**{**config, "output_path": str(tmp_path / "one")}))
     latents = [load_tensors(f / "edited_latents.safetensors")["latents"] for f in (folder, single)]
     assert relative_error(latents[0], latents[1].double()) < SAME
-    # What is wrong is said once.
+    # The error is printed once.
     done = launch(2, "run_tokenflow_pnp.py", *words, "--set", "n_frames=0")
     assert done.returncode != 0
     assert done.stderr.count("error: --set n_frames: expected at least 1") == 1

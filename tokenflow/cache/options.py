@@ -28,9 +28,6 @@ from util import ArgumentParser, shown
 FAST = {"steps": 50, "save_steps": 50, "inversion_iters": 3, "inversion_tol": 1e-3}
 
 
-_CONTROL_OPTIONS = ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high")
-
-
 def _spelled(settings: dict[str, Any]) -> str:
     return " ".join(f"--{name} {value:g}" for name, value in settings.items())
 

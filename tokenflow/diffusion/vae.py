@@ -96,8 +96,14 @@ class SquaredError:
         return float(10 * np.log10(255.0**2 / max(self.total / self.count, 1e-10)))
 
 
-def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels of two uint8 clips of one shape."""
+def psnr(frames: np.ndarray, reference: np.ndarray, mask: np.ndarray | None = None) -> float | None:
+    """Peak signal-to-noise ratio in dB between two clips; None if the mask is empty.
+
+    Args:
+        frames, reference: uint8, of one shape.
+        mask: bool, the pixels that count, (n, H, W); by default all.
+    """
     error = SquaredError()
-    error.add(frames, reference)
-    return error.psnr
+    inside = ... if mask is None else mask
+    error.add(frames[inside], reference[inside])
+    return error.psnr if error.count else None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.diffusion.models import resolve_device
+from tokenflow.diffusion.vae import psnr
 from tokenflow.editing.results import find_results
 from tokenflow.evaluation.inputs import (
     MASK_RULE,
@@ -34,7 +35,6 @@ from tokenflow.evaluation.metrics import (
     clip_frame_consistency,
     clip_score,
     model_folder,
-    psnr,
     ssim,
     structure_distance,
     warp_error,

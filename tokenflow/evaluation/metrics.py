@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
-from tokenflow.diffusion.vae import SquaredError
 from tokenflow.evaluation.motion import Motion, warp
 from util import UserError
 
@@ -58,23 +57,6 @@ def warp_error(frames: np.ndarray, motion: Motion) -> float | None:
         difference = (warped - frames[p + 1])[visible]
         errors.append(np.square(difference, dtype=np.float64).mean() / 255.0**2)
     return 1e3 * float(np.mean(errors)) if errors else None
-
-
-def psnr(frames: np.ndarray, source: np.ndarray, mask: np.ndarray | None = None) -> float | None:
-    """Peak signal-to-noise ratio in dB over a clip's pixels, or those of a mask.
-
-    Args:
-        frames, source: (n, H, W, 3) uint8.
-        mask: (n, H, W) bool.
-
-    Returns:
-        None where the mask is empty.
-    """
-    error = SquaredError()
-    for i, (frame, reference) in enumerate(zip(frames, source, strict=True)):
-        inside = ... if mask is None else mask[i]
-        error.add(frame[inside], reference[inside])
-    return error.psnr if error.count else None
 
 
 def ssim(
