@@ -71,15 +71,6 @@ def outlines(shape: str) -> list[np.ndarray]:
     return [polar(np.where(np.arange(corners) % 2 & (shape == "star"), 0.48, 1.0), turn)]
 
 
-def area(shape: str) -> float:
-    """Of a shape of radius 1, by the shoelace formula."""
-    areas = [
-        0.5 * abs(np.sum(p[:, 0] * np.roll(p[:, 1], -1) - p[:, 1] * np.roll(p[:, 0], -1)))
-        for p in outlines(shape)
-    ]
-    return areas[0] - sum(areas[1:])
-
-
 def distances(thing: ShapeObject, time: float, size: tuple[int, int]) -> np.ndarray:
     """OpenCV's distance from each pixel's centre to the posed outlines, in pixels, positive inside.
 
@@ -255,29 +246,6 @@ def test_the_mask_is_the_outline_that_opencv_fills(shape: str, size: tuple[int, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("angle", [0.0, 0.3])
-def test_mask_and_coverage_have_the_area_of_the_shape(shape: str, angle: float) -> None:
-    thing = a_thing(shape=shape, angle=angle, radius=0.4)
-    expected = area(shape) * 0.4**2
-    assert render(a_scene(thing), 0, (128, 128))[1].mean() == pytest.approx(expected, rel=0.03)
-    assert coverage(thing, 128).mean() == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ("circle", math.pi * 0.9**2),
-        ("ring", math.pi * (0.94**2 - 0.42**2)),
-        ("square", 1.44**2),
-        ("triangle", 0.75 * math.sqrt(3)),
-        ("star", 5 * 0.48 * math.sin(math.pi / 5)),
-    ],
-)
-def test_the_reference_s_areas_are_the_analytic_ones(shape: str, expected: float) -> None:
-    assert area(shape) == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
 def test_edges_are_anti_aliased_and_the_mask_is_where_half_is_covered(shape: str) -> None:
     thing = a_thing(shape=shape, radius=0.35, angle=0.2, center=(0.02, -0.03))
     covered = coverage(thing, SIZE)
@@ -343,7 +311,7 @@ def test_a_later_object_hides_an_earlier_one() -> None:
 
 def test_an_object_partly_or_wholly_outside_is_cut_at_the_frame() -> None:
     half = render(a_scene(a_thing(center=(0.0, 0.5))), 0, (SIZE, SIZE))[1]
-    assert half.mean() == pytest.approx(0.5 * area("circle") * 0.25**2, rel=0.03)
+    assert half.mean() == pytest.approx(0.5 * math.pi * (0.9 * 0.25) ** 2, rel=0.03)
     frame, mask = render(a_scene(a_thing(center=(0.0, 0.9))), 0, (SIZE, SIZE))
     assert not mask.any()
     assert np.all(frame == 102)
@@ -430,24 +398,6 @@ def test_warping_one_frame_by_the_flow_gives_the_other(seed: int, pair: tuple[in
     assert error(0 * flow) > 4 * error(flow)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_there_and_back_again_is_where_it_began(seed: int) -> None:
-    clip = render_clip(random_scene(seed), 2, (64, 80))
-    there, visible = clip.flow(0, 1)
-    back = warp(clip.flow(1, 0)[0], there)
-    # Interpolating between the flows of two layers makes a third: keep off the outlines.
-    layers = [cv2.erode((clip.masks[1] == k).astype(np.uint8), np.ones((3, 3))) for k in range(3)]
-    landing = np.stack([warp(layer.astype(np.float32), there) for layer in layers]).max(0)
-    height, width = visible.shape
-    y, x = np.mgrid[:height, :width]
-    y, x = y + there[..., 1], x + there[..., 0]
-    inside = (y > 0) & (y < height - 1) & (x > 0) & (x < width - 1)
-    checked = visible & (landing > 0.999) & inside
-    assert checked.sum() > 0.7 * visible.sum()
-    assert np.linalg.norm(there + back, axis=-1)[checked].max() < 0.1
-    assert np.linalg.norm(there - back, axis=-1)[checked].mean() > 2
-
-
 # ---------------------------------------------------------------- what is hidden
 
 
@@ -468,15 +418,6 @@ def test_what_leaves_the_frame_is_not_visible() -> None:
     expected = np.zeros((48, 80), bool)
     expected[:36, 6:] = True  # 12 rows leave below and 6 columns at the left
     assert np.array_equal(visible, expected)
-
-
-def test_the_part_of_an_object_that_leaves_the_frame_is_not_visible() -> None:
-    scene = a_scene(a_thing(shape="square", motion=Motion((0.0, 0.5))))
-    mask = render(scene, 0, (SIZE, SIZE))[1] == 1
-    _, visible = optical_flow(scene, 0, 1, (SIZE, SIZE))
-    left = np.arange(SIZE) < SIZE // 2  # the other half is 32 pixels too far to the right
-    assert (mask & left).sum() == (mask & ~left).sum() > 100
-    assert np.array_equal(visible[mask], np.broadcast_to(left, mask.shape)[mask])
 
 
 def test_an_earlier_object_goes_behind_a_later_one() -> None:

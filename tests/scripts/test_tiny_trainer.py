@@ -218,14 +218,6 @@ def test_an_interrupted_run_ends_as_one_in_one_piece(
 
 
 @pytest.mark.usefixtures("saves_every_step")
-def test_an_interrupted_run_in_mixed_precision_ends_as_one_in_one_piece(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", dtype=torch.bfloat16)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", interrupted_at(11), dtype=torch.bfloat16)
-    assert_same(run(tmp_path / "parts", dtype=torch.bfloat16), whole)
-
-
-@pytest.mark.usefixtures("saves_every_step")
 def test_frozen_and_unused_parameters_do_not_hinder_resuming(tmp_path: Path) -> None:
     """They have no moments in the optimiser's state."""
 
