@@ -19,24 +19,11 @@ import numpy as np
 from scripts.demo import inversion_options
 from scripts.shapes.metrics import true_motion
 from scripts.shapes.pictures import HELD_OUT, SIZE
-from scripts.shapes.world import (
-    SAMPLE_FRAMES,
-    another_color,
-    random_scene,
-    recolored,
-    render_clip,
-)
+from scripts.shapes.world import SAMPLE_FRAMES, another_color, random_scene, recolored, render_clip
 from tokenflow.evaluation.motion import save_motion, truth_file
 from tokenflow.storage.images import save_frames
 from tokenflow.storage.work_dir import replacing_folder
-from util import (
-    ArgumentParser,
-    UserError,
-    check_writable,
-    command_line,
-    load_yaml,
-    save_yaml,
-)
+from util import ArgumentParser, UserError, check_writable, command_line, load_yaml, save_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 

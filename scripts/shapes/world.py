@@ -183,10 +183,7 @@ def random_scene(seed: int | Sequence[int], n_objects: int | None = None) -> Sce
 
 
 def _random_object(
-    rng: np.random.Generator,
-    color: str,
-    center: tuple[float, float],
-    sizes: tuple[float, float],
+    rng: np.random.Generator, color: str, center: tuple[float, float], sizes: tuple[float, float]
 ) -> ShapeObject:
     radius = rng.uniform(*sizes)
     # To the other side of the frame, so that hardly anything leaves it.

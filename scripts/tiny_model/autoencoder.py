@@ -97,9 +97,7 @@ def _encode(vae: AutoencoderKL, pictures: Pictures, count: int, training: Traini
         pixels = to_pixels(np.stack([pictures[number] for number in chunk.tolist()]))
         pixels = pixels.to(training.device, memory_format=torch.channels_last)
         with torch.autocast(
-            training.device.type,
-            training.dtype,
-            enabled=training.dtype != torch.float32,
+            training.device.type, training.dtype, enabled=training.dtype != torch.float32
         ):
             mean = vae.encode(pixels).latent_dist.mean
         latents.append(mean.float().cpu())

@@ -28,12 +28,7 @@ from scripts.shapes.pictures import (
 from scripts.shapes.world import random_scene
 from scripts.tiny_model.autoencoder import load_vae, picture_latents
 from scripts.tiny_model.make_random import unet_blocks
-from scripts.tiny_model.model_files import (
-    ddim_scheduler,
-    model_index,
-    save_weights,
-    write_json,
-)
+from scripts.tiny_model.model_files import ddim_scheduler, model_index, save_weights, write_json
 from scripts.tiny_model.settings import WIDTH, Training, text_config
 from tokenflow.diffusion.conditions import canny_edges
 from util import sha256_file

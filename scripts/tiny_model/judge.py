@@ -11,13 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-)
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
 from scripts.shapes.pictures import held_out_pictures, save_sheet
 from scripts.shapes.world import random_scene
@@ -26,10 +20,7 @@ from scripts.tiny_model.settings import WIDTH, Training, text_config
 
 log = logging.getLogger("tokenflow")
 
-JUDGE_SIZE, PATCH = (
-    64,
-    8,
-)  # of the pictures that the judge sees, and of what it cuts them into
+JUDGE_SIZE, PATCH = (64, 8)  # of the pictures that the judge sees, and of what it cuts them into
 
 GROUPS = 4  # of look-alikes in a batch of the judge's training
 
@@ -63,8 +54,7 @@ def train_judge(training: Training) -> None:
         batch = _shifted(batch.flip(-1).where(mirrored, batch), generator)
         batch = batch + 0.05 * torch.randn(batch.shape, generator=generator)
         similarity = model(
-            input_ids=tokens[numbers].to(training.device),
-            pixel_values=batch.to(training.device),
+            input_ids=tokens[numbers].to(training.device), pixel_values=batch.to(training.device)
         ).logits_per_image.float()
         same = (labels[numbers][:, None] == labels[numbers]).float().to(training.device)
         target = same / same.sum(dim=1, keepdim=True)

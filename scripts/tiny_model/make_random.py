@@ -39,13 +39,7 @@ from scripts.tiny_model.model_files import (
     write_json,
     write_tokenizer,
 )
-from util import (
-    ArgumentParser,
-    UserError,
-    check_writable,
-    command_line,
-    setup_logging,
-)
+from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
 
 log = logging.getLogger("tokenflow")
 
@@ -75,12 +69,7 @@ def tiny_architecture(width: int) -> Architecture:
         unet={
             "sample_size": 8,
             "block_out_channels": (width // 2, width, width, width),
-            "attention_head_dim": (
-                2,
-                4,
-                4,
-                4,
-            ),  # diffusers' name for the number of heads
+            "attention_head_dim": (2, 4, 4, 4),  # diffusers' name for the number of heads
             "cross_attention_dim": width,
             "norm_num_groups": 4,
         },
@@ -90,11 +79,7 @@ def tiny_architecture(width: int) -> Architecture:
             "layers_per_block": 1,
             "norm_num_groups": 2,  # each group's mean is lost: more groups, paler pictures
         },
-        text={
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_attention_heads": 4,
-        },
+        text={"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4},
         hint_channels=(8, 8, 16, 16),
     )
 
@@ -109,11 +94,7 @@ SD21 = Architecture(
         "cross_attention_dim": 1024,
         "use_linear_projection": True,
     },
-    vae={
-        "sample_size": 512,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-    },
+    vae={"sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
     text={"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16},
     hint_channels=(16, 32, 96, 256),
 )
@@ -128,11 +109,7 @@ MEDIUM = Architecture(
         "cross_attention_dim": 384,
         "use_linear_projection": True,
     },
-    vae={
-        "sample_size": 512,
-        "block_out_channels": (32, 64, 128, 128),
-        "layers_per_block": 1,
-    },
+    vae={"sample_size": 512, "block_out_channels": (32, 64, 128, 128), "layers_per_block": 1},
     text={"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6},
     hint_channels=(16, 32, 64, 96),
 )

@@ -34,9 +34,7 @@ def ddim_scheduler(kind: str) -> DDIMScheduler:
     )
 
 
-def bpe_vocabulary(
-    words: Sequence[str],
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def bpe_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's kind of byte-level BPE with merges for a few words.
 
     Every byte is a token, alone and at a word's end (</w>), so that any text has tokens.
@@ -109,11 +107,7 @@ def write_tokenizer(
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     write_json(folder / "special_tokens_map.json", special)
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": max_tokens,
-        **special,
-    }
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, **special}
     write_json(folder / "tokenizer_config.json", config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from scripts.shapes.pictures import SIZE, Pictures, world_version
 from scripts.shapes.world import BACKGROUNDS, FILLS, SHAPES
 from scripts.tiny_model.model_files import bpe_vocabulary, write_tokenizer
-from scripts.tiny_model.trainer import Recipe, train
+from scripts.tiny_model.trainer import Loss, Recipe, Sheet, train
 from util import MissingFileError, sha256_file
 
 MAX_TOKENS = 32
@@ -127,25 +127,12 @@ class Training:
         }
 
     def train(
-        self,
-        name: str,
-        model: nn.Module,
-        loss: Callable[[nn.Module, torch.Generator], Tensor],
-        sheet: Callable[[nn.Module, Path], None],
-        inputs: dict[str, str],
+        self, name: str, model: nn.Module, loss: Loss, sheet: Sheet, inputs: dict[str, str]
     ) -> nn.Module:
-        return train(
-            name,
-            model,
-            loss,
-            self.budget.recipes[name],
-            self.work / name,
-            seed=self.seed,
-            inputs=inputs,
-            dtype=self.dtype,
-            sheet=sheet,
-            sheet_every=self.sheet_every,
-        )
+        """Train one part, see `trainer.train`."""
+        recipe, folder = self.budget.recipes[name], self.work / name
+        own = {"seed": self.seed, "dtype": self.dtype, "sheet_every": self.sheet_every}
+        return train(name, model, loss, recipe, folder, inputs=inputs, sheet=sheet, **own)
 
 
 def text_config(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:

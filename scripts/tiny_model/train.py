@@ -53,10 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", type=Path, help="folder to fill (default: WORK/model)")
     parser.add_argument(
-        "--budget",
-        choices=tuple(BUDGETS),
-        default="cpu",
-        help="how much of all (default: cpu)",
+        "--budget", choices=tuple(BUDGETS), default="cpu", help="how much of all (default: cpu)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")

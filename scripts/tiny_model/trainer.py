@@ -21,6 +21,8 @@ from util import UserError, load_tensors, load_yaml, save_tensors, save_yaml
 log = logging.getLogger("tokenflow")
 
 SAVE_SECONDS = 120  # between two saves of the state
+Loss = Callable[[nn.Module, torch.Generator], Tensor]
+Sheet = Callable[[nn.Module, Path], None]
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,14 @@ def average_share(step: int) -> float:
 def train(
     name: str,
     model: nn.Module,
-    loss: Callable[[nn.Module, torch.Generator], Tensor],
+    loss: Loss,
     recipe: Recipe,
     folder: Path,
     *,
     seed: int,
     inputs: Mapping[str, str],
     dtype: torch.dtype,
-    sheet: Callable[[nn.Module, Path], None],
+    sheet: Sheet,
     sheet_every: int,
 ) -> nn.Module:
     """Train a model, or resume an interrupted run.
@@ -149,9 +151,7 @@ class _Run:
             fused=True,
         )
 
-    def step(
-        self, step: int, loss: Callable[[nn.Module, torch.Generator], Tensor], dtype: torch.dtype
-    ) -> Tensor:
+    def step(self, step: int, loss: Loss, dtype: torch.dtype) -> Tensor:
         """Takes one step; returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(step)

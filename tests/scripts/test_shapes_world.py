@@ -277,8 +277,7 @@ def test_the_object_s_colour_is_in_its_mask_and_the_background_outside(shape: st
 
 
 @pytest.mark.parametrize(
-    ("fill", "share"),
-    [("plain", 0.0), ("striped", 0.5), ("dotted", 0.441), ("checkered", 0.5)],
+    ("fill", "share"), [("plain", 0.0), ("striped", 0.5), ("dotted", 0.441), ("checkered", 0.5)]
 )
 def test_a_fill_s_second_tone_has_its_share_of_a_square(fill: str, share: float) -> None:
     """The dots: nine of radius 0.19, less the twelve segments beyond the edges at 0.72."""

@@ -244,10 +244,7 @@ def test_controlnet_changes_the_prediction(models, tiny_model):
     for picture in (dark, bright):
         with torch.inference_mode():
             down, mid = controlnet(x, 500, text, controlnet_cond=picture, return_dict=False)
-        residuals = {
-            "down_block_additional_residuals": down,
-            "mid_block_additional_residual": mid,
-        }
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         predictions.append(predict(models.unet, x, **residuals))
     plain, with_dark, with_bright = predictions
     assert 0.02 < (with_dark - plain).std() < 1.0

@@ -35,9 +35,7 @@ def run(folder: Path, part: str) -> None:
 def test_the_model_loads_as_a_stable_diffusion_with_its_controlnet(trained):
     model = trained / "model"
     pipe = StableDiffusionControlNetPipeline.from_pretrained(
-        model,
-        controlnet=ControlNetModel.from_pretrained(model / "controlnet"),
-        safety_checker=None,
+        model, controlnet=ControlNetModel.from_pretrained(model / "controlnet"), safety_checker=None
     )
     assert len(pipe.unet.attn_processors) == 32
     check_controlnet_fits(model, str(model / "controlnet"))

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.tiny_model import trainer as training
-from scripts.tiny_model.trainer import Recipe, train
+from scripts.tiny_model.trainer import Loss, Recipe, Sheet, train
 from tests.helpers import contents
 from util import UserError, load_tensors, load_yaml
 
@@ -20,9 +19,6 @@ RECIPE = Recipe(steps=30, batch_size=16, learning_rate=0.02, warmup=5)
 SLOPES = torch.tensor([1.0, -2.0, 0.5])
 
 INPUTS = {"vae": "0123456789ab"}
-
-Loss = Callable[[nn.Module, torch.Generator], Tensor]
-Sheet = Callable[[nn.Module, Path], None]
 
 
 def a_model(seed: int = 0) -> nn.Module:
@@ -318,12 +314,7 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("learning_rate", 0.03),
-        ("batch_size", 17),
-        ("warmup", 6),
-        ("weight_decay", 0.02),
-    ],
+    [("learning_rate", 0.03), ("batch_size", 17), ("warmup", 6), ("weight_decay", 0.02)],
 )
 def test_another_recipe_is_refused(
     key: str, value: float, finished: tuple[Path, nn.Module]
@@ -431,8 +422,4 @@ def test_nothing_is_pickled(finished: tuple[Path, nn.Module]) -> None:
     for name, value in averaged.state_dict().items():
         assert torch.equal(tensors[f"average.module.{name}"], value)
         assert not torch.equal(tensors[f"model.{name}"], value)
-    assert load_yaml(folder / "recipe.yaml") == {
-        **dataclasses.asdict(RECIPE),
-        "seed": 0,
-        **INPUTS,
-    }
+    assert load_yaml(folder / "recipe.yaml") == {**dataclasses.asdict(RECIPE), "seed": 0, **INPUTS}
