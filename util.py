@@ -456,30 +456,6 @@ def save_yaml(path: str | Path, mapping: Mapping[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_sealed_yaml(path: str | Path, mapping: Mapping[str, Any]) -> None:
-    """Write a mapping as YAML whose last line is a checksum of all before it: sha256: <hex>."""
-    text = yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True).encode()
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(text + f"{_SEAL}{hashlib.sha256(text).hexdigest()}\n".encode())
-
-
-def load_sealed_yaml(path: str | Path) -> dict[str, Any]:
-    """Read what `save_sealed_yaml` wrote, without the checksum.
-
-    Raises:
-        MissingFileError: there is no such file.
-        UserError: it was truncated or changed since, or never was such a file.
-    """
-    content = _existing_file(path).read_bytes()
-    text, seal, checksum = content.rpartition(_SEAL.encode())
-    if not seal or checksum.decode("ascii", "replace") != hashlib.sha256(text).hexdigest() + "\n":
-        raise UserError(f"{path}: damaged, changed after it was written, or of an older version")
-    return parse_yaml(text, str(path))
-
-
-_SEAL = "sha256: "
-
-
 def load_yaml(path: str | Path, limit: int = MAX_YAML_BYTES) -> dict[Any, Any]:
     """Read a YAML mapping; no YAML tag can make anything but plain values.
 

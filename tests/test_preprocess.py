@@ -25,7 +25,7 @@ from tests.helpers import (
     no_model_may_load,
     video_facts,
 )
-from tokenflow.cache import build as cache_maker
+from tokenflow.cache import build
 from tokenflow.cache import options as preprocess_options
 from tokenflow.cache.source_cache import CLEAN_LATENTS, find_cache, open_cache, read_manifest
 from tokenflow.cache.source_features import find_features
@@ -157,11 +157,11 @@ def test_the_reconstruction_is_reported_beside_its_bound(clip, tiny_model, tmp_p
     caplog.set_level(logging.INFO)
     manifest = read_manifest(invert(clip, tmp_path, tiny_model))
     expected = (
-        f"reconstruction: {manifest.psnr:.2f} dB PSNR; "
-        f"the VAE alone, which a good inversion reaches: {manifest.vae_psnr:.2f} dB"
+        f"reconstruction PSNR {manifest.psnr:.2f} dB "
+        f"(upper bound of the VAE: {manifest.vae_psnr:.2f} dB)"
     )
     assert expected in caplog.text
-    assert f"against the other, {manifest.psnr_to_vae:.2f} dB" in caplog.text
+    assert f"{manifest.psnr_to_vae:.2f} dB against the VAE's" in caplog.text
     assert "image-forwards a frame: 10.0 inversion, 5.0 reconstruction" in caplog.text
     assert "below the VAE's" not in caplog.text
 
@@ -194,9 +194,9 @@ def test_latents_are_written_as_they_are_reached(clip, tiny_model, tmp_path, mon
         events.append(("written", name))
         save(folder, name, latents)
 
-    invert_clip, save = cache_maker.invert, cache_maker.save_latents
-    monkeypatch.setattr(cache_maker, "invert", spied)
-    monkeypatch.setattr(cache_maker, "save_latents", spied_save)
+    invert_clip, save = build.invert, build.save_latents
+    monkeypatch.setattr(build, "invert", spied)
+    monkeypatch.setattr(build, "save_latents", spied_save)
     invert(clip, tmp_path, tiny_model, steps=5, n_frames=2)
     ascending = SAMPLING[::-1]
     expected = [event for t in ascending for event in (("reached", t), ("written", t))]
@@ -205,12 +205,12 @@ def test_latents_are_written_as_they_are_reached(clip, tiny_model, tmp_path, mon
 
 def test_make_cache_takes_models_that_are_loaded(clip, tiny_model, tmp_path, monkeypatch):
     models = load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    monkeypatch.setattr(build, "load_stable_diffusion", no_model_may_load)
     options = {"n_frames": 2, "H": HEIGHT, "W": WIDTH, "steps": 2, "save_steps": 2}
     options |= {"data_path": clip, "save_dir": tmp_path, "model_key": tiny_model, "device": "cpu"}
-    inputs = preprocess.open_inputs(preprocess.parse_args(arguments(options)))
-    manifest = preprocess.make_cache(inputs, 1, models)
-    again = preprocess.make_cache(inputs, None, models)  # and it can be called again
+    inputs = build.open_inputs(preprocess.parse_args(arguments(options)))
+    manifest = build.invert_clip(inputs, 1, models)
+    again = build.invert_clip(inputs, None, models)  # and it can be called again
     assert read_manifest(inputs.folder) == again
     assert again.image_forwards == manifest.image_forwards
     assert again.psnr == pytest.approx(manifest.psnr, abs=0.01)
@@ -253,7 +253,7 @@ def test_a_bad_inversion_is_warned_of_and_iterations_mend_it(
     tiny_model, tmp_path, caplog, monkeypatch
 ):
     """Two steps through all noise levels are far too few, even for a ramp of greys."""
-    monkeypatch.setattr(preprocess, "WARN_GAP_DB", 1.0)  # of a random model, 2 to 4 dB
+    monkeypatch.setattr(build, "WARN_GAP_DB", 1.0)  # of a random model, 2 to 4 dB
     (tmp_path / "ramp").mkdir()
     ramp = np.tile(np.linspace(0, 237, WIDTH).astype(np.uint8), (HEIGHT, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp" / "0.png")
@@ -286,12 +286,12 @@ def test_a_nan_stops_the_inversion_and_names_the_step(clip, tiny_model, tmp_path
 
 def test_a_second_run_computes_nothing(cache, clip, tiny_model, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    monkeypatch.setattr(build, "load_stable_diffusion", no_model_may_load)
     before = contents(cache)
     again = invert(clip, save_dir_of(cache), tiny_model, inversion_prompt=PROMPT, batch_size=5)
     assert again == cache
     assert contents(cache) == before
-    assert "is there already, made with these settings" in caplog.text
+    assert "already exists with these settings" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_a_second_run_computes_nothing(cache, clip, tiny_model, monkeypatch, cap
 def test_other_settings_are_refused(
     cache, clip, tiny_model, monkeypatch, option, value, difference
 ):
-    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    monkeypatch.setattr(build, "load_stable_diffusion", no_model_may_load)
     before = contents(cache)
     options = {"inversion_prompt": PROMPT, option: value}
     with pytest.raises(UserError, match=rf"made with other settings \({difference}.*--overwrite"):
@@ -338,7 +338,7 @@ def test_an_interrupted_run_is_unfinished_and_the_next_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_maker, "sample", interrupt)
+        patch.setattr(build, "sample", interrupt)
         with pytest.raises(KeyboardInterrupt):
             invert(clip, tmp_path, tiny_model, inversion_prompt=PROMPT, batch_size=2)
     assert list(tmp_path.rglob("noisy_latents_*"))  # it was in the middle
@@ -347,7 +347,7 @@ def test_an_interrupted_run_is_unfinished_and_the_next_goes_on(
         find_cache(tmp_path / "sd_2.1" / "star", {"steps": None}, 5, lambda _: "run: make it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_maker, "encode_frames", interrupt)  # which is behind
+        patch.setattr(build, "encode_frames", interrupt)  # which is behind
         folder = invert(clip, tmp_path, tiny_model, inversion_prompt=PROMPT, batch_size=2)
     found, expected = read_manifest(folder), read_manifest(cache)
     assert found.files == expected.files
@@ -360,7 +360,7 @@ def test_an_interrupted_overwrite_leaves_the_old_cache_whole(
 ):
     shutil.copytree(save_dir_of(cache), tmp_path, dirs_exist_ok=True)
     folder = tmp_path / cache.relative_to(save_dir_of(cache))
-    monkeypatch.setattr(cache_maker, "invert", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(build, "invert", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         invert(clip, tmp_path, tiny_model, overwrite="")
     assert open_cache(folder).manifest == read_manifest(cache)
@@ -467,7 +467,7 @@ def test_the_depth_model_gets_depth_normalised_over_the_clip(tiny_depth_model, t
 def test_a_v_prediction_model_inverts(clip, tiny_v_model, tmp_path):
     folder = invert(clip, tmp_path, tiny_v_model)
     manifest = read_manifest(folder)
-    assert manifest.vae_psnr - manifest.psnr < preprocess.WARN_GAP_DB
+    assert manifest.vae_psnr - manifest.psnr < build.WARN_GAP_DB
     assert 0.4 < noisiest(folder).std() < 1.6
 
 
@@ -484,7 +484,7 @@ def test_bfloat16(cache, clip, tiny_model, tmp_path):
 @pytest.fixture
 def bad(tmp_path, monkeypatch, clip, tiny_model):
     """A folder with things that cannot be edited, and nothing that loads a model."""
-    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    monkeypatch.setattr(build, "load_stable_diffusion", no_model_may_load)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "notes.mp4").write_text("no video")
     (tmp_path / "empty").mkdir()
@@ -625,14 +625,14 @@ def test_features_are_added_to_a_cache_that_is_there_and_made_once(tiny_model, t
     invert(clip, tmp_path / "latents", tiny_model, cache_features="", pnp_attn_t=0.2)
     assert contents(folder) == before
     invert(clip, tmp_path / "latents", tiny_model, cache_features="", pnp_attn_t=1)
-    assert "made anew: attention_steps is 2 there, 5 here" in caplog.text
+    assert "computed again: attention_steps is 2 there, 5 here" in caplog.text
     assert features_of(folder).settings.attention_steps == 5
 
 
 def test_a_disk_without_room_is_an_error_before_the_work(tiny_model, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
-    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    monkeypatch.setattr(build, "load_stable_diffusion", no_model_may_load)
     clip = make_clip(tmp_path / "clip.mp4")
     with pytest.raises(UserError, match=r"needed, 50 kB are free; .*or --no_cache_features"):
         invert(clip, tmp_path / "latents", tiny_model, cache_features="")

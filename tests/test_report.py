@@ -30,7 +30,7 @@ from tokenflow.editing.results import RESULT_FILES, Result
 from tokenflow.evaluation.score_table import Row, rows_as_json
 from tokenflow.figures import report_page
 from tokenflow.storage.video import save_video
-from tokenflow.storage.work_dir import Workplace
+from tokenflow.storage.work_dir import WorkDir
 from util import UserError, command_line, load_yaml, save_yaml
 
 FPS, N_FRAMES = Fraction(20), 40
@@ -86,7 +86,7 @@ def make_cache(folder, n_frames=4, **changes):
         "control": None,
         "depth_model": None,
     }
-    files = Workplace(folder).record_files()
+    files = WorkDir(folder).record_files()
     finish_cache(folder, Manifest(**values | changes), files, psnr=33.416, vae_psnr=math.nan)
     return folder
 

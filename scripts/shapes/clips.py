@@ -22,7 +22,7 @@ from scripts.shapes.pictures import HELD_OUT, SIZE
 from scripts.shapes.world import SAMPLE_FRAMES, another_color, random_scene, recolored, render_clip
 from tokenflow.evaluation.motion import save_motion, truth_file
 from tokenflow.storage.images import save_frames
-from tokenflow.storage.work_dir import replacing_folder
+from tokenflow.storage.work_dir import atomic_dir
 from util import ArgumentParser, UserError, check_writable, command_line, load_yaml, save_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.folder}: exists already; remove it or name another")
     check_writable(args.folder.parent, "folder")
     n_frames = load_yaml(ROOT / "configs/demo_pnp.yaml")["n_frames"]
-    with replacing_folder(args.folder) as partial:
+    with atomic_dir(args.folder) as partial:
         clips = [write_clip(partial, args.seed + i, n_frames) for i in range(args.clips)]
         for clip in clips:
             clip["data_path"] = str(args.folder / Path(clip["data_path"]).name)

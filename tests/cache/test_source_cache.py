@@ -119,12 +119,12 @@ def test_a_cache_of_an_earlier_version_keeps_its_folder(place, tiny_model):
 
 def test_a_damaged_cache_beside_the_one_that_fits_is_told(place, tiny_model, caplog):
     (cached(place, tiny_model, "d2/IMG.mp4") / "manifest.yaml").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.yaml: damaged"):
+    with pytest.raises(UserError, match=r"manifest\.yaml: not valid YAML"):
         open_inputs(config(tiny_model))
     good = cached(place, tiny_model)
     caplog.set_level(logging.WARNING)
     assert open_inputs(config(tiny_model)).cache.folder == good
-    assert "manifest.yaml: damaged" in caplog.text
+    assert "manifest.yaml: not valid YAML" in caplog.text
 
 
 def test_the_cache_of_another_clip_of_the_name_does_not_serve(place, tiny_model):

@@ -36,7 +36,7 @@ from tokenflow.editing.loop import EditSession, plan_steps
 from tokenflow.figures import features
 from tokenflow.storage.disk import check_free_space, format_bytes
 from tokenflow_utils import ATTENTION_LAYERS, TokenFlowContext, self_attention_layers
-from util import UserError, load_sealed_yaml, load_yaml, save_sealed_yaml
+from util import UserError, load_yaml, save_yaml
 
 # A keyframe's injected features come from its chunk's pass where they are cached, and from the
 # keyframes' where they are live: rounding depends on the batch.
@@ -338,7 +338,7 @@ def test_features_of_another_cache_are_refused(keys, tiny_model, tmp_path):
 def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path, changes, said):
     other, _ = damaged_cache(keys, tiny_model, tmp_path)
     path = folder_of(other) / "manifest.yaml"
-    save_sealed_yaml(path, {**load_sealed_yaml(path), **changes})
+    save_yaml(path, {**load_yaml(path), **changes})
     with pytest.raises(UserError, match=f"manifest.yaml: {said}.*; run: rm -r"):
         pnp(other)
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-import preprocess
 import run_tokenflow_sdedit
 from tests.helpers import invert, make_clip, no_model_may_load
+from tokenflow.cache import build
 from tokenflow.diffusion import checkpoints
 from tokenflow.diffusion.checkpoints import (
     CONTROLNETS,
@@ -243,7 +243,7 @@ def test_the_scripts_take_pickles_with_a_flag(made, model, monkeypatch):
         run_tokenflow_sdedit.main(argv)
     with pytest.raises(UserError, match="another model"):  # other files, to be sure
         run_tokenflow_sdedit.main([*argv, "--allow_pickle"])
-    monkeypatch.setattr(preprocess, "load_stable_diffusion", no_model_may_load)
+    monkeypatch.setattr(build, "load_stable_diffusion", no_model_may_load)
     with pytest.raises(UserError, match="pickled weights"):
         invert(made / "clip.mp4", model.parent / "new", model)
     with pytest.raises(pytest.fail.Exception, match="a model was loaded"):

@@ -18,7 +18,7 @@ from run_tokenflow_pnp import PnPConfig
 from tests.helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load
 from tokenflow.diffusion.checkpoints import checkpoint_revision
 from tokenflow.editing.inputs import open_inputs
-from util import MissingFileError, UserError, load_sealed_yaml, save_sealed_yaml, save_yaml
+from util import MissingFileError, UserError, load_yaml, save_yaml
 
 SCRIPTS = {
     "pnp": run_tokenflow_pnp,
@@ -320,17 +320,15 @@ def test_a_damaged_cache_is_refused(place, keys, cache, name, damage, said):
         lambda text: "- a list\n",
         lambda text: "{",
         lambda text: text.replace("save_steps: 5\n", ""),
-        lambda text: text.replace("fps: '10'", "fps: '11'"),
-        lambda text: text[:-2] + "x\n",
     ],
-    ids=["cut", "empty", "list", "no YAML", "a field less", "another value", "another checksum"],
+    ids=["cut", "empty", "list", "no YAML", "a field less"],
 )
 def test_a_damaged_manifest_is_refused(place, keys, cache, damage):
     path = cache / "manifest.yaml"
     text = path.read_text()
     path.write_text(damage(text))
     assert path.read_text() != text
-    refused(place, r"manifest\.yaml: damaged.*preprocess\.py .*--overwrite", keys)
+    refused(place, r"manifest\.yaml: .*preprocess\.py .*--overwrite", keys)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +343,7 @@ def test_a_damaged_manifest_is_refused(place, keys, cache, damage):
 )
 def test_a_manifest_of_another_format_is_refused(place, keys, cache, changes, said):
     path = cache / "manifest.yaml"
-    save_sealed_yaml(path, {**load_sealed_yaml(path), **changes})
+    save_yaml(path, {**load_yaml(path), **changes})
     refused(place, rf"manifest\.yaml: {said}.*; .*preprocess\.py .*--over", keys)
 
 
@@ -424,9 +422,9 @@ def test_pnp_alone_refuses_a_unet_without_its_layers(place, keys, cache, tiny_mo
     for name in ("down_block_types", "up_block_types", "block_out_channels", "attention_head_dim"):
         settings[name] = settings[name][:3]
     (copy / "unet" / "config.json").write_text(json.dumps(settings))
-    manifest = load_sealed_yaml(cache / "manifest.yaml")
+    manifest = load_yaml(cache / "manifest.yaml")
     manifest["model_revision"] = checkpoint_revision(copy)
-    save_sealed_yaml(cache / "manifest.yaml", manifest)
+    save_yaml(cache / "manifest.yaml", manifest)
     keys["model_key"] = "short"
     expected = r"short: its UNet has no up_blocks\.3\..*\(\d of the layers that PnP injects into"
     refused(place, expected, keys)

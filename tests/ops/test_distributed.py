@@ -26,7 +26,7 @@ from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig
 from tests.editing.test_loop import relative_error
 from tests.helpers import HEIGHT, WIDTH, contents, make_clip
-from tokenflow.cache import build as cache_maker
+from tokenflow.cache import build
 from tokenflow.cache.options import arguments
 from tokenflow.cache.source_cache import open_cache, read_manifest
 from tokenflow.diffusion.models import load_stable_diffusion, resolve_device
@@ -298,13 +298,13 @@ def test_a_cache_that_two_processes_began_is_gone_on_with_by_three(clip, tiny_mo
 
     def begin(group):
         if group.is_main:  # after the clean latents and those of a timestep
-            cache_maker.save_latents = dies_at(cache_maker.save_latents, 3)
+            build.save_latents = dies_at(build.save_latents, 3)
         with pytest.raises(UserError, match="another process of this run has ended"):
             preprocess.preprocess(args, group=group)
         return {}
 
     def go_on(group):
-        cache_maker.encode_frames = None  # which is behind
+        build.encode_frames = None  # which is behind
         preprocess.preprocess(args, group=group)
         return {}
 

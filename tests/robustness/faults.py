@@ -23,10 +23,10 @@ from typing import Any
 from tokenflow.cache.source_cache import MANIFEST
 from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.storage import work_dir as folders
-from util import load_sealed_yaml
+from util import load_yaml
 
 # What orders the steps of writing; the data themselves go through the libraries.
-CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "pwrite")
+CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync")
 REMOVALS = ("unlink", "rmdir")
 OF_THE_RUN = ("seconds", "peak_memory_bytes")
 
@@ -203,7 +203,7 @@ def snapshot(folder: Path, without: str | None = None) -> dict[str, Any]:
         if without is not None and name.startswith(f"{without}/"):
             continue
         if path.name in (MANIFEST, "run.yaml"):
-            data = load_sealed_yaml(path)
+            data = load_yaml(path)
             found[name] = {key: value for key, value in data.items() if key not in OF_THE_RUN}
         else:
             found[name] = path.read_bytes()
@@ -213,7 +213,7 @@ def snapshot(folder: Path, without: str | None = None) -> dict[str, Any]:
 def saved_figures(folder: Path) -> dict[str, Any]:
     """The figures of a folder's unfinished work, as last saved; {} if nothing was."""
     place = folder.with_name(f".{folder.name}.work")
-    path = place / "state.safetensors"
+    path = place / "checkpoint.safetensors"
     if not path.is_file() or not (place / "folder").exists():
         return {}
     with folders.safe_open(path, framework="pt") as file:

@@ -33,6 +33,7 @@ import run_tokenflow_controlnet
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 from tests.helpers import HEIGHT, WIDTH, invert, make_clip
+from tokenflow.cache import build
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.results import result_folder
@@ -350,7 +351,7 @@ def check_preprocess(place, words):
     if outcome == "accepted" and not {"-h", "--help"} & set(argv):
         args = preprocess.parse_args(argv)
         allowed = Path(os.path.abspath(args.save_dir))
-        folder = Path(os.path.abspath(preprocess.open_inputs(args).folder))
+        folder = Path(os.path.abspath(build.open_inputs(args).folder))
         assert len(folder.relative_to(allowed).parts) == 4
     changed = state(place).items() ^ before.items()
     for name in dict(changed):

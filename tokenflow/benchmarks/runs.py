@@ -19,10 +19,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-import preprocess
 from tokenflow.benchmarks import three_branch
 from tokenflow.benchmarks.meters import Meter
-from tokenflow.cache.options import FAST, PreprocessOptions
+from tokenflow.cache import build
+from tokenflow.cache.options import FAST, PreprocessOptions, parse_args
 from tokenflow.cache.source_cache import FORMAT
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
 from tokenflow.diffusion.model_names import MODELS
@@ -39,7 +39,7 @@ from tokenflow.editing.results import result_folder
 from tokenflow.editing.techniques import OpenResult, Technique, technique
 from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
-from tokenflow.storage.work_dir import Workplace, replacing_folder
+from tokenflow.storage.work_dir import WorkDir, atomic_dir
 from util import UserError, save_yaml
 
 log = logging.getLogger("tokenflow")
@@ -282,7 +282,7 @@ def preprocess_args(bench: Bench, name: str) -> PreprocessOptions:
     # One folder for each set of options: a cache's own name says only the clip and the steps.
     options = json.dumps([words, checkpoint_revision(bench.checkpoint), FORMAT])
     digest = hashlib.sha256(options.encode()).hexdigest()[:12]
-    return preprocess.parse_args([*words, "--save_dir", str(bench.work / "caches" / digest)])
+    return parse_args([*words, "--save_dir", str(bench.work / "caches" / digest)])
 
 
 def edit_config(bench: Bench, overrides: list[str]) -> EditConfig:
@@ -327,11 +327,11 @@ def run_preprocess(bench: Bench, models: StableDiffusion, count_flops: bool = Fa
 def ensure_cache(bench: Bench, models: StableDiffusion) -> None:
     """Builds the cache that is edited, unless it exists."""
     args = preprocess_args(bench, bench.options.inversion)
-    inputs = preprocess.open_inputs(args)
-    if not preprocess.is_made(inputs):
-        preprocess.make_cache(inputs, args.batch_size, models)
-    if inputs.features is not None and not preprocess.has_features(inputs):
-        preprocess.make_features(inputs, args.batch_size, models)
+    inputs = build.open_inputs(args)
+    if not build.has_inversion(inputs):
+        build.invert_clip(inputs, args.batch_size, models)
+    if inputs.features is not None and not build.has_features(inputs):
+        build.add_features(inputs, args.batch_size, models)
 
 
 def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -> Meter:
@@ -344,8 +344,8 @@ def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -
         session = EditSession(inputs, models, meter)
         edited = session.edit(make_plan(bench, session))
         name = bench.technique.name
-        with replacing_folder(result_folder(inputs, name)) as folder:
-            OpenResult(name, folder, inputs, Workplace(folder)).save(session, edited)
+        with atomic_dir(result_folder(inputs, name)) as folder:
+            OpenResult(name, folder, inputs, WorkDir(folder)).save(session, edited)
     return meter
 
 
@@ -422,10 +422,10 @@ def _build(
 ) -> Path:
     args = preprocess_args(bench, name)
     with meter.watching(models.unet):
-        inputs = preprocess.open_inputs(args)
-        preprocess.make_cache(inputs, args.batch_size, models, meter)
+        inputs = build.open_inputs(args)
+        build.invert_clip(inputs, args.batch_size, models, meter)
         if features and inputs.features is not None:
-            preprocess.make_features(inputs, args.batch_size, models, meter)
+            build.add_features(inputs, args.batch_size, models, meter)
     return inputs.folder
 
 

@@ -1,55 +1,255 @@
-"""The making of a source cache: encoding, inversion, reconstruction; it can be gone on with."""
+"""Builds the source cache in resumable stages: encode, invert, reconstruct; then its features."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from tokenflow.cache.inputs import PreprocessInputs
+from tokenflow.cache.inputs import PreprocessInputs, check_disk, open_inputs
+from tokenflow.cache.options import PreprocessOptions
 from tokenflow.cache.source_cache import (
     CLEAN_LATENTS,
     DEPTH_FILE,
+    FEATURES,
+    FORMAT,
     Manifest,
+    describe_difference,
     finish_cache,
+    identity,
     latents_file,
+    open_cache,
     save_latents,
     save_source,
 )
+from tokenflow.cache.source_features import find_features
+from tokenflow.cache.source_pass import build_features
 from tokenflow.diffusion.batch_size import unet_batch_size, vae_batch_size
 from tokenflow.diffusion.conditions import estimate_depth
 from tokenflow.diffusion.ddim import CLEAN
 from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.inversion import invert, sample
-from tokenflow.diffusion.models import StableDiffusion
+from tokenflow.diffusion.models import Loader, StableDiffusion, load_stable_diffusion
 from tokenflow.diffusion.vae import SquaredError, decode_latents, encode_frames
+from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch, versions
 from tokenflow.storage.video import save_video
-from tokenflow.storage.work_dir import Workplace
-from util import load_tensors
+from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
+from util import UserError, load_tensors
 
+log = logging.getLogger("tokenflow")
+
+# A reconstruction this far below the VAE's own makes visibly worse edits.
+WARN_GAP_DB = 3.0
 DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
+FEATURE_BATCH = 8  # frames at once in the source pass of edits, at most
 SAVE_EVERY = 10  # steps of the reconstruction
 COUNTED_STAGES = ("inversion", "reconstruction")  # whose evaluations of the UNet are counted
+OVERWRITING = ".overwriting"  # in a cache that --overwrite replaced, until it has its features
 
 T = TypeVar("T")
 
 
-class CacheMaker:
-    """The making of one cache, stage after stage; what an earlier run saved is not made again.
+def build_cache(
+    options: PreprocessOptions,
+    load: Loader | None = None,
+    wait: bool = True,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Path:
+    """Builds the cache of one clip, resumes building it, or finds it complete.
 
-    Of several processes each computes its share of the frames, and the main one writes.
+    Args:
+        load: what loads the models, `load_stable_diffusion` if None.
+        wait: for another process that builds the same cache; else Busy is raised.
+        group: the processes that build it together, each of which calls this.
+
+    Returns:
+        the cache's folder.
+
+    Raises:
+        UserError: an option does not fit the clip or the model, or the cache has other settings.
+    """
+    with group.raise_together():
+        inputs = open_inputs(options, group)
+    settings = json.dumps(identity(inputs.manifest), sort_keys=True)
+    group.assert_same(settings, "clip, model and settings")
+    with locked(inputs.folder, wait=wait, group=group):
+        inverted = complete = False
+        with group.raise_together():
+            if group.is_main:
+                inverted, complete = _find_work(inputs, options)
+        inverted, complete = group.broadcast([inverted, complete])
+        if complete:
+            log.info("%s already exists with these settings", inputs.folder)
+        else:
+            watch = Stopwatch(inputs.device)
+            models = _load(inputs, watch, load)
+            if not inverted:
+                overwrite = options.overwrite
+                manifest = invert_clip(inputs, options.batch_size, models, watch, overwrite)
+                if group.is_main:
+                    report_reconstruction(manifest)
+            if inputs.features is not None:
+                add_features(inputs, options.batch_size, models, watch)
+        if group.is_main:
+            (inputs.folder / OVERWRITING).unlink(missing_ok=True)
+    return inputs.folder
+
+
+def _load(
+    inputs: PreprocessInputs, watch: Stopwatch, load: Loader | None = None
+) -> StableDiffusion:
+    with watch("load"):
+        load = load or load_stable_diffusion
+        return load(inputs.checkpoint, inputs.device, inputs.dtype, inputs.allow_pickle)
+
+
+# ---------------------------------------------------------------------------------------------
+# What there is already
+
+
+def _find_work(inputs: PreprocessInputs, options: PreprocessOptions) -> tuple[bool, bool]:
+    """Whether the inversion is complete, and all of the cache; checks the disk's room if not."""
+    recover(inputs.folder)
+    recover(inputs.folder / FEATURES)
+    discard = options.overwrite and not _is_overwritten(inputs)
+    inverted = not discard and has_inversion(inputs, options.verify)
+    complete = inverted and (inputs.features is None or has_features(inputs, options.verify))
+    if not complete:
+        check_disk(inputs, inverted)
+    return inverted, complete
+
+
+def has_inversion(inputs: PreprocessInputs, verify: bool = False) -> bool:
+    """Whether the cache exists, apart from its features, and has the same settings.
+
+    Args:
+        verify: compare all checksums.
+
+    Raises:
+        UserError: if it has other settings (named) or is damaged.
+    """
+    if not inputs.folder.exists():
+        return False
+    found = open_cache(inputs.folder, lambda _: "run the same command with", verify).manifest
+    difference = describe_difference(identity(found), identity(inputs.manifest))
+    if difference:
+        raise UserError(
+            f"{inputs.folder}: made with other settings ({difference}); add --overwrite"
+        )
+    return True
+
+
+def _is_overwritten(inputs: PreprocessInputs) -> bool:
+    """Whether an interrupted run with --overwrite built the cache again, except its features.
+
+    The same command then adds these, unless the cache is damaged or has other settings.
+    """
+    if inputs.features is None or not (inputs.folder / OVERWRITING).is_file():
+        return False
+    try:
+        return has_inversion(inputs, verify=True)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+
+
+def has_features(inputs: PreprocessInputs, verify: bool = False) -> bool:
+    """Whether the finished cache has features that fit what is asked for.
+
+    If it has others, the log says that they will be replaced, and why.
+
+    Args:
+        verify: compare all checksums.
+
+    Raises:
+        UserError: if they are damaged.
+    """
+    found = find_features(open_cache(inputs.folder), "the same command")
+    if found is None:
+        return False
+    if verify:
+        found.verify()
+    difference = found.settings.mismatch(inputs.features)
+    if difference:
+        log.info("%s is computed again: %s", found.folder, difference)
+    return not difference
+
+
+# ---------------------------------------------------------------------------------------------
+# Building it
+
+
+def invert_clip(
+    inputs: PreprocessInputs,
+    batch_size: int | None,
+    models: StableDiffusion | None = None,
+    watch: Stopwatch | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Inverts the clip and writes its cache, without features.
+
+    Args:
+        batch_size: frames evaluated at once; None: as many as memory holds.
+        models: of `inputs.checkpoint`, on its device in its dtype; loaded if None.
+        watch: times the stages.
+        overwrite: mark the cache as one whose overwriting ends with its features.
+
+    Returns:
+        the manifest, with the figures of the reconstruction.
+    """
+    watch = watch or Stopwatch(inputs.device)
+    watch.add("read", inputs.read_seconds)
+    models = models or _load(inputs, watch)
+    depends_on = {"format": FORMAT, **identity(inputs.manifest)}
+    with resumable_dir(inputs.folder, depends_on, inputs.group) as work:
+        manifest = _Inversion(inputs, models, work, watch, batch_size).run()
+        if overwrite and inputs.features is not None and work.writes:
+            (work.folder / OVERWRITING).touch()
+        return manifest
+
+
+def add_features(
+    inputs: PreprocessInputs,
+    batch_size: int | None,
+    models: StableDiffusion | None = None,
+    watch: Stopwatch | None = None,
+) -> None:
+    """Runs the source pass of edits and adds its features to the finished cache.
+
+    Args: see `invert_clip`.
+    """
+    watch = watch or Stopwatch(inputs.device)
+    models = models or _load(inputs, watch)
+    cache = open_cache(inputs.folder)
+    manifest, frames = cache.manifest, inputs.clip.frames
+    denoiser = make_denoiser(
+        models, frames, manifest.inversion_prompt, manifest.control, cache.depth(len(frames))
+    )
+    # The pass holds the tokens of all keyframes too, so memory alone must not decide.
+    at_once = unet_batch_size(batch_size, denoiser, frames.shape[1:3], most=FEATURE_BATCH)
+    what = inputs.timesteps.sampling, inputs.features
+    build_features(cache, denoiser, *what, at_once, watch, inputs.group)
+
+
+class _Inversion:
+    """Builds one cache, stage by stage, from where an earlier run stopped.
+
+    Of several processes each computes its shard of the frames, and the main one writes.
     """
 
     def __init__(
         self,
         inputs: PreprocessInputs,
         models: StableDiffusion,
-        work: Workplace,
+        work: WorkDir,
         watch: Stopwatch,
         batch_size: int | None,
     ) -> None:
@@ -57,27 +257,31 @@ class CacheMaker:
         self.models, self.work, self.watch, self.batch_size = models, work, watch, batch_size
         self.group, self.shard = inputs.group, inputs.group.shard(len(self.frames))
         self.image_forwards = dict.fromkeys(COUNTED_STAGES, 0)  # of this process
-        if work.state is not None and self.group.is_main:  # of all processes of an earlier run
-            self.image_forwards.update(work.state.figures["image_forwards"])
-            for stage, seconds in work.state.figures["seconds"].items():
+        if work.checkpoint is not None and self.group.is_main:  # of all processes of earlier runs
+            self.image_forwards.update(work.checkpoint.figures["image_forwards"])
+            for stage, seconds in work.checkpoint.figures["seconds"].items():
                 watch.add(stage, seconds)
 
     def run(self) -> Manifest:
-        """Runs what is left of the stages; returns the manifest, which the main process wrote."""
+        """Runs the stages that are left; returns the manifest, which the main process wrote."""
         size = self.frames.shape[1:3]
         with self.watch("load"):
             at_once = vae_batch_size(self.batch_size, self.models, size)
-            self.vae_batch = min(self.group.all_gather(at_once))  # for they decode in step
-        clean, depth = self._encode() if self.work.state is None else self._encoded()
+            self.vae_batch = min(self.group.all_gather(at_once))  # they decode in step
+        resumed = self.work.checkpoint
+        clean, depth = self._encode() if resumed is None else self._read_encoded()
         self.denoiser = make_denoiser(
             self.models, self.frames, self.manifest.inversion_prompt, self.manifest.control, depth
         )
         with self.watch("load"):
             self.unet_batch = unet_batch_size(self.batch_size, self.denoiser, size)
-        if self.work.state.stage != "reconstruction":
-            self._invert()
-        latents = self._reconstruct()
+        if resumed is not None and resumed.stage == "reconstruction":
+            latents = self._reconstruct(resumed.tensors["latents"], resumed.figures["t"])
+        else:
+            noisy = self._invert(clean)
+            latents = self._reconstruct(noisy, self.inputs.timesteps.reconstruction[0])
         scores = self._save_reconstruction(clean, latents)
+        image_forwards = self._total_image_forwards()
         if not self.work.writes:
             return self.manifest
         return finish_cache(
@@ -86,7 +290,7 @@ class CacheMaker:
             self.work.record_files(),
             **scores,
             seconds=self.watch.seconds,
-            image_forwards=self.work.state.figures["image_forwards"],
+            image_forwards=image_forwards,
             versions=versions(),
         )
 
@@ -102,58 +306,65 @@ class CacheMaker:
             save_source(self.work.folder, self.frames, manifest.inversion_prompt, depth)
         with self.watch("vae"):
             own = encode_frames(self.models, self.frames[self.shard.local], self.vae_batch)
-            decode_latents(self.models, own[:1])  # a VAE that fails shall do so now, not later
+            decode_latents(self.models, own[:1])  # a VAE that fails must do so now, not later
         clean = self.shard.gather(own)
         self._save_latents(CLEAN_LATENTS, clean)
-        self._save("encoded", {"latents": clean}, CLEAN)
+        self._save("encoded", {}, CLEAN)
         return clean, depth
 
-    def _encoded(self) -> tuple[Tensor, Tensor | None]:
-        """What `_encode` wrote; the frames are as they were, or this were other work."""
-        folder = self.work.folder
+    def _read_encoded(self) -> tuple[Tensor, Tensor | None]:
+        """What `_encode` wrote; the frames are the same, else this would be other work."""
         depth = None
         if self.manifest.depth_model is not None:
-            depth = load_tensors(folder / DEPTH_FILE)["depth"]
-        return load_tensors(latents_file(folder, CLEAN_LATENTS))["latents"], depth
+            depth = load_tensors(self.work.folder / DEPTH_FILE)["depth"]
+        return self._read_latents(CLEAN_LATENTS), depth
 
-    def _invert(self) -> None:
-        """Writes the latents of the saved timesteps."""
-        manifest, timesteps, state = self.manifest, self.inputs.timesteps, self.work.state
-        own = {name: self.shard.take(x) for name, x in state.tensors.items()}
-        start = own.get("start")  # of the reconstruction
-        past = [(t, own[f"noise_{t}"]) for t in state.figures["past"]]
-        how = manifest.inversion_iters, manifest.inversion_tol, self.unet_batch
+    def _invert(self, clean: Tensor) -> Tensor:
+        """Writes the latents of the saved timesteps, from the newest ones on if there are some.
+
+        Args:
+            clean: (n, 4, h, w) latents of the clip.
+
+        Returns:
+            (n, 4, h, w) latents that the reconstruction starts from.
+        """
+        timesteps, resumed = self.inputs.timesteps, self.work.checkpoint
+        latents, t, start, past = clean, CLEAN, None, []
+        if resumed.stage == "inversion":
+            t = resumed.figures["t"]
+            latents, start = self._read_latents(t), resumed.tensors.get("start")
+            times = sorted(int(n[6:]) for n in resumed.tensors if n.startswith("noise_"))
+            past = [(p, self.shard.take(resumed.tensors[f"noise_{p}"])) for p in times]
         steps = invert(
             self.denoiser,
-            own["latents"],
+            self.shard.take(latents),
             timesteps.inversion,
-            *how,
-            t=state.figures["t"],
+            self.manifest.inversion_iters,
+            self.manifest.inversion_tol,
+            self.unet_batch,
+            t=t,
             past=past,
             **self._own_frames,
         )
-        with closing(steps):  # so that its bar ends before an error is told
-            for t, latents in self._timed("inversion", steps):
+        with closing(steps):  # so that its bar ends before an error is printed
+            for t, own in self._timed("inversion", steps):
                 if t == timesteps.reconstruction[0]:
-                    start = latents
+                    start = self.shard.gather(own)
                 if t not in timesteps.saved:
                     continue
-                own = {"latents": latents} | ({} if start is None else {"start": start})
-                known = past if manifest.inversion_tol else []  # else no step needs it
-                own |= {f"noise_{t_past}": noise for t_past, noise in known}
-                whole = {name: self.shard.gather(x) for name, x in own.items()}
-                self._save_latents(t, whole["latents"])
-                self._save("inversion", whole, t, past=[t_past for t_past, _ in known])
-        start = self.shard.gather(start)
+                self._save_latents(t, self.shard.gather(own))
+                tensors = {} if start is None else {"start": start}
+                if self.manifest.inversion_tol:  # else no step needs it
+                    tensors |= {f"noise_{p}": self.shard.gather(noise) for p, noise in past}
+                self._save("inversion", tensors, t)
         self._save("reconstruction", {"latents": start}, timesteps.reconstruction[0])
+        return start
 
-    def _reconstruct(self) -> Tensor:
-        """The clean latents (n, 4, h, w) that sampling from the inverted ones leads to."""
-        timesteps, state = self.inputs.timesteps.reconstruction, self.work.state
-        latents, t = state.tensors["latents"], state.figures["t"]
+    def _reconstruct(self, latents: Tensor, t: int) -> Tensor:
+        """The clean latents (n, 4, h, w) that sampling from those at timestep t leads to."""
         if t == CLEAN:
             return latents
-        own = self.shard.take(latents)
+        own, timesteps = self.shard.take(latents), self.inputs.timesteps.reconstruction
         steps = sample(self.denoiser, own, timesteps, self.unet_batch, t, **self._own_frames)
         with closing(steps):
             for number, (t, own) in enumerate(self._timed("reconstruction", steps), start=1):
@@ -177,32 +388,30 @@ class CacheMaker:
                 return
             yield step
 
+    def _read_latents(self, name: str | int) -> Tensor:
+        return load_tensors(latents_file(self.work.folder, name))["latents"]
+
     def _save_latents(self, name: str | int, latents: Tensor) -> None:
         if self.work.writes:
             save_latents(self.work.folder, name, latents)
 
-    def _save(
-        self, stage: str, tensors: dict[str, Tensor], t: int, past: Sequence[int] = ()
-    ) -> None:
-        made = {name: sum(self.group.all_gather(n)) for name, n in self.image_forwards.items()}
-        self.work.save(
-            stage,
-            tensors,
-            t=t,
-            past=list(past),
-            seconds=self.watch.seconds,
-            image_forwards=made,
-        )
+    def _save(self, stage: str, tensors: dict[str, Tensor], t: int) -> None:
+        made = self._total_image_forwards()
+        self.work.save(stage, tensors, t=t, seconds=self.watch.seconds, image_forwards=made)
+
+    def _total_image_forwards(self) -> dict[str, int]:
+        return {stage: sum(self.group.all_gather(n)) for stage, n in self.image_forwards.items()}
 
     def _save_reconstruction(self, clean: Tensor, latents: Tensor) -> dict[str, float]:
         """Decodes the reconstruction and the clean latents in step, and writes inverted.mp4.
+
+        No more than a chunk of each decoding is held (of several processes, a chunk each).
 
         Args:
             clean, latents: (n, 4, h, w) of the clip and of its reconstruction.
 
         Returns:
-            the three PSNRs of the manifest; no more than a chunk of each decoding is held (of
-            several processes, a chunk of each process's).
+            the three PSNRs of the manifest.
         """
         pairs = {
             "psnr": SquaredError(),  # reconstruction and frames
@@ -228,3 +437,31 @@ class CacheMaker:
         else:
             deque(decoded(), maxlen=0)  # takes part in the decoding
         return {name: round(error.psnr, 3) for name, error in pairs.items()}
+
+
+def report_reconstruction(manifest: Manifest) -> None:
+    """Logs how good the inversion is, and what to do if it is not."""
+    log.info(
+        "reconstruction PSNR %.2f dB (upper bound of the VAE: %.2f dB); %.2f dB against the VAE's "
+        "own reconstruction",
+        manifest.psnr,
+        manifest.vae_psnr,
+        manifest.psnr_to_vae,
+    )
+    log.info(
+        "image-forwards a frame: %s",
+        ", ".join(f"{n / manifest.n_frames:.1f} {s}" for s, n in manifest.image_forwards.items()),
+    )
+    gap = manifest.vae_psnr - manifest.psnr
+    if gap > WARN_GAP_DB:
+        log.warning(
+            "the reconstruction is %.1f dB below the VAE's: edits will be worse for it; try "
+            "--inversion_iters %d%s, or an --inversion_prompt that says what the clip shows",
+            gap,
+            manifest.inversion_iters + 2,
+            # Together with --fast that is an error, so all of it is spelled out.
+            f" --inversion_tol {manifest.inversion_tol:g} --steps {manifest.steps} "
+            f"--save_steps {manifest.save_steps}"
+            if manifest.inversion_tol
+            else "",
+        )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tokenflow.cache.options import PreprocessOptions
-from tokenflow.cache.source_cache import Manifest, cache_folder
-from tokenflow.cache.source_features import FeatureSettings
+from tokenflow.cache.source_cache import FEATURES, Manifest, cache_folder
+from tokenflow.cache.source_features import (
+    FeatureSettings,
+    feature_bytes,
+)
 from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
     checkpoint_folder,
@@ -25,8 +30,16 @@ from tokenflow.diffusion.inversion import InversionTimesteps, inversion_timestep
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch
+from tokenflow.storage.disk import check_free_space, format_bytes
 from tokenflow.storage.video import Clip, clip_name, read_clip, resolve_clip, source_sha256
+from tokenflow.storage.work_dir import unfinished_bytes
 from util import UserError, check_writable
+
+log = logging.getLogger("tokenflow")
+
+VAE_FACTOR = 8  # pixels per latent cell along one side, of every Stable Diffusion
+LATENT_BYTES = 4 * 4  # four channels of float32
+DEPTH_BYTES = 4  # float32 a pixel
 
 
 @dataclass(frozen=True)
@@ -164,3 +177,33 @@ def _conditions(
         single_model_folder(args.depth_model, "depth_model", args.allow_pickle)
         return control, args.depth_model
     return control, None
+
+
+def check_disk(inputs: PreprocessInputs, inverted: bool) -> None:
+    """Logs how large the cache will be, and refuses to begin if the disk has no room for it.
+
+    Args:
+        inverted: whether all but the features exists.
+
+    Raises:
+        UserError: saying what is needed and what is free.
+    """
+    manifest, unet = inputs.manifest, load_unet_skeleton(inputs.checkpoint)
+    grid = manifest.height // VAE_FACTOR, manifest.width // VAE_FACTOR
+    needed = 0
+    if not inverted:
+        needed = LATENT_BYTES * (len(manifest.timesteps) + 1) * manifest.n_frames * math.prod(grid)
+        needed += inputs.clip.frames.nbytes  # of frames/, at most
+        if manifest.depth_model is not None:
+            needed += DEPTH_BYTES * manifest.n_frames * manifest.height * manifest.width
+    option = "make some, or use --save_dir on another disk"
+    if inputs.features is not None:
+        features = feature_bytes(unet, grid, inputs.features)
+        log.info(
+            "source features: %s in %d files", format_bytes(features), inputs.features.n_timesteps
+        )
+        needed += features
+        option += ", or --no_cache_features"
+    # What an interrupted run left is resumed, or makes room.
+    needed -= unfinished_bytes(inputs.folder) + unfinished_bytes(inputs.folder / FEATURES)
+    check_free_space(inputs.folder, needed, option)

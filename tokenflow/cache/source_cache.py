@@ -9,9 +9,9 @@
         inverted.mp4             the reconstruction
         features/                what edits need from the source (source_features.py), added later
 
-A cache is made in a hidden folder beside (folders.py) and appears whole. The manifest's last line
-is its own checksum, and it has those of all other files: a file's is compared before it is used.
-safetensors only: no pickle is read or written.
+A cache is built in a hidden folder and appears whole (storage/work_dir.py). Its manifest has the
+checksums of all other files; a file's is compared before it is used. safetensors only: no pickle is
+read or written.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,18 +35,18 @@ from torch import Tensor
 
 from tokenflow.diffusion.control_settings import ControlSettings
 from tokenflow.storage.images import frame_name, load_frames, save_frames
+from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import frame_rate
-from tokenflow.storage.work_dir import FileRecord, begun_folders, is_locked
+from tokenflow.storage.work_dir import begun_dirs, is_locked
 from util import (
     MissingFileError,
     UserError,
     atomic_file,
-    load_sealed_yaml,
     load_tensors,
-    save_sealed_yaml,
+    load_yaml,
     save_tensors,
-    sha256_file,
+    save_yaml,
 )
 
 log = logging.getLogger("tokenflow")
@@ -217,14 +215,14 @@ def finish_cache(
 
     Args:
         manifest: what the cache depends on.
-        files: all others in the folder (`folders.Workplace.record_files`).
+        files: all others in the folder (`WorkDir.record_files`).
         figures: the fields of the manifest that say how its making went.
 
     Returns:
         the manifest as written.
     """
     manifest = manifest.model_copy(update={"files": files, **figures})
-    save_sealed_yaml(folder / MANIFEST, manifest.model_dump())
+    save_yaml(folder / MANIFEST, manifest.model_dump())
     return manifest
 
 
@@ -316,51 +314,7 @@ class SourceCache:
         """Compares every file with its checksum, and refuses files that the manifest lacks."""
         for name in self.manifest.files:
             self.check(name)
-        refuse_foreign_files(self.folder, self.manifest.files, FEATURES)
-
-
-def check_file(
-    folder: Path, name: str, files: Mapping[str, Mapping], advice: str, read: bool = True
-) -> None:
-    """Refuses a file of a folder that is not as its manifest says.
-
-    Args:
-        files: the manifest's; a file that it lacks is refused too.
-        advice: what to do then, for the error.
-        read: compare the checksum too; else only the size.
-
-    Raises:
-        UserError: naming the file, what is wrong with it and the advice.
-    """
-    path, recorded = folder / name, files.get(name)
-    if not path.is_file():
-        raise MissingFileError(f"{path}: is missing; {advice}")
-    if recorded is None:
-        raise UserError(f"{path}: the manifest does not know it; {advice}")
-    size = path.stat().st_size
-    if size != recorded["bytes"]:
-        raise UserError(f"{path}: {size} bytes, the manifest says {recorded['bytes']}; {advice}")
-    if read and sha256_file(path) != recorded["sha256"]:
-        raise UserError(f"{path}: damaged (its checksum is not the manifest's); {advice}")
-
-
-def refuse_foreign_files(folder: Path, files: Mapping[str, Mapping], apart: str = "") -> None:
-    """Refuses visible files in a folder that its manifest lacks.
-
-    Args:
-        apart: a folder in it that has a manifest of its own.
-
-    Raises:
-        UserError: naming the first.
-    """
-    for place, below, names in os.walk(folder):
-        inside = [name for name in sorted(below) if not name.startswith(".")]
-        below[:] = [name for name in inside if Path(place, name) != folder / apart]
-        for name in sorted(names):
-            path = Path(place, name)
-            known = path.relative_to(folder).as_posix() in files or path == folder / MANIFEST
-            if not known and not name.startswith("."):
-                raise UserError(f"{path}: does not belong there; run: rm {shlex.quote(str(path))}")
+        refuse_unexpected_files(self.folder, {MANIFEST, *self.manifest.files}, FEATURES)
 
 
 def remake(manifest: Manifest | None) -> str:
@@ -458,12 +412,12 @@ def _no_cache(
     parents = [place] if wanted["steps"] is not None else sorted(place.glob("steps_*"))
     folders = [folder for parent in parents for folder in sorted(parent.glob("nframes_*"))]
     incomplete = [folder for folder in folders if not (folder / MANIFEST).is_file()]
-    begun = [folder for parent in parents for folder in begun_folders(parent, "nframes_*")]
+    begun = [folder for parent in parents for folder in begun_dirs(parent, "nframes_*")]
     if incomplete:
         state = f"only a cache that lacks its manifest ({incomplete[0].name})"
         advice = f"{advice} --overwrite"
     elif any(map(is_locked, begun)):
-        state = "another process is just making a cache, there is none yet"
+        state = "another process is making a cache, but there is none yet"
     elif begun and not found:
         state = "only an unfinished cache"
     return f"{place}: {state} for this clip{hint}; {advice}"
@@ -505,7 +459,8 @@ def read_manifest(folder: Path, remedy: Callable[[Manifest | None], str] = remak
     """
     path = folder / MANIFEST
     try:
-        data = load_sealed_yaml(path)
+        data = load_yaml(path)
+        data.pop("sha256", None)  # of the file itself, by an earlier version
         if data.get("format") != FORMAT:
             raise UserError(f"{path}: not a manifest of format {FORMAT}")
         return parse(Manifest, data, str(path))

@@ -38,14 +38,12 @@ from tokenflow.cache.source_cache import (
     FEATURES,
     MANIFEST,
     SourceCache,
-    check_file,
-    refuse_foreign_files,
 )
 from tokenflow.diffusion.unet_layers import grid_of_block, layer_sizes
+from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
 from tokenflow.storage.schema import Model, parse
-from tokenflow.storage.work_dir import FileRecord
 from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, Correspondence, TokenFlowContext
-from util import UserError, load_sealed_yaml
+from util import UserError, load_yaml
 
 FORMAT = 2
 READER = "read-ahead"  # the thread's name
@@ -207,7 +205,7 @@ class CachedFeatures:
         """Compares every file with its checksum, and refuses files that the manifest lacks."""
         for name in self.files:
             check_file(self.folder, name, self.files, self.advice)
-        refuse_foreign_files(self.folder, self.files)
+        refuse_unexpected_files(self.folder, {MANIFEST, *self.files})
 
     def _open(self, t: int, kind: str = "step") -> safe_open:
         path = self.folder / file_name(t, kind)
@@ -237,7 +235,8 @@ def find_features(
     )
     path = folder / MANIFEST
     try:
-        data = load_sealed_yaml(path)
+        data = load_yaml(path)
+        data.pop("sha256", None)  # of the file itself, by an earlier version
         if data.get("format") != FORMAT:
             raise UserError(f"{path}: not a manifest of format {FORMAT}")
         manifest = parse(FeaturesManifest, data, str(path))

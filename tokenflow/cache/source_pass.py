@@ -23,7 +23,7 @@ from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch
-from tokenflow.storage.work_dir import resumable_folder
+from tokenflow.storage.work_dir import resumable_dir
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
@@ -33,7 +33,7 @@ from tokenflow_utils import (
     neighbours,
     tokenflow_patch,
 )
-from util import save_sealed_yaml, save_tensors
+from util import save_tensors, save_yaml
 
 # The residual block whose features PnP injects sees the whole batch, as its hook needs.
 INJECTED_BLOCK = FEATURE_LAYER.rpartition(".")[0]
@@ -95,10 +95,10 @@ def build_features(
     live = LiveSource(denoiser, context, partial(cache.latents, n_frames=settings.n_frames))
     steps = list(enumerate(zip(timesteps, feature_keyframes(settings), strict=True)))
     identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": settings.model_dump()}
-    with resumable_folder(cache.folder / FEATURES, identity, group) as work:
+    with resumable_dir(cache.folder / FEATURES, identity, group) as work:
         before = {"steps": 0, "seconds": 0.0, "image_forwards": 0}  # of an interrupted run
-        if work.state is not None:
-            before = work.state.figures
+        if work.checkpoint is not None:
+            before = work.checkpoint.figures
             watch.add("features", before["seconds"])
         evaluated, done = denoiser.image_forwards, before["steps"]
         with ExitStack() as stack:
@@ -126,9 +126,10 @@ def build_features(
                 group.barrier()  # nobody writes while the main process reads the folder
                 progress.update(done - progress.n)
         if group.is_main:
-            figures = {key: work.state.figures[key] for key in ("seconds", "image_forwards")}
+            figures = {key: work.checkpoint.figures[key] for key in ("seconds", "image_forwards")}
             files = work.record_files()
-            save_sealed_yaml(work.folder / MANIFEST, {**identity, **figures, "files": files})
+            # `identity` is last, so that a manifest that was cut lacks it.
+            save_yaml(work.folder / MANIFEST, {"files": files, **figures, **identity})
 
 
 def feature_keyframes(settings: FeatureSettings) -> Tensor:

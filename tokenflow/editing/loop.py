@@ -40,7 +40,7 @@ from tokenflow.editing.results import Edited
 from tokenflow.ops.distributed import ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch, device_name, reset_peak_memory, versions
-from tokenflow.storage.work_dir import Workplace
+from tokenflow.storage.work_dir import WorkDir
 from tokenflow_utils import (
     Neighbours,
     Pass,
@@ -107,7 +107,7 @@ class EditSession:
         models: StableDiffusion | None = None,
         watch: Stopwatch | None = None,
         load: Loader | None = None,
-        work: Workplace | None = None,
+        work: WorkDir | None = None,
     ) -> None:
         self.inputs, self.config, self.cache = inputs, inputs.config, inputs.cache
         self.group: ProcessGroup = inputs.group
@@ -159,7 +159,7 @@ class EditSession:
         with self.watch("edit"):
             loop = _Loop(self, plan)
         x, done, before = plan.start, 0, 0
-        saved = self.work and self.work.state
+        saved = self.work and self.work.checkpoint
         if saved:
             x, done = saved.tensors["latents"], saved.figures["steps"]
             before = saved.figures["image_forwards"]
@@ -403,8 +403,8 @@ class _Loop:
         session = self.session
         features, reason = self._cached_features(steps)
         session.source_features = "cached" if features is not None else "live"
-        if session.work and session.work.state:
-            before = session.work.state.figures["source_features"]
+        if session.work and session.work.checkpoint:
+            before = session.work.checkpoint.figures["source_features"]
             if session.source_features not in before:
                 session.source_features = f"{before}, then {session.source_features}"
         kind = f"{session.source_features} of {session.cache.sha256}"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -28,20 +28,17 @@ from tokenflow.cache.source_cache import (
     MANIFEST,
     SourceCache,
     cache_key,
-    check_file,
     open_cache,
-    refuse_foreign_files,
 )
 from tokenflow.storage.images import save_frames
+from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import MAX_FPS_DENOMINATOR, clip_name, save_video
-from tokenflow.storage.work_dir import FileRecord, Workplace
+from tokenflow.storage.work_dir import WorkDir
 from util import (
     MissingFileError,
     UserError,
-    load_sealed_yaml,
     load_yaml,
-    save_sealed_yaml,
     save_tensors,
     save_yaml,
     slug,
@@ -118,10 +115,10 @@ def save_clips(
     save_tensors(folder / "edited_latents.safetensors", {"latents": edited.latents})
 
 
-def save_records(work: Workplace, config: EditConfig, record: Mapping[str, Any]) -> None:
+def save_records(work: WorkDir, config: EditConfig, record: Mapping[str, Any]) -> None:
     """Writes config.yaml, and run.yaml with the checksums of all other files."""
     save_yaml(work.folder / "config.yaml", config.model_dump())
-    save_sealed_yaml(work.folder / RUN_FILE, {**record, "files": work.record_files()})
+    save_yaml(work.folder / RUN_FILE, {**record, "files": work.record_files(), "complete": True})
 
 
 class _Finished(Model, extra="ignore"):
@@ -129,6 +126,7 @@ class _Finished(Model, extra="ignore"):
 
     cache_sha256: str
     files: dict[str, FileRecord]
+    complete: Literal[True]  # the last key: a record that was cut lacks it
 
 
 def is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
@@ -140,14 +138,14 @@ def is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
     if not (folder / RUN_FILE).is_file():
         return False
     try:
-        run = parse(_Finished, load_sealed_yaml(folder / RUN_FILE), str(folder / RUN_FILE))
+        run = parse(_Finished, load_yaml(folder / RUN_FILE), str(folder / RUN_FILE))
         for name in run.files:
             check_file(folder, name, run.files, "the edit is made again", read=verify)
     except UserError as error:
         log.warning("%s", error)
         return False
     if verify:
-        refuse_foreign_files(folder, {RUN_FILE: {}, **run.files})
+        refuse_unexpected_files(folder, {RUN_FILE, *run.files})
     if run.cache_sha256 != cache_sha256:
         log.info("%s was made from another cache; the edit is made again", folder)
         return False

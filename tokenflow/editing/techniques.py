@@ -27,7 +27,7 @@ from tokenflow.editing.results import (
 )
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
 from tokenflow.ops.profiling import peak_memory_bytes
-from tokenflow.storage.work_dir import Workplace, locked, recover, resumable_folder
+from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
 from util import setup_logging
 
 log = logging.getLogger("tokenflow")
@@ -116,7 +116,7 @@ class OpenResult:
     technique: str
     folder: Path
     inputs: EditInputs
-    work: Workplace | None = None  # None: it is finished
+    work: WorkDir | None = None  # None: it is finished
 
     @property
     def finished(self) -> bool:
@@ -151,10 +151,7 @@ def open_result(
     """
     result = OpenResult(technique, result_folder(inputs, technique), inputs)
     folder, cache, group = result.folder, inputs.cache, inputs.group
-    with (
-        locked(cache.folder, shared=True, wait=wait, group=group),
-        locked(folder, wait=wait, group=group),
-    ):
+    with locked(folder, wait=wait, group=group):
         with group.raise_together():
             cache.check_unchanged()
             found = False
@@ -166,5 +163,5 @@ def open_result(
             yield result
             return
         work_on = {**result_settings(inputs), "cache_sha256": cache.sha256}
-        with resumable_folder(folder, work_on, group) as result.work:
+        with resumable_dir(folder, work_on, group) as result.work:
             yield result

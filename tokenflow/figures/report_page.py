@@ -28,7 +28,7 @@ from tokenflow.cache.source_cache import SourceCache, read_manifest
 from tokenflow.editing.results import RESULT_FILES, Result, find_results, read_result
 from tokenflow.evaluation.score_table import COLUMNS, Row, read_rows
 from tokenflow.storage.video import READING, read_clip, save_video
-from tokenflow.storage.work_dir import replacing_folder
+from tokenflow.storage.work_dir import atomic_dir
 from util import UserError, check_writable, slug
 
 log = logging.getLogger("tokenflow")
@@ -231,7 +231,7 @@ def write_report(groups: Sequence[Group], rows: Mapping[str, Row], out: Path, ti
         out: the folder, absolute.
         title: the page's.
     """
-    with replacing_folder(out) as partial:
+    with atomic_dir(out) as partial:
         media = Media(partial)
         work = tqdm(groups, desc="report", unit="clip")
         clips = [clip_data(group, rows, media, out) for group in work]

@@ -1,0 +1,71 @@
+"""What a manifest says of the files in its directory, and checks of them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from typing_extensions import TypedDict
+
+from util import MissingFileError, UserError, sha256_file
+
+
+class FileRecord(TypedDict):
+    """What manifests say of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def file_record(path: Path) -> FileRecord:
+    """What manifests say of a file now."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def check_file(
+    folder: Path, name: str, files: Mapping[str, FileRecord], fix_hint: str, read: bool = True
+) -> None:
+    """Refuses a file that is not as its manifest says.
+
+    Args:
+        folder: of the manifest.
+        name: the file's path within it.
+        files: the manifest's records; a file without one is refused too.
+        fix_hint: what to do then.
+        read: compare the checksum too; else only the size.
+
+    Raises:
+        UserError: naming the file, what is wrong with it and the fix.
+    """
+    path, recorded = folder / name, files.get(name)
+    if not path.is_file():
+        raise MissingFileError(f"{path}: is missing; {fix_hint}")
+    if recorded is None:
+        raise UserError(f"{path}: the manifest does not know it; {fix_hint}")
+    size = path.stat().st_size
+    if size != recorded["bytes"]:
+        raise UserError(f"{path}: {size} bytes, the manifest says {recorded['bytes']}; {fix_hint}")
+    if read and sha256_file(path) != recorded["sha256"]:
+        raise UserError(f"{path}: damaged (its checksum is not the manifest's); {fix_hint}")
+
+
+def refuse_unexpected_files(folder: Path, expected: Iterable[str], apart: str = "") -> None:
+    """Refuses visible files in a directory that are not expected there.
+
+    Args:
+        expected: paths within the directory.
+        apart: a directory in it that has a manifest of its own.
+
+    Raises:
+        UserError: naming the first.
+    """
+    expected = set(expected)
+    for place, below, names in os.walk(folder):
+        inside = [name for name in sorted(below) if not name.startswith(".")]
+        below[:] = [name for name in inside if Path(place, name) != folder / apart]
+        for name in sorted(names):
+            path = Path(place, name)
+            if path.relative_to(folder).as_posix() not in expected and not name.startswith("."):
+                raise UserError(f"{path}: does not belong there; run: rm {shlex.quote(str(path))}")
