@@ -39,7 +39,8 @@ from tokenflow.cache.source_cache import open_cache
 from tokenflow.diffusion.model_names import MODELS
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.video import read_clip
-from util import ArgumentParser, UserError, command_line, load_yaml, setup_logging
+from tokenflow.storage.yaml_files import load_yaml
+from util import ArgumentParser, UserError, command_line, setup_logging
 
 CLIP = "star"
 INVERSION_ITERS = 2

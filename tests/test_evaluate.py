@@ -41,7 +41,8 @@ from tokenflow.evaluation.score_table import (
 )
 from tokenflow.storage.images import load_frames, save_frames
 from tokenflow.storage.video import save_video
-from util import MissingFileError, UserError, load_yaml, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import MissingFileError, UserError
 
 JUDGE = str(Path(__file__).resolve().parents[1] / "models" / "tiny" / "judge")
 QUICK = ["--flow", "dis", "--clip_model", "none", "--device", "cpu"]

@@ -35,7 +35,14 @@ from tokenflow.diffusion.models import load_stable_diffusion
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.video import read_clip
-from util import MissingFileError, UserError, load_tensors, load_yaml, save_tensors, sha256_file
+from tokenflow.storage.yaml_files import load_yaml
+from util import (
+    MissingFileError,
+    UserError,
+    load_tensors,
+    save_tensors,
+    sha256_file,
+)
 
 PROMPT = 'a star,\n"turning" on a wall \N{GLOWING STAR}'
 SAMPLING = [801, 601, 401, 201, 1]  # 5 steps

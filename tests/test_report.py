@@ -31,7 +31,8 @@ from tokenflow.evaluation.score_table import Row, rows_as_json
 from tokenflow.figures import report_page
 from tokenflow.storage.video import save_video
 from tokenflow.storage.work_dir import WorkDir
-from util import UserError, command_line, load_yaml, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import UserError, command_line
 
 FPS, N_FRAMES = Fraction(20), 40
 HOSTILE = {

@@ -47,8 +47,9 @@ from tokenflow.figures.features import (
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import load_config
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from tokenflow_utils import TokenFlowContext, tokenflow_patch
-from util import UserError, command_line, load_yaml, save_yaml
+from util import UserError, command_line
 
 N_FRAMES, STEPS, INTERVAL = 5, 5, 3
 FPS = Fraction(10)

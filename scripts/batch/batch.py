@@ -29,13 +29,12 @@ from scripts.batch.clip_list import INVERSION, VARIANTS, Batch, Job, read_batch,
 from scripts.batch.engine import FAILED, FOUND, MADE, NOT_TRIED, Outcome, duration, log, run_jobs
 from tokenflow.cache.options import default, preprocess_command
 from tokenflow.evaluation.score_table import aligned
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import (
     ArgumentParser,
     UserError,
     check_writable,
     command_line,
-    load_yaml,
-    save_yaml,
     setup_logging,
 )
 

@@ -24,7 +24,8 @@ from tokenflow.editing.results import TECHNIQUES
 from tokenflow.editing.techniques import technique
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import clip_name
-from util import UserError, load_yaml, slug
+from tokenflow.storage.yaml_files import load_yaml
+from util import UserError, slug
 
 INVERSION = "inversion"  # the kind of a job; an edit's kind is the name of its variant
 # Options of preprocess.py, and the keys of an edit that set them.

@@ -23,7 +23,8 @@ from scripts.shapes.world import SAMPLE_FRAMES, another_color, random_scene, rec
 from tokenflow.evaluation.motion import save_motion, truth_file
 from tokenflow.storage.images import save_frames
 from tokenflow.storage.work_dir import atomic_dir
-from util import ArgumentParser, UserError, check_writable, command_line, load_yaml, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import ArgumentParser, UserError, check_writable, command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 

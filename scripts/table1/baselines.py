@@ -30,7 +30,8 @@ from tokenflow.editing.results import Edited
 from tokenflow.editing.techniques import open_result
 from tokenflow.evaluation.motion import warp
 from tokenflow.storage.images import load_frames
-from util import UserError, command_line, load_yaml, setup_logging
+from tokenflow.storage.yaml_files import load_yaml
+from util import UserError, command_line, setup_logging
 
 
 def reconstruction(

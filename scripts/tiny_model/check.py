@@ -61,12 +61,12 @@ from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.storage.images import load_frames, save_frames
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import parse
+from tokenflow.storage.yaml_files import load_yaml
 from util import (
     ArgumentParser,
     UserError,
     check_writable,
     command_line,
-    load_yaml,
     setup_logging,
 )
 

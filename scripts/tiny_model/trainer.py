@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from util import UserError, load_tensors, load_yaml, save_tensors, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import UserError, load_tensors, save_tensors
 
 log = logging.getLogger("tokenflow")
 

@@ -35,8 +35,9 @@ from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession, plan_steps
 from tokenflow.figures import features
 from tokenflow.storage.disk import check_free_space, format_bytes
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from tokenflow_utils import ATTENTION_LAYERS, TokenFlowContext, self_attention_layers
-from util import UserError, load_yaml, save_yaml
+from util import UserError
 
 # A keyframe's injected features come from its chunk's pass where they are cached, and from the
 # keyframes' where they are live: rounding depends on the batch.

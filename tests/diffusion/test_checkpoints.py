@@ -28,7 +28,8 @@ from tokenflow.diffusion.checkpoints import (
 from tokenflow.diffusion.conditions import estimate_depth, load_controlnet
 from tokenflow.diffusion.models import load_stable_diffusion
 from tokenflow.evaluation.metrics import ClipEmbedder, model_folder
-from util import MissingFileError, UserError, load_yaml, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import MissingFileError, UserError
 
 CPU = torch.device("cpu")
 WEIGHTS = {

@@ -18,7 +18,8 @@ from run_tokenflow_pnp import PnPConfig
 from tests.helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load
 from tokenflow.diffusion.checkpoints import checkpoint_revision
 from tokenflow.editing.inputs import open_inputs
-from util import MissingFileError, UserError, load_yaml, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import MissingFileError, UserError
 
 SCRIPTS = {
     "pnp": run_tokenflow_pnp,

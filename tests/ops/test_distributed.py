@@ -34,7 +34,8 @@ from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
 from tokenflow.storage.images import load_frames
-from util import UserError, load_tensors, load_yaml, save_tensors, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import UserError, load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME = 1e-5  # relative error, float32

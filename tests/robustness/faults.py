@@ -23,7 +23,7 @@ from typing import Any
 from tokenflow.cache.source_cache import MANIFEST
 from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.storage import work_dir as folders
-from util import load_yaml
+from tokenflow.storage.yaml_files import load_yaml
 
 # What orders the steps of writing; the data themselves go through the libraries.
 CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync")

@@ -52,7 +52,8 @@ from tokenflow.editing.inputs import open_inputs
 from tokenflow.storage import video
 from tokenflow.storage import work_dir as folders
 from tokenflow.storage.work_dir import is_locked
-from util import UserError, command_line, load_yaml
+from tokenflow.storage.yaml_files import load_yaml
+from util import UserError, command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 N_FRAMES = 4

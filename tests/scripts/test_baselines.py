@@ -11,7 +11,8 @@ from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.storage.images import load_frames
-from util import UserError, load_yaml
+from tokenflow.storage.yaml_files import load_yaml
+from util import UserError
 
 
 def texture(seed, size=(96, 128)):

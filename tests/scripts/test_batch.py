@@ -18,7 +18,8 @@ from scripts.batch import batch, engine
 from scripts.batch.clip_list import VARIANTS, Job, Variant
 from scripts.batch.engine import FAILED, FOUND, MADE, KeptModels, Outcome, Progress
 from tests.helpers import HEIGHT, WIDTH, contents, make_clip
-from util import Interrupted, UserError, load_yaml, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import Interrupted, UserError
 
 SUMMARY = "tokenflow-results/batch/summary.yaml"
 

@@ -9,7 +9,8 @@ from scripts.batch import clip_list
 from scripts.batch.clip_list import INVERSION, read_batch
 from scripts.batch.davis import read_image_set, sequences
 from tests.helpers import HEIGHT, WIDTH, make_image_folder
-from util import UserError, load_yaml, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import UserError
 
 ROOT = Path(clip_list.__file__).resolve().parents[2]
 

@@ -33,7 +33,8 @@ from tokenflow.cache.source_cache import open_cache
 from tokenflow.editing import loop as editing
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import load_config
-from util import UserError, load_tensors, load_yaml, sha256_file
+from tokenflow.storage.yaml_files import load_yaml
+from util import UserError, load_tensors, sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {

@@ -9,7 +9,8 @@ from scripts.shapes.world import SAMPLE_FRAMES, another_color, random_scene, rec
 from tokenflow.evaluation.metrics import warp_error
 from tokenflow.evaluation.motion import load_motion
 from tokenflow.storage.images import load_frames
-from util import UserError, load_yaml
+from tokenflow.storage.yaml_files import load_yaml
+from util import UserError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from run_tokenflow_pnp import PnPConfig
 from scripts.batch.engine import ROOT
 from scripts.table1 import table1
 from tokenflow.evaluation.score_table import Row, summarize
-from util import UserError, load_yaml, save_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import UserError
 
 CLIP = {"data_path": "clips/a.mp4", "inversion_prompt": "a red star", "prompt": "a green star"}
 LIST = {

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from scripts.tiny_model import trainer as training
 from scripts.tiny_model.trainer import Loss, Recipe, Sheet, train
 from tests.helpers import contents
-from util import UserError, load_tensors, load_yaml
+from tokenflow.storage.yaml_files import load_yaml
+from util import UserError, load_tensors
 
 RECIPE = Recipe(steps=30, batch_size=16, learning_rate=0.02, warmup=5)
 SLOPES = torch.tensor([1.0, -2.0, 0.5])

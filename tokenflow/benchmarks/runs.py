@@ -40,7 +40,8 @@ from tokenflow.editing.techniques import OpenResult, Technique, technique
 from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
 from tokenflow.storage.work_dir import WorkDir, atomic_dir
-from util import UserError, save_yaml
+from tokenflow.storage.yaml_files import save_yaml
+from util import UserError
 
 log = logging.getLogger("tokenflow")
 

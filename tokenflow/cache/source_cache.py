@@ -39,14 +39,13 @@ from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import frame_rate
 from tokenflow.storage.work_dir import begun_dirs, is_locked
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import (
     MissingFileError,
     UserError,
     atomic_file,
     load_tensors,
-    load_yaml,
     save_tensors,
-    save_yaml,
 )
 
 log = logging.getLogger("tokenflow")

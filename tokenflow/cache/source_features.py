@@ -42,8 +42,9 @@ from tokenflow.cache.source_cache import (
 from tokenflow.diffusion.unet_layers import grid_of_block, layer_sizes
 from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
 from tokenflow.storage.schema import Model, parse
+from tokenflow.storage.yaml_files import load_yaml
 from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, Correspondence, TokenFlowContext
-from util import UserError, load_yaml
+from util import UserError
 
 FORMAT = 2
 READER = "read-ahead"  # the thread's name

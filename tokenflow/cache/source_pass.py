@@ -24,6 +24,7 @@ from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch
 from tokenflow.storage.work_dir import resumable_dir
+from tokenflow.storage.yaml_files import save_yaml
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
@@ -33,7 +34,7 @@ from tokenflow_utils import (
     neighbours,
     tokenflow_patch,
 )
-from util import save_tensors, save_yaml
+from util import save_tensors
 
 # The residual block whose features PnP injects sees the whole batch, as its hook needs.
 INJECTED_BLOCK = FEATURE_LAYER.rpartition(".")[0]

@@ -35,14 +35,8 @@ from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import MAX_FPS_DENOMINATOR, clip_name, save_video
 from tokenflow.storage.work_dir import WorkDir
-from util import (
-    MissingFileError,
-    UserError,
-    load_yaml,
-    save_tensors,
-    save_yaml,
-    slug,
-)
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from util import MissingFileError, UserError, save_tensors, slug
 
 if TYPE_CHECKING:  # importing them loads diffusers, which readers of results do not need
     from tokenflow.editing.config import EditConfig

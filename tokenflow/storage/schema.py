@@ -40,7 +40,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from util import MAX_CONFIG_BYTES, UserError, load_yaml, parse_yaml, shown, shown_key, text_fault
+from tokenflow.storage.yaml_files import MAX_CONFIG_BYTES, load_yaml, parse_yaml
+from util import UserError, shown, shown_key, text_fault
 
 MAX_COUNT = 1_000_000  # of frames, steps or a batch: far beyond use, far below overflow
 MAX_SEED = 2**63 - 1  # torch's generators accept no more
