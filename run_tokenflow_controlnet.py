@@ -1,6 +1,6 @@
 """Edits a preprocessed clip with TokenFlow on a ControlNet (Zhang et al. 2023).
 
-python run_tokenflow_controlnet.py --config configs/config_controlnet.yaml --set control=canny
+python run_tokenflow_controlnet.py --set data_path=clip.mp4 --set prompt="a marble sculpture"
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Edits a preprocessed clip with TokenFlow on Plug-and-Play (Tumanyan et al. 2023).
 
-python run_tokenflow_pnp.py --config configs/config_pnp.yaml --set prompt="a marble sculpture"
+python run_tokenflow_pnp.py --set data_path=clip.mp4 --set prompt="a marble sculpture"
 """
 
 from __future__ import annotations

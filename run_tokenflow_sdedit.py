@@ -1,6 +1,6 @@
 """Edits a preprocessed clip with TokenFlow on SDEdit (Meng et al. 2022).
 
-python run_tokenflow_sdedit.py --config configs/config_sdedit.yaml --set start=0.8
+python run_tokenflow_sdedit.py --set data_path=clip.mp4 --set prompt="a marble sculpture"
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ def attend(
 ) -> Tensor:
     """The output (B, f, L, c) of a self-attention layer whose frames attend to each other.
 
+    The sampling loop computes the same in windows: tokenflow/editing/keyframe_windows.py.
+
     Args:
         query_tokens, key_tokens: (B or 1, f, L, c) and (B or 1, f', L, c); 1 serves every branch.
         value_tokens: (B, f', L, c).
@@ -201,14 +203,15 @@ class Neighbours:
         return Neighbours(*(x.to(device) for x in (self.previous, self.next, self.weight)))
 
 
-def neighbours(frames: Tensor, keyframes: Tensor, blend: str = "sigmoid") -> Neighbours:
+def neighbours(frames: Tensor, keyframes: Tensor, weighting: str = "sigmoid") -> Neighbours:
     """The closest keyframe at or before each frame, the closest one after it, the weights (Eq. 7).
 
-    w_i = sigmoid(d- / (d+ + d-)), with d+- the distances to the two keyframes in frames.
+    w_i = sigmoid(d- / (d+ + d-)), with d+- the distances to the two keyframes in frames. A keyframe
+    itself has d- = 0 and thus w_i = 0.5.
 
     Args:
         frames, keyframes: (m,) and (k,) frame numbers; keyframes ascend.
-        blend: "sigmoid", or "linear": d- / (d+ + d-).
+        weighting: "sigmoid", or "linear": d- / (d+ + d-).
     """
     after = torch.searchsorted(keyframes, frames, right=True)  # the first keyframe beyond a frame
     previous, next_ = (after - 1).clamp(min=0), after.clamp(max=len(keyframes) - 1)
@@ -216,7 +219,7 @@ def neighbours(frames: Tensor, keyframes: Tensor, blend: str = "sigmoid") -> Nei
     after_distance = (keyframes[next_] - frames).float()
     # Frames with one neighbour have previous == next: any weight gives that neighbour alone.
     weight = before_distance / (before_distance + after_distance).clamp(min=1.0)
-    if blend == "sigmoid":
+    if weighting == "sigmoid":
         weight = torch.sigmoid(weight)
     return Neighbours(previous, next_, torch.where(previous == next_, 1.0, weight))
 
@@ -279,7 +282,7 @@ def tokenflow_step(
     t: int,
     keyframes: Tensor,
     chunks: Sequence[Tensor],
-    find_neighbours: Callable[[Tensor, Tensor], Neighbours] = neighbours,
+    find_neighbours: Callable[[Tensor, Tensor], Neighbours],
 ) -> Tensor:
     """Algorithm 1, one sampling step: the guided noise of every frame, (n, 4, h, w).
 
@@ -289,6 +292,7 @@ def tokenflow_step(
         x, t: (n, 4, h, w) latents J_t at timestep t.
         keyframes: (k,) frame numbers.
         chunks: frame numbers (m,) of each chunk; frames in no chunk keep an undefined noise.
+        find_neighbours: `neighbours`, on the UNet's device.
     """
     eps = torch.empty_like(x)
     source.load_keyframes(t, keyframes)  # phi(x_t^i) of the keyframes
@@ -352,19 +356,17 @@ class TokenFlowAttention:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """The self-attention's output, (B * m, L, c), for its input tokens of that shape."""
-        match self.context.mode:
-            case Pass.SOURCE:
-                return self._source(attn, hidden_states)
-            case Pass.MATCH:
-                return self._match(attn, hidden_states)
-        tokens = hidden_states.unflatten(0, (self.context.branches, -1))  # (B, m, L, c)
-        match self.context.mode:
+        context, layer = self.context, self.layer
+        if context.mode is Pass.SOURCE:
+            return self._source(attn, hidden_states)
+        if context.mode is Pass.MATCH:
+            return self._match(attn, hidden_states)
+        tokens = hidden_states.unflatten(0, (context.branches, -1))  # (B, m, L, c)
+        match context.mode:
             case Pass.EXTENDED:
                 output = self._extended(attn, tokens)
             case Pass.PROPAGATE:
-                context = self.context
-                base, where = context.base[self.layer], context.matches[self.layer]
-                output = propagate(base, where, context.neighbours)
+                output = propagate(context.base[layer], context.matches[layer], context.neighbours)
             case Pass.PER_FRAME:
                 output = attend_alone(attn, self._query_key_tokens(tokens), tokens)
             case Pass.FIRST_FRAME:

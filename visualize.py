@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from run_tokenflow_controlnet import ControlNetConfig
-from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig, steps_from
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.loop import keyframes_of_steps
 from tokenflow.editing.results import TECHNIQUES, read_result
+from tokenflow.editing.techniques import load_technique
 from tokenflow.figures.drawing import keyframe_figure, save_figure
 from tokenflow.figures.paper_figures import (
     CorrespondenceOptions,
@@ -29,8 +28,6 @@ from tokenflow.figures.paper_figures import (
 )
 from tokenflow.storage.schema import Model, add_arguments, from_arguments, load_config
 from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
-
-CONFIGS = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
 
 
 class KeyframeOptions(Model):
@@ -48,9 +45,9 @@ def draw_keyframes(options: KeyframeOptions) -> list[Path]:
     """
     result, out = read_result(Path(options.result)), Path(options.out)
     technique = result.run.get("technique")
-    if technique not in CONFIGS:
+    if technique not in TECHNIQUES:
         raise UserError(f"{result.folder}: a result of {technique}, which has no keyframes")
-    config = load_config(CONFIGS[technique], result.folder / "config.yaml")
+    config = load_config(load_technique(technique).config, result.folder / "config.yaml")
     if config.consistency != "tokenflow":
         raise UserError(
             f"{result.folder}: made with consistency: {config.consistency}, which has no "

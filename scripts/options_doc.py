@@ -10,11 +10,10 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from run_tokenflow_controlnet import ControlNetConfig
-from run_tokenflow_pnp import PnPConfig
-from run_tokenflow_sdedit import SDEditConfig
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.editing.config import EditConfig
+from tokenflow.editing.results import TECHNIQUES
+from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.schema import (
     MAX_COUNT,
     MAX_SEED,
@@ -27,7 +26,6 @@ from tokenflow.storage.schema import (
 from util import ArgumentParser, atomic_file, command_line
 
 PATH = Path(__file__).parents[1] / "docs" / "options.md"
-TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
 HEAD = """# Options
 
 This page is written by `python -m scripts.options_doc` from the models that check the options; edit
@@ -50,7 +48,8 @@ def render() -> str:
     """The page."""
     parts = [HEAD, PREPROCESS, _table(PreprocessOptions, PreprocessOptions.model_fields, "--")]
     parts += [CONFIG, _table(EditConfig, EditConfig.model_fields)]
-    for technique, cls in TECHNIQUES.items():
+    for technique in TECHNIQUES:
+        cls = load_technique(technique).config
         own = [name for name in cls.model_fields if name not in EditConfig.model_fields]
         parts += [f"\n### run_tokenflow_{technique}.py\n", _table(cls, own)]
     return "\n".join(parts) + "\n"

@@ -96,7 +96,7 @@ def edit(script, config_class, place, model, **changes):
     path = place / "config.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     keyframes = []
-    predict = loop._Loop.predict
+    predict = loop._Sampler.predict
 
     def noted(self, source, x, step):
         if self.config.consistency == "tokenflow":
@@ -104,7 +104,7 @@ def edit(script, config_class, place, model, **changes):
         return predict(self, source, x, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Loop, "predict", noted)
+        patch.setattr(loop._Sampler, "predict", noted)
         return script.main(["--config", str(path)]), keyframes
 
 

@@ -21,7 +21,7 @@ from tokenflow.diffusion.checkpoints import check_controlnet_fits, checkpoint_fo
 from tokenflow.diffusion.models import resolve_device
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.results import TECHNIQUES
-from tokenflow.editing.techniques import technique
+from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import clip_name
 from tokenflow.storage.yaml_files import load_yaml
@@ -69,7 +69,8 @@ class Variant:
 
 
 def _of_technique(name: str) -> Variant:
-    return Variant(name, name, technique(name).config, technique(name).edit)
+    technique = load_technique(name)
+    return Variant(name, name, technique.config, technique.edit)
 
 
 VARIANTS = {name: _of_technique(name) for name in TECHNIQUES}

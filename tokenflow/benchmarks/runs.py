@@ -36,7 +36,7 @@ from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.results import result_folder
-from tokenflow.editing.techniques import OpenResult, Technique, technique
+from tokenflow.editing.techniques import OpenResult, Technique, load_technique
 from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
 from tokenflow.storage.work_dir import WorkDir, atomic_dir
@@ -140,7 +140,7 @@ class Bench:
 
     @property
     def technique(self) -> Technique:
-        return technique(self.options.technique)
+        return load_technique(self.options.technique)
 
     @property
     def dtype_name(self) -> str:
@@ -343,7 +343,7 @@ def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -
         with meter("open"):
             inputs = open_inputs(config)
         session = EditSession(inputs, models, meter)
-        edited = session.edit(make_plan(bench, session))
+        edited = session.decode(session.edit_latents(make_plan(bench, session)))
         name = bench.technique.name
         with atomic_dir(result_folder(inputs, name)) as folder:
             OpenResult(name, folder, inputs, WorkDir(folder)).save(session, edited)

@@ -89,7 +89,7 @@ class FeatureSettings(Model):
         for name in ("attention_steps", "feature_steps"):
             if getattr(self, name) < getattr(needed, name):
                 differing.append(name)
-        if needed.save_tokens == "all" != self.save_tokens:
+        if needed.save_tokens == "all" and self.save_tokens != "all":
             differing.append("save_tokens")
         return "; ".join(
             f"{name} is {getattr(self, name)} there, {getattr(needed, name)} here"

@@ -113,7 +113,8 @@ def build_features(
             )
             for first in range(done, len(steps), group.size):
                 with watch("features"):
-                    for step, (t, keyframes) in steps[first + group.rank :][:1]:
+                    if first + group.rank < len(steps):
+                        step, (t, keyframes) = steps[first + group.rank]
                         tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
                         _save_step(work.folder, t, tensors)
                 # Every process has written its step when all have told their number.

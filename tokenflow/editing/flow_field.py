@@ -34,20 +34,15 @@ class FlowSource:
     def load_keyframes(self, t: int, frames: Tensor) -> None:
         """Fills `tokens` and `features` of the keyframes (k,) if they are needed."""
         self._keyframes = frames
-        if self._source_pass_needed:
+        if self.context.inject_attention or self.context.inject_features:
             self.live.load_keyframes(t, frames)
 
     def load_chunk(self, t: int, frames: Tensor) -> None:
         """Fills `matches` of frames (m,), and `features` if they are needed."""
         matches = self.field.matches(frames, self._keyframes, self.context.neighbours, self.device)
         self.context.matches = {layer: matches[h, w] for layer, (h, w, _) in self.sizes.items()}
-        if self._source_pass_needed:
+        if self.context.inject_features:
             self.live.load_chunk(t, frames)
-
-    @property
-    def _source_pass_needed(self) -> bool:
-        context = self.context
-        return context.inject_attention or context.inject_features or context.propagate_source
 
 
 class FlowField:

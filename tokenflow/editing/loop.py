@@ -157,7 +157,7 @@ class EditSession:
         config, schedule = self.config, self.models.schedule
         steps = plan_steps(config, plan, len(self.frames))
         with self.watch("edit"):
-            loop = _Loop(self, plan)
+            sampler = _Sampler(self, plan)
         x, done, before = plan.start, 0, 0
         saved = self.work and self.work.checkpoint
         if saved:
@@ -166,19 +166,21 @@ class EditSession:
             self.watch.add("edit", saved.figures["seconds"])
         self.image_forwards = before
         with ExitStack() as stack:
-            stack.enter_context(loop.patched())
-            source = stack.enter_context(loop.open_source(steps, done))
+            stack.enter_context(sampler.patched())
+            source = stack.enter_context(sampler.open_source(steps, done))
             following = [*plan.timesteps[1:], CLEAN]
             progress = {"initial": done, "disable": not self.group.is_main, "unit": "step"}
             for i in tqdm(range(done, len(steps)), "edit", len(steps), **progress):
                 t, step = steps[i].t, steps[i]
                 with self.watch("edit"):
-                    eps = loop.predict(source, x, step)
+                    eps = sampler.predict(source, x, step)
                     x = ddim_step(
                         x, eps, schedule.alpha_sigma(t), schedule.alpha_sigma(following[i])
                     )
                 if (i + 1) % config.checkpoint_every == 0 or following[i] == CLEAN:
-                    self.image_forwards = before + sum(self.group.all_gather(loop.image_forwards))
+                    self.image_forwards = before + sum(
+                        self.group.all_gather(sampler.image_forwards)
+                    )
                     self._checkpoint(x, i + 1)
         return x
 
@@ -193,10 +195,6 @@ class EditSession:
                 image_forwards=self.image_forwards,
                 source_features=self.source_features,
             )
-
-    def edit(self, plan: EditPlan) -> Edited:
-        """Edits the clip and decodes it."""
-        return self.decode(self.edit_latents(plan))
 
     def decode(self, latents: Tensor) -> Edited:
         """The edited clip of clean latents (n, 4, h, w)."""
@@ -249,11 +247,13 @@ def plan_steps(config: EditConfig, plan: EditPlan, n_frames: int) -> list[Step]:
 # `tokenflow_step`
 
 Edit = Callable[[Tensor, int, Tensor], Tensor]
+FindNeighbours = Callable[[Tensor, Tensor], Neighbours]
 
 
 def extended_attention_step(
-    edit: Edit, source: Source, context: TokenFlowContext, x: Tensor, t: int, *_: object
-) -> Tensor:
+    edit: Edit, source: Source, context: TokenFlowContext, x: Tensor, t: int, keyframes: Tensor,
+    chunks: Sequence[Tensor], find_neighbours: FindNeighbours,
+) -> Tensor:  # fmt: skip
     """Every frame is a keyframe, and nothing is propagated (Table 1, "w/o TokenFlow")."""
     frames = torch.arange(len(x))
     if context.inject_attention or context.inject_features:
@@ -263,8 +263,8 @@ def extended_attention_step(
 
 
 def per_frame_step(
-    edit: Edit, source: Source, context: TokenFlowContext, x: Tensor, t: int, _: Tensor,
-    chunks: Sequence[Tensor], *__: object,
+    edit: Edit, source: Source, context: TokenFlowContext, x: Tensor, t: int, keyframes: Tensor,
+    chunks: Sequence[Tensor], find_neighbours: FindNeighbours,
 ) -> Tensor:  # fmt: skip
     """The base technique alone, each frame by itself."""
     eps = torch.empty_like(x)
@@ -277,8 +277,8 @@ def per_frame_step(
 
 
 def first_frame_step(
-    edit: Edit, source: Source, context: TokenFlowContext, x: Tensor, t: int, _: Tensor,
-    chunks: Sequence[Tensor], *__: object,
+    edit: Edit, source: Source, context: TokenFlowContext, x: Tensor, t: int, keyframes: Tensor,
+    chunks: Sequence[Tensor], find_neighbours: FindNeighbours,
 ) -> Tensor:  # fmt: skip
     """Every frame attends to the first alone (Text2Video-Zero, Khachatryan et al. 2023)."""
     eps = torch.empty_like(x)
@@ -302,7 +302,7 @@ STEPS = {
 # ---------------------------------------------------------------------------------------------
 
 
-class _Loop:
+class _Sampler:
     """What one run of the loop needs: the denoiser of the edit, the context, the source.
 
     With several processes, each computes the chunks of its own frames, and the predictions are
@@ -405,8 +405,10 @@ class _Loop:
         session.source_features = "cached" if features is not None else "live"
         if session.work and session.work.checkpoint:
             before = session.work.checkpoint.figures["source_features"]
-            if session.source_features not in before:
+            if not before.endswith(session.source_features):
                 session.source_features = f"{before}, then {session.source_features}"
+            else:
+                session.source_features = before
         kind = f"{session.source_features} of {session.cache.sha256}"
         session.group.assert_same(kind, "source cache and its features")
         with ExitStack() as stack:

@@ -128,6 +128,9 @@ def is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
 
     Args:
         verify: compare all checksums, and refuse unexpected files.
+
+    Raises:
+        UserError: with `verify`, naming an unexpected file.
     """
     if not (folder / RUN_FILE).is_file():
         return False
@@ -197,7 +200,7 @@ class Result:
         seconds = self.run.get("seconds") or {}
         stages = [seconds.get(stage) for stage in ("edit", "decode", "write")]
         known = [stage for stage in stages if stage is not None]
-        return sum(known) / self.n_frames if known else None
+        return sum(known) / self.n_frames if known and self.n_frames else None
 
     def cache(self, open_folder: Callable[[Path], SourceCache] = open_cache) -> SourceCache:
         """The source cache that it was made from.
@@ -214,7 +217,7 @@ class Result:
         named, where = self.run.get("cache"), self.folder / "run.yaml"
         if not named:
             raise UserError(f"{where}: cache: is missing, so the result's source is not known")
-        places = [base / named for base in (Path(), *self.folder.parents)]
+        places = [base / named for base in (Path(), *self.folder.absolute().parents)]
         folder = next((place for place in places if (place / MANIFEST).is_file()), None)
         if folder is None:
             raise MissingFileError(

@@ -33,7 +33,7 @@ from util import setup_logging
 log = logging.getLogger("tokenflow")
 
 
-def technique(name: str) -> Technique:
+def load_technique(name: str) -> Technique:
     """The technique of a name in `results.TECHNIQUES`: its run script declares it."""
     return import_module(f"run_tokenflow_{name}").TECHNIQUE
 
