@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from scripts import options_doc
+from tokenflow.editing.techniques import load_technique
 
 
 def test_the_page_of_options_is_current():
@@ -12,7 +13,8 @@ def test_the_page_of_options_is_current():
 
 
 def test_every_option_and_key_is_explained():
-    models = (options_doc.PreprocessOptions, *options_doc.TECHNIQUES.values())
+    configs = [load_technique(name).config for name in options_doc.TECHNIQUES]
+    models = (options_doc.PreprocessOptions, *configs)
     for model in models:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name}"
