@@ -84,14 +84,14 @@ class Job:
         run: the work, in the folder where it is called.
         folder: that it makes there.
         before: what lies there at the beginning.
-        anew: whether it makes again what is finished (--overwrite).
+        overwrites: whether it makes again what is finished (--overwrite).
     """
 
     name: str
     run: Callable[[], object]
     folder: Path
     before: Path | None = None
-    anew: bool = False
+    overwrites: bool = False
 
     def place(self, folder: Path) -> Path:
         """A new folder to run in."""
@@ -179,17 +179,19 @@ class World:
         if name == "other":
             options = options | {"data_path": self.other_clip}
         place = self.whole(before).place if before else None
-        anew = "overwrite" in options
+        overwrites = "overwrite" in options
         folder = self.other_cache if name == "other" else self.cache
-        return Job(name, lambda: self.preprocess(**options), folder, place, anew)
+        return Job(name, lambda: self.preprocess(**options), folder, place, overwrites)
 
     def _edit_job(self, name: str) -> Job:
-        technique, anew, keys = EDITS[name]
+        technique, overwrites, keys = EDITS[name]
         latents = self.whole("cache").place / "latents"
         config = self.config(technique, **keys, latents_path=str(latents))
         folder = results.result_folder(open_inputs(config), technique)
-        before = self.whole(technique if anew else "cache").place
-        return Job(name, lambda: self.edit(technique, anew, **keys), folder, before, anew)
+        before = self.whole(technique if overwrites else "cache").place
+        return Job(
+            name, lambda: self.edit(technique, overwrites, **keys), folder, before, overwrites
+        )
 
     def whole(self, name: str) -> Whole:
         """What a job makes without a fault; made once."""
@@ -314,13 +316,13 @@ def check_nothing_broken(world: World, job: Job, place: Path) -> None:
 
 
 def saved_evaluations(world: World, job: Job, place: Path) -> int:
-    """How many evaluations the next run shall be spared, for they were saved."""
+    """How many evaluations the next run is spared, since they were saved."""
     whole, folder = world.whole(job.name), place / job.folder
     if job.name in EDITS:
-        finished = folder.exists() and not job.anew
+        finished = folder.exists() and not job.overwrites
         return whole.evaluated if finished else saved_figures(folder).get("image_forwards", 0)
     finished = folder.exists() and lying_in(folder)[0] == whole.made[0]
-    if job.anew:
+    if job.overwrites:
         finished = finished and (folder / build.OVERWRITING).exists()
     if not finished:
         return sum(saved_figures(folder).get("image_forwards", {}).values())
@@ -332,7 +334,7 @@ def saved_evaluations(world: World, job: Job, place: Path) -> int:
 
 
 def finish(world: World, job: Job, place: Path) -> None:
-    """Runs a job to its end, which shall be that of a run without faults, at no more cost."""
+    """Runs a job to its end, which must equal that of a run without faults, at no more cost."""
     saved = saved_evaluations(world, job, place)
     child = Child(job.run, place)
     assert child.end() == 0, child.output
@@ -805,7 +807,7 @@ def test_a_disk_that_runs_full(world, tally, rng, tmp_path, name, times):
     place = world.whole(name).place
     there = bytes_in(job.before) if job.before else 0
     room = bytes_in(place) - there
-    if job.anew:  # beside what is there, but for features, which follow when that is gone
+    if job.overwrites:  # beside what is there, but for features, which follow when that is gone
         room = bytes_in(place / job.folder) - bytes_in(place / job.folder / FEATURES)
     for number in range(times):
         size = there + rng.randrange(1, room // 4096) * 4096
@@ -1080,7 +1082,7 @@ def test_a_cache_overwritten_under_an_edit(world, tally, tmp_path):
         overwrite = Child(partial(world.preprocess, **options), place)
         assert overwrite.end() == 0, overwrite.output
         reads.let_go()
-        assert "was made anew meanwhile; run the same command again" in the_line(edit)
+        assert "was replaced meanwhile; run the same command again" in the_line(edit)
         assert not (place / job.folder).exists()
 
 
@@ -1098,7 +1100,7 @@ def test_an_edit_of_a_cache_in_the_making(world, tally, tmp_path):
         child = Child(lambda: preprocess.preprocess(parse_args(argv), load_and_meet), place)
         meeting.await_child(child)
         config = world.config(latents_path=str(place / "latents"))
-        with pytest.raises(UserError, match="another process is making a cache"):
+        with pytest.raises(UserError, match="another process is building the cache"):
             open_inputs(config)
         meeting.let_go()
         assert child.end() == 0, child.output

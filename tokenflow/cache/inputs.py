@@ -42,6 +42,13 @@ LATENT_BYTES = 4 * 4  # four channels of float32
 DEPTH_BYTES = 4  # float32 a pixel
 
 
+# Options that the manifest records under their own names.
+RECORDED_OPTIONS = {
+    "frame_start", "frame_stride", "fit", "sd_version", "inversion_prompt", "steps", "save_steps",
+    "inversion_iters", "inversion_tol", "recon_steps",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PreprocessInputs:
     """A checked command line with what it refers to.
@@ -49,7 +56,7 @@ class PreprocessInputs:
     Attributes:
         manifest: the cache's, but for the figures of its making.
         folder: the cache's.
-        features: what the cached features shall be made for, if there shall be any.
+        features: settings of the cached features; None with --no_cache_features.
         allow_pickle: whether models may be loaded from pickled weights.
         read_seconds: what reading the clip took.
     """
@@ -97,33 +104,23 @@ def open_inputs(args: PreprocessOptions, group: ProcessGroup = SINGLE_PROCESS) -
     control, depth_model = _conditions(args, checkpoint)
     n_frames, height, width, _ = clip.frames.shape
     manifest = Manifest(
+        **args.model_dump(include=RECORDED_OPTIONS),
         clip=clip_name(source),
         source_name=source.name,
         source_sha256=sha256,
-        frame_start=args.frame_start,
-        frame_stride=args.frame_stride,
         n_frames=n_frames,
         frames_asked=args.n_frames,
         height=height,
         width=width,
-        fit=args.fit,
         fps=str(clip.fps),
-        sd_version=args.sd_version,
         model_key=model_key,
         model_revision=checkpoint_revision(checkpoint),
-        inversion_prompt=args.inversion_prompt,
-        steps=args.steps,
-        save_steps=args.save_steps,
-        inversion_iters=args.inversion_iters,
-        inversion_tol=args.inversion_tol,
-        recon_steps=args.recon_steps,
         timesteps=timesteps.saved,
         dtype=str(dtype).removeprefix("torch."),
         control=control,
         depth_model=depth_model,
     )
-    folder = cache_folder(args.save_dir, manifest)
-    check_writable(folder, "--save_dir")
+    check_writable(cache_folder(args.save_dir, manifest), "--save_dir")
     return PreprocessInputs(
         clip=clip,
         checkpoint=checkpoint,
@@ -131,7 +128,7 @@ def open_inputs(args: PreprocessOptions, group: ProcessGroup = SINGLE_PROCESS) -
         device=device,
         dtype=dtype,
         manifest=manifest,
-        folder=folder,
+        folder=cache_folder(args.save_dir, manifest),
         features=_feature_settings(args, manifest) if args.cache_features else None,
         read_seconds=watch.seconds["read"],
         group=group,

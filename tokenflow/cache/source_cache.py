@@ -242,7 +242,7 @@ class SourceCache:
 
     folder: Path
     manifest: Manifest
-    advice: str = "make the cache anew: preprocess.py --overwrite"
+    advice: str = "build the cache again: preprocess.py --overwrite"
     _checked: set[str] = field(default_factory=set, compare=False)
 
     @property
@@ -305,9 +305,9 @@ class SourceCache:
             self.check(name)
 
     def check_unchanged(self) -> None:
-        """Refuses to go on with a cache that was replaced since it was opened."""
+        """Refuses a cache that was replaced since it was opened."""
         if self.sha256 != contents_sha256(read_manifest(self.folder)):
-            raise UserError(f"{self.folder}: was made anew meanwhile; run the same command again")
+            raise UserError(f"{self.folder}: was replaced meanwhile; run the same command again")
 
     def verify(self) -> None:
         """Compares every file with its checksum, and refuses files that the manifest lacks."""
@@ -318,7 +318,7 @@ class SourceCache:
 
 def remake(manifest: Manifest | None) -> str:
     """What to do about a damaged cache, where no more is known."""
-    return "make the cache anew: preprocess.py"
+    return "build the cache again: preprocess.py"
 
 
 def find_cache(
@@ -339,7 +339,7 @@ def find_cache(
         verify: as in `open_cache`.
 
     Raises:
-        MissingFileError: if there is none, or only unfinished ones.
+        MissingFileError: if no finished one exists.
         UserError: if several fit, or its manifest or one of its files is damaged.
     """
     found, damaged = {}, []
@@ -416,7 +416,7 @@ def _no_cache(
         state = f"only a cache that lacks its manifest ({incomplete[0].name})"
         advice = f"{advice} --overwrite"
     elif any(map(is_locked, begun)):
-        state = "another process is making a cache, but there is none yet"
+        state = "another process is building the cache"
     elif begun and not found:
         state = "only an unfinished cache"
     return f"{place}: {state} for this clip{hint}; {advice}"
