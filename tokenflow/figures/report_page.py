@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tokenflow.cache.source_cache import SourceCache, read_manifest
-from tokenflow.editing.results import RESULT_FILES, Result, find_results, read_result
+from tokenflow.editing.results import PLACES, RESULT_FILES, Result, find_results, read_result
 from tokenflow.evaluation.score_table import COLUMNS, Row, read_rows
 from tokenflow.storage.video import READING, read_clip, save_video
 from tokenflow.storage.work_dir import atomic_dir
@@ -39,10 +39,6 @@ GENERATOR = '<meta name="generator" content="tokenflow report.py">'
 LINKED = (*RESULT_FILES, "side_by_side.mp4", "frames")
 POSTER_SIDE = 640
 NEAR = 3  # a link may climb so many folders from the report; farther files are only named
-
-
-# Where things lie: no setting that a result depends on.
-PLACES = ("data_path", "latents_path", "output_path")
 
 
 @dataclass(frozen=True)
