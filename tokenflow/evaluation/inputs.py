@@ -4,9 +4,7 @@ and any other program's videos.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,10 +17,9 @@ from pydantic import Field, model_validator
 from tokenflow.cache.source_cache import SourceCache, open_cache
 from tokenflow.editing.results import frame_files, read_result
 from tokenflow.evaluation.motion import Motion, load_motion, resize_motion, truth_file, truth_shape
-from tokenflow.storage import video
 from tokenflow.storage.images import load_frames, opened_image
 from tokenflow.storage.schema import Model
-from tokenflow.storage.video import clip_name, read_clip
+from tokenflow.storage.video import Clip, clip_name, read_clip
 from util import MissingFileError, UserError
 
 MASK_RULE = "object: not 0; resized by nearest neighbour; pixels pooled over the clip"
@@ -193,27 +190,10 @@ def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
     )
 
 
-def _read(path: Path, n_frames: int | None, start: int, size: tuple[int, int] | None) -> video.Clip:
+def _read(path: Path, n_frames: int | None, start: int, size: tuple[int, int] | None) -> Clip:
     if size is None:
         size = read_clip(path, 1, start=start, size=(8, 8)).native_size
-    if n_frames is not None:
-        return read_clip(path, n_frames, start=start, size=size)
-    with _not_warned_of("frames asked for"):
-        return read_clip(path, 10**9, start=start, size=size)
-
-
-@contextlib.contextmanager
-def _not_warned_of(words: str) -> Iterator[None]:
-    """Keep one of video.py's warnings back: who asks for all frames knows that there are fewer."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return words not in str(record.msg)
-
-    video.logger.addFilter(other)
-    try:
-        yield
-    finally:
-        video.logger.removeFilter(other)
+    return read_clip(path, n_frames, start=start, size=size)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -130,9 +130,12 @@ def resolve_clip(path: str | Path) -> Path:
     return found[0]
 
 
+ALL = 10**9  # frames: more than any clip has
+
+
 def read_clip(
     path: str | Path,
-    n_frames: int,
+    n_frames: int | None,
     *,
     start: int = 0,
     stride: int = 1,
@@ -149,7 +152,7 @@ def read_clip(
     Args:
         path: the video file or the folder; images are taken in natural order, transparent ones
             over white.
-        n_frames: how many frames, at least 1.
+        n_frames: how many frames, at least 1; None: all.
         start: index of the first frame.
         stride: step between frames; the frame rate is divided by it.
         size: (height, width) in pixels; None chooses `default_size`.
@@ -163,7 +166,8 @@ def read_clip(
             not fit into memory.
     """
     path = Path(path)
-    _check_request(n_frames, start, stride, size, fps)
+    most = ALL if n_frames is None else n_frames
+    _check_request(most, start, stride, size, fps)
     if not os.path.exists(path):
         raise MissingFileError(f"{path}: no such video or folder")
     check_kind(path)
@@ -175,15 +179,15 @@ def read_clip(
         native.append((image.height, image.width))
         fitted = size or default_size(*native[0])
         # Before memory is full. A header may be wrong, so the frames read so far count too.
-        check_memory(max(len(frames) + 1, min(n_frames, there)), *fitted)
+        check_memory(max(len(frames) + 1, min(most, there)), *fitted)
         frames.append(np.asarray(fit_frame(image, fitted, fit)))
 
-    wanted = range(start, start + n_frames * stride, stride)
+    wanted = range(start, start + most * stride, stride)
     read = _read_folder if path.is_dir() else _read_video
     n_seen, rate = read(path, wanted, keep)
     if not frames:
         raise UserError(f"{path}: start {start} is beyond the end: the clip has {n_seen} frames")
-    if len(frames) < n_frames:
+    if n_frames is not None and len(frames) < n_frames:
         logger.warning("%s: %d frames requested, only %d available", path, n_frames, len(frames))
     return Clip(np.stack(frames), fps or rate / stride, native[0])
 
