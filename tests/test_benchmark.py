@@ -22,6 +22,7 @@ from tokenflow.benchmarks.runs import (
     prepare_edit,
     setting_kind,
 )
+from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.schema import load_config
 from tokenflow.storage.video import read_clip
 from util import UserError
@@ -367,4 +368,4 @@ def test_settings_of_an_edit_are_keys_of_its_config(bench, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("{data_path: a.mp4, prompt: b}", encoding="utf-8")
     for name in benchmark_runs.EDIT_SETTINGS:
-        load_config(benchmark_runs.TECHNIQUES["pnp"][1], path, edit_overrides(name))
+        load_config(load_technique("pnp").config, path, edit_overrides(name))
