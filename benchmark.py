@@ -30,13 +30,7 @@ from tokenflow.benchmarks.runs import Options, setting_kind
 from tokenflow.ops.profiling import versions
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
-from util import (
-    ArgumentParser,
-    UserError,
-    check_writable,
-    command_line,
-    setup_logging,
-)
+from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[Options, argparse.Namespace]:
@@ -61,11 +55,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Options, argparse.Namespace]
     options = from_arguments(Options, args)
     if min(args.scaling or [1]) < 1:
         raise UserError("--scaling: expected numbers of frames of at least 1")
-    kinds = [setting_kind(name) for name in args.compare or ()]
-    if len(set(kinds)) > 1:
+    if len({setting_kind(name) for name in args.compare or ()}) > 1:
         raise UserError(
-            f"--compare: {args.compare[0]} is a setting of {kinds[0]}, {args.compare[1]} one of "
-            f"{kinds[1]}; expected two of one kind"
+            f"--compare: {' and '.join(args.compare)} are settings of an edit and of preprocess; "
+            "expected two of one kind"
         )
     if args.profile and setting_kind(args.profile) != "edit":
         raise UserError(f"--profile: {args.profile}, expected a setting of an edit")

@@ -1,8 +1,9 @@
 """benchmark.py on the tiny random model: what it counts and compares, never how long it takes."""
 
-import argparse
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +13,15 @@ import torch.nn.functional as F
 import benchmark
 from tests.helpers import make_clip, shapes_frames
 from tokenflow.benchmarks import modes, three_branch
-from tokenflow.benchmarks import runs as benchmark_runs
-from tokenflow.benchmarks.meters import Meter, matrix_rate
+from tokenflow.benchmarks.meters import Meter
 from tokenflow.benchmarks.runs import (
+    EDIT_SETTINGS,
+    Bench,
     back_and_forth,
     clip_of,
     edit_overrides,
-    open_bench,
-    prepare_edit,
     setting_kind,
+    time_edit,
 )
 from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.schema import load_config
@@ -45,24 +46,19 @@ def words(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(words):
-    return open_bench(*options_of(words))
+    return open_bench(words)
 
 
 @pytest.fixture(scope="module")
 def models(bench):
     models = bench.load()
-    benchmark_runs.ensure_cache(bench, models)
+    bench.ensure_cache(models)
     return models
 
 
-def options_of(words):
+def open_bench(words):
     options, args = benchmark.parse_args(words)
-    return options, args.set, args.preprocess_options
-
-
-def image_forwards(bench, models, setting):
-    prepared = prepare_edit(bench, setting, models)
-    return benchmark_runs.timed_edit(prepared).images
+    return Bench(options, args.set, args.preprocess_options)
 
 
 # ---------------------------------------------------------------- the table of stages
@@ -76,29 +72,24 @@ def stages(words, tmp_path_factory):
     return found, json.loads(file.read_text(encoding="utf-8"))
 
 
-def test_stages_are_all_there(stages, words):
+def test_stages_are_all_there(stages):
     found, written = stages
+    parts = {
+        "models": "load",
+        "preprocess": "read load vae inversion reconstruction features rest total",
+        "edit": "open load edit decode write total",
+    }
     assert [(row["part"], row["stage"]) for row in written["stages"]] == [
-        ("models", "load"),
-        *(
-            ("preprocess", stage)
-            for stage in (
-                "read",
-                "load",
-                "vae",
-                "inversion",
-                "reconstruction",
-                "features",
-                "rest",
-                "total",
-            )
-        ),
-        *(("edit", stage) for stage in ("open", "load", "edit", "decode", "write", "total")),
+        (part, stage) for part, names in parts.items() for stage in names.split()
     ]
     assert written["stages"] == found["stages"]
     assert "--size 48x64" in written["command"]
     assert {"versions", "device_name", "dtype", "frames", "matrix_flops_per_second"} <= set(written)
     assert written["keyframes"] == KEYFRAMES
+    lines = modes.stage_table(found["stages"]).splitlines()
+    assert len(lines) == 1 + len(found["stages"])
+    assert lines[0].split()[:3] == ["part", "stage", "seconds"]
+    assert any(line.startswith("edit        decode") for line in lines)
 
 
 def test_stages_count_image_forwards_and_flops(stages):
@@ -119,14 +110,6 @@ def test_stages_count_image_forwards_and_flops(stages):
     assert rows["preprocess", "rest"]["seconds"] >= 0
 
 
-def test_stages_print_a_table(stages):
-    text = modes.stage_table(stages[0]["stages"])
-    lines = text.splitlines()
-    assert len(lines) == 1 + len(stages[0]["stages"])
-    assert lines[0].split()[:3] == ["part", "stage", "seconds"]
-    assert any(line.startswith("edit        decode") for line in lines)
-
-
 def test_only_a_part_is_timed_where_asked(words):
     found = benchmark.main([*words, "--only", "edit", "--warm_up", "0"])
     assert {row["part"] for row in found["stages"]} == {"models", "edit"}
@@ -137,13 +120,14 @@ def test_row_is_the_median_of_the_runs():
     runs = []
     for seconds, peak in ((4.0, 10), (1.0, 30), (2.0, 20)):
         meter = Meter(CPU)
-        meter.seconds, meter.peak, meter.images = {"edit": seconds}, {"edit": peak}, {"edit": 6}
+        meter.seconds["edit"], meter.peak["edit"], meter.images["edit"] = seconds, peak, 6
+        meter.add_total()
         runs.append(meter)
-    row, total = modes.stage_rows("edit", runs, {"edit": 100}, rate=200.0)
+    row, total = modes.stage_rows("edit", runs, {"edit": 100, "total": 100}, rate=200.0)
     assert (row["seconds"], row["seconds_low"], row["seconds_high"]) == (2.0, 1.0, 4.0)
     assert (row["peak_memory_bytes"], row["image_forwards"]) == (30, 6)
     assert (row["flops_per_second"], row["utilisation"]) == (50.0, 0.25)
-    assert (total["stage"], total["seconds"], total["flops"]) == ("total", 2.0, 100)
+    assert total == {**row, "stage": "total"}
 
 
 # ---------------------------------------------------------------- counting
@@ -162,33 +146,24 @@ def test_row_is_the_median_of_the_runs():
     ],
 )
 def test_image_forwards_are_what_arithmetic_says(bench, models, setting, expected):
-    assert image_forwards(bench, models, setting) == expected
+    assert time_edit(bench.prepare_edit(setting, models)).images == expected
 
 
-def test_flops_of_every_stage_are_counted():
+def test_a_meter_adds_up_each_stage(models):
     a, b = torch.zeros(10, 4), torch.zeros(4, 3)
     meter = Meter(CPU, count_flops=True)
-    for stage in ("one", "two", "two", "none"):
-        with torch.inference_mode(), meter(stage):
-            a @ b if stage != "none" else a + 1
-    assert meter.flops == {"one": 2 * 10 * 4 * 3, "two": 2 * 2 * 10 * 4 * 3, "none": 0}
-
-
-def test_meter_adds_up_a_stage(models):
-    meter = Meter(CPU)
-    with meter.watching(models.unet):
-        for _ in range(2):
-            with meter("a"), torch.inference_mode():
-                models.vae.encoder(torch.zeros(1, 3, 16, 16))
-                models.unet(torch.zeros(3, 4, 8, 8), 5, torch.zeros(3, 77, 32))
+    with meter.watching(models.unet), torch.inference_mode():
+        for stage in ("product", "unet", "product", "unet", "sum"):
+            with meter(stage):
+                if stage == "unet":
+                    models.unet(torch.zeros(3, 4, 8, 8), 5, torch.zeros(3, 77, 32))
+                else:
+                    a @ b if stage == "product" else a + 1
     assert not models.unet._forward_pre_hooks
-    assert meter.images == {"a": 6}
-    assert not meter.flops  # where they are not counted
-    assert set(meter.seconds) == set(meter.peak) == set(meter.processor) == {"a"}
-
-
-def test_matrix_rate_is_positive():
-    assert matrix_rate(CPU, torch.float32) > 1e6
+    assert meter.images == {"unet": 6}
+    assert (meter.flops["product"], meter.flops["sum"]) == (2 * 2 * 10 * 4 * 3, 0)
+    stages = {"product", "unet", "sum"}
+    assert set(meter.seconds) == set(meter.peak) == set(meter.processor) == stages
 
 
 # ---------------------------------------------------------------- comparisons
@@ -205,11 +180,6 @@ def test_compare_gives_a_ratio_and_the_difference(words, tmp_path, capsys):
     assert found["image_forwards_a"] == found["image_forwards_b"]
     assert found["difference"] < 1e-4
     assert capsys.readouterr().out.startswith("live / three_branch: ")
-
-
-def test_a_setting_that_is_not_what_it_is_called_is_refused(words):
-    with pytest.raises(UserError, match=r"cached.*: the edit was computed live"):
-        benchmark.main([*words, "--compare", "cached+keyframe_seed=7", "live"])
 
 
 def test_compare_of_inversions_gives_their_psnr(words):
@@ -235,12 +205,20 @@ def test_a_setting_is_made_of_parts():
     assert setting_kind("plain500") == setting_kind("fast") == "preprocess"
 
 
+def test_settings_of_an_edit_are_keys_of_its_config(tmp_path):
+    """A setting whose key the config lacks could not be run."""
+    path = tmp_path / "config.yaml"
+    path.write_text("{data_path: a.mp4, prompt: b}", encoding="utf-8")
+    for name in EDIT_SETTINGS:
+        load_config(load_technique("pnp").config, path, edit_overrides(name))
+
+
 def test_preprocess_settings_become_options(bench):
-    args = benchmark_runs.preprocess_args(bench, "plain20")
+    args = bench.preprocess_options("plain20")
     assert (args.steps, args.recon_steps, args.save_steps) == (20, 20, STEPS)
-    args = benchmark_runs.preprocess_args(bench, "iters4")
+    args = bench.preprocess_options("iters4")
     assert (args.steps, args.inversion_iters, args.recon_steps) == (STEPS, 4, STEPS)
-    other = benchmark_runs.preprocess_args(bench, "iters3")
+    other = bench.preprocess_options("iters3")
     assert args.save_dir != other.save_dir  # no cache takes another's place
 
 
@@ -249,8 +227,9 @@ def test_preprocess_settings_become_options(bench):
     [
         (["--compare", "tokenflow", "plain50"], "expected two of one kind"),
         (["--compare", "tokenflow", "per_frane"], "per_frane: unknown setting"),
-        (["--compare", "tokenflow+fast", "live"], "fast is no setting of an edit"),
+        (["--compare", "tokenflow+fast", "live"], "fast: unknown setting; of an edit"),
         (["--compare", "three_branch+consistency=none", "tokenflow"], "consistency: none"),
+        (["--compare", "cached+keyframe_seed=7", "live"], "cached.*: the edit was computed live"),
         (["--profile", "plain50"], "expected a setting of an edit"),
         (["--inversion", "tokenflow"], "expected one of preprocess"),
         (["--inversion", "plain6"], "does not divide"),
@@ -273,11 +252,11 @@ def test_a_bad_command_line_is_refused(words, options, message):
 
 @pytest.mark.parametrize("technique", ["pnp", "sdedit"])
 def test_three_branch_loop_gives_the_edit(words, models, technique):
-    bench = open_bench(*options_of([*words, "--technique", technique]))
-    ours, theirs = (prepare_edit(bench, name, models) for name in ("tokenflow", "three_branch"))
+    bench = open_bench([*words, "--technique", technique])
+    ours, theirs = (bench.prepare_edit(name, models) for name in ("tokenflow", "three_branch"))
     if technique == "pnp":  # steps with both injections, with one and with none
         assert (ours.plan.attention_steps, ours.plan.feature_steps) == (2, 3)
-    found, expected = ours(), theirs()
+    found, expected = (edit.loop(edit.session, edit.plan) for edit in (ours, theirs))
     assert found.shape == (FRAMES, 4, 6, 8)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
     assert float((ours.plan.start - expected).norm() / expected.norm()) > 0.1
@@ -291,7 +270,7 @@ def test_three_branch_loop_leaves_the_unet_as_it_was(bench, models, monkeypatch)
 
     monkeypatch.setattr(three_branch, "most_similar", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        prepare_edit(bench, "three_branch", models)()
+        time_edit(bench.prepare_edit("three_branch", models))
     assert models.unet.attn_processors == before
     assert not models.unet.get_submodule(three_branch.FEATURE_LAYER)._forward_hooks
 
@@ -304,15 +283,12 @@ def test_explicit_attention_is_attention():
     torch.testing.assert_close(found, expected)
 
 
-# ---------------------------------------------------------------- clips and models
+# ---------------------------------------------------------------- clips
 
 
-def test_clip_is_played_back_and_forth():
+def test_short_clip_is_played_back_and_forth(tmp_path):
     assert back_and_forth(4, 11) == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
     assert back_and_forth(1, 3) == [0, 0, 0]
-
-
-def test_short_clip_is_made_longer(tmp_path):
     source = make_clip(tmp_path / "clip.mp4", 3)
     assert clip_of(source, 3, tmp_path) == source
     longer = clip_of(source, 7, tmp_path)
@@ -338,17 +314,15 @@ def test_a_part_is_timed_in_a_process_of_its_own(words):
 
 def test_scaling_has_a_row_for_each_number_of_frames(words, monkeypatch):
     # In this process, which is quicker.
-    def here(options, args, part):
-        one = argparse.Namespace(**{**vars(args), "scaling": None, "only": part})
-        return modes.benchmark(options, one)[0]
+    def submit(function, *args):
+        return SimpleNamespace(result=lambda: function(*args))
 
-    monkeypatch.setattr(modes, "in_fresh_process", here)
+    here = nullcontext(SimpleNamespace(submit=submit))
+    monkeypatch.setattr(modes, "ProcessPoolExecutor", lambda *_, **__: here)
     options = ["--preprocess_options", "--batch_size 3", "--inversion", "plain8"]
     found = benchmark.main([*words, *options, "--scaling", "2", "5"])
-    inversion = [
-        row for row in found["rows"][1]["preprocess_stages"] if row["stage"] == "inversion"
-    ]
-    assert inversion[0]["image_forwards"] == 5 * 8
+    stages = {row["stage"]: row for row in found["rows"][1]["preprocess_stages"]}
+    assert stages["inversion"]["image_forwards"] == 5 * 8
     assert [(row["frames"], row["keyframes"]) for row in found["rows"]] == [(2, 1), (5, 3)]
     for row in found["rows"]:
         for part in modes.PARTS:
@@ -357,15 +331,8 @@ def test_scaling_has_a_row_for_each_number_of_frames(words, monkeypatch):
     assert found["edit_ratio"] > 0.5
 
 
-def test_profile_names_operators(words, capsys):
-    benchmark.main([*words, "--profile", "tokenflow"])
+@pytest.mark.parametrize("setting", ["tokenflow", "three_branch"])
+def test_profile_names_operators(words, capsys, setting):
+    benchmark.main([*words, "--profile", setting])
     text = capsys.readouterr().out
     assert "aten::" in text and "Self CPU" in text
-
-
-def test_settings_of_an_edit_are_keys_of_its_config(bench, tmp_path):
-    """A setting whose key the config lacks could not be run."""
-    path = tmp_path / "config.yaml"
-    path.write_text("{data_path: a.mp4, prompt: b}", encoding="utf-8")
-    for name in benchmark_runs.EDIT_SETTINGS:
-        load_config(load_technique("pnp").config, path, edit_overrides(name))

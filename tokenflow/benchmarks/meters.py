@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenflow.ops.profiling import Stopwatch, peak_memory_bytes, reset_peak_memory
 
-MATRIX_SIZE = {"cuda": 8192}  # side of the matrices whose product is timed; elsewhere 1024
+TOTAL = "total"  # the stage that stands for all
 
 
 class Meter(Stopwatch):
@@ -37,31 +37,35 @@ class Meter(Stopwatch):
 
     def __init__(self, device: torch.device, count_flops: bool = False) -> None:
         super().__init__(device)
-        self.count_flops = count_flops
         self.processor: Counter[str] = Counter()
         self.images: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
-        self.peak: dict[str, int] = {}
-        self._stage = ""
+        self.peak: Counter[str] = Counter()
+        self._count_flops, self._stage = count_flops, ""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         self._stage = stage
-        synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         reset_peak_memory(self.device)
         start = time.process_time()
-        with super().__call__(stage), self._counter() as counter:
+        counting = FlopCounterMode(display=False) if self._count_flops else nullcontext()
+        with super().__call__(stage), counting:
             yield
         self.processor[stage] += time.process_time() - start
-        self.peak[stage] = max(self.peak.get(stage, 0), peak_memory_bytes(self.device))
-        if counter is not None:
-            self.flops[stage] += counter.get_total_flops()
-
-    def _counter(self) -> FlopCounterMode | nullcontext:
-        return FlopCounterMode(display=False) if self.count_flops else nullcontext()
+        self.peak[stage] = max(self.peak[stage], peak_memory_bytes(self.device))
+        if self._count_flops:
+            self.flops[stage] += counting.get_total_flops()
 
     def add(self, stage: str, seconds: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def add_total(self) -> None:
+        """Adds the stage TOTAL: the sums of all, and the highest peak."""
+        for counts in (self.seconds, self.processor, self.images, self.flops):
+            counts[TOTAL] = sum(counts.values())
+        self.peak[TOTAL] = max(self.peak.values())
 
     @contextmanager
     def watching(self, unet: nn.Module) -> Iterator[None]:
@@ -77,21 +81,9 @@ class Meter(Stopwatch):
             hook.remove()
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a CUDA device's kernels."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product: the upper bound, as measured."""
-    size = MATRIX_SIZE.get(device.type, 1024)
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
     return 2 * size**3 / timer.blocked_autorange(min_run_time=0.2).median
-
-
-def limit_memory(device: torch.device, gib: float) -> None:
-    """Let PyTorch take no more of a CUDA device's memory than this: beyond, it runs out."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)

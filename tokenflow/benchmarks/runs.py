@@ -11,18 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from tokenflow.benchmarks import three_branch
-from tokenflow.benchmarks.meters import Meter
+from tokenflow.benchmarks.meters import TOTAL, Meter
 from tokenflow.cache import build
-from tokenflow.cache.options import FAST, PreprocessOptions, parse_args
+from tokenflow.cache.options import FAST, PreprocessOptions, arguments, parse_args
 from tokenflow.cache.source_cache import FORMAT
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
 from tokenflow.diffusion.model_names import MODELS
@@ -36,7 +34,7 @@ from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.results import result_folder
-from tokenflow.editing.techniques import OpenResult, Technique, load_technique
+from tokenflow.editing.techniques import OpenResult, load_technique
 from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
 from tokenflow.storage.work_dir import WorkDir, atomic_dir
@@ -54,18 +52,18 @@ RANDOM_MODELS = {
 SOURCE_PROMPT = "a red star on a yellow background"
 PROMPT = "a blue star on a yellow background"
 
-# The keys of the edit's config that a named setting changes.
-EDIT_SETTINGS: dict[str, tuple[str, ...]] = {
-    "tokenflow": (),
-    "three_branch": (),
-    "cached": ("source_features=auto",),
-    "live": ("source_features=live",),
-    "compiled": ("compile=true",),
-    "per_frame": ("consistency=none",),
-    "extended_attention": ("consistency=extended_attention",),
-    "first_frame": ("consistency=first_frame",),
-    "released": ("propagation=released",),
-    "flow": ("correspondence=flow",),
+# The key=value of the edit's config that a named setting stands for.
+EDIT_SETTINGS = {
+    "tokenflow": None,
+    "three_branch": None,
+    "cached": "source_features=auto",
+    "live": "source_features=live",
+    "compiled": "compile=true",
+    "per_frame": "consistency=none",
+    "extended_attention": "consistency=extended_attention",
+    "first_frame": "consistency=first_frame",
+    "released": "propagation=released",
+    "flow": "correspondence=flow",
 }
 ITERATIONS = f"--steps {{steps}} --inversion_iters {FAST['inversion_iters']}"
 # The options of preprocess.py: {steps} is the number of sampling steps, {n} that in the name.
@@ -112,64 +110,219 @@ class Options(Model):
         return size
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What is run: the options, and what they resolve to.
+# ---------------------------------------------------------------------------------------------
+# Settings
 
-    Attributes:
-        overrides: key=value of the edit's config.
-        preprocess_options: words of preprocess.py's command line.
+
+def preprocess_words(name: str, steps: int) -> list[str]:
+    """The options of a setting of preprocess; none if it is no such setting."""
+    kind, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
+    options = PREPROCESS_SETTINGS.get(kind + "N" if number else kind, "")
+    return options.format(steps=steps, n=number).split()
+
+
+def edit_overrides(name: str) -> list[str]:
+    """The key=value of the config that a setting of the edit changes.
+
+    Raises:
+        UserError: if a part of it, of those joined by +, is none.
+    """
+    overrides = []
+    for part in name.split("+"):
+        setting = EDIT_SETTINGS.get(part, part.replace("attention:", "attention_backend="))
+        if setting is not None and "=" not in setting:
+            raise UserError(
+                f"{part}: unknown setting; of an edit: {', '.join(EDIT_SETTINGS)}, "
+                "attention:BACKEND, key=value (joined by +); of preprocess: "
+                f"{', '.join(PREPROCESS_SETTINGS)}"
+            )
+        overrides += [setting] if setting else []
+    return overrides
+
+
+def setting_kind(name: str) -> Literal["edit", "preprocess"]:
+    """What a setting is one of. Raises: UserError if it is neither."""
+    if preprocess_words(name, 1):
+        return "preprocess"
+    edit_overrides(name)
+    return "edit"
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+
+
+class Timed(NamedTuple):
+    """One timed run of a setting: `result` is an edit's latents, or preprocess's cache folder.
+
+    `processor` is the processor time, which other work on the machine hardly changes.
     """
 
-    options: Options
-    checkpoint: Path
-    clip: Path
-    height: int
-    width: int
-    device: torch.device
-    dtype: torch.dtype
-    overrides: Sequence[str] = ()
-    preprocess_options: Sequence[str] = ()
-
-    def load(self) -> StableDiffusion:
-        return load_stable_diffusion(self.checkpoint, self.device, self.dtype)
-
-    @property
-    def work(self) -> Path:
-        return Path(self.options.work)
-
-    @property
-    def technique(self) -> Technique:
-        return load_technique(self.options.technique)
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    seconds: float
+    processor: float
+    images: int
+    result: Tensor | Path
 
 
-def open_bench(
-    options: Options, overrides: Sequence[str] = (), preprocess_options: Sequence[str] = ()
-) -> Bench:
-    """Prepares what the options name: writes a random model or a longer clip if needed.
+class PreparedEdit(NamedTuple):
+    """An edit under a setting, ready to run: `loop(session, plan)` gives latents (n, 4, h, w)."""
+
+    name: str
+    session: EditSession
+    plan: EditPlan
+    loop: Callable[[EditSession, EditPlan], Tensor]
+
+
+class Bench:
+    """Preprocess and edits of one clip by one model; writes a random model or a longer clip first.
+
+    Args:
+        overrides: key=value of the edit's config.
+        more: further words of preprocess.py's command line.
 
     Raises:
         UserError: naming the option that cannot be met.
     """
-    height, _, width = options.size.partition("x")
-    device = resolve_device(options.device)
-    bench = Bench(
-        options,
-        checkpoint=model_folder(options.model, Path(options.work)),
-        clip=clip_of(Path(options.data_path), options.frames, Path(options.work)),
-        height=int(height),
-        width=int(width or height),
-        device=device,
-        dtype=resolve_dtype(options.dtype, device),
-        overrides=overrides,
-        preprocess_options=preprocess_options,
-    )
-    preprocess_args(bench, options.inversion)  # refuses what preprocess would
-    return bench
+
+    def __init__(
+        self, options: Options, overrides: Sequence[str] = (), more: Sequence[str] = ()
+    ) -> None:
+        self.options, self.overrides, self.more = options, overrides, more
+        self.work = Path(options.work)
+        self.technique = load_technique(options.technique)
+        self.device = resolve_device(options.device)
+        self.dtype = resolve_dtype(options.dtype, self.device)
+        self.checkpoint = model_folder(options.model, self.work)
+        self.clip = clip_of(Path(options.data_path), options.frames, self.work)
+        height, _, width = options.size.partition("x")
+        self.height, self.width = height, width or height
+        self.shared = {  # keys of preprocess and of edits
+            "model_key": str(self.checkpoint),
+            "data_path": str(self.clip),
+            "n_frames": options.frames,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        self.cache = self.preprocess_options(options.inversion)
+
+    def load(self) -> StableDiffusion:
+        return load_stable_diffusion(self.checkpoint, self.device, self.dtype)
+
+    def preprocess_options(self, name: str) -> PreprocessOptions:
+        """preprocess.py's command line for a setting.
+
+        Raises:
+            UserError: if there is no such setting, or preprocess.py refuses its options.
+        """
+        if setting_kind(name) != "preprocess":
+            raise UserError(f"{name}: is a setting of an edit, expected one of preprocess")
+        steps = self.options.steps
+        own = {"H": self.height, "W": self.width, "inversion_prompt": SOURCE_PROMPT}
+        words = arguments({**self.shared, **own, "save_steps": steps})
+        words += preprocess_words(name, steps)
+        for key, _, value in (override.partition("=") for override in self.overrides):
+            if key in FEATURE_OPTIONS:
+                words += [f"--{FEATURE_OPTIONS[key]}", value]
+        words += self.more
+        # One folder for each set of options: a cache's own name says only the clip and the steps.
+        options = json.dumps([words, checkpoint_revision(self.checkpoint), FORMAT])
+        digest = hashlib.sha256(options.encode()).hexdigest()[:12]
+        return parse_args([*words, "--save_dir", str(self.work / "caches" / digest)])
+
+    def edit_config(self, name: str = "tokenflow") -> EditConfig:
+        """The configuration of an edit under a setting, read as a run script reads it."""
+        config = {
+            **self.shared,
+            "latents_path": self.cache.save_dir,
+            "output_path": str(self.work / "results"),
+            "n_inversion_steps": self.cache.steps,
+            "n_timesteps": self.options.steps,
+            "prompt": PROMPT,
+            "negative_prompt": SOURCE_PROMPT,
+        }
+        path = self.work / "config.yaml"
+        save_yaml(path, config)
+        return load_config(self.technique.config, path, [*self.overrides, *edit_overrides(name)])
+
+    def ensure_cache(self, models: StableDiffusion) -> None:
+        """Builds the cache that is edited, unless it exists."""
+        build.build_cache(self.cache, load=lambda *_: models)
+
+    def build_cache(
+        self, name: str, models: StableDiffusion, meter: Meter, features: bool = True
+    ) -> Path:
+        """Builds a setting's cache in any case; returns its folder."""
+        options = self.preprocess_options(name)
+        with meter.watching(models.unet):
+            inputs = build.open_inputs(options)
+            build.invert_clip(inputs, options.batch_size, models, meter)
+            if features and inputs.features is not None:
+                build.add_features(inputs, options.batch_size, models, meter)
+        return inputs.folder
+
+    def run_preprocess(self, models: StableDiffusion, count_flops: bool = False) -> Meter:
+        """preprocess.py's own work, from reading the clip to its finished cache.
+
+        The stage "rest" is what no other stage times: writing the cache, and checksums.
+        """
+        meter = Meter(self.device, count_flops)
+        start = time.perf_counter()
+        self.build_cache(self.options.inversion, models, meter)
+        meter.add("rest", time.perf_counter() - start - sum(meter.seconds.values()))
+        meter.add_total()
+        return meter
+
+    def run_edit(self, models: StableDiffusion, count_flops: bool = False) -> Meter:
+        """A run script's own work, from checking the cache to the written result."""
+        config, name = self.edit_config(), self.technique.name
+        meter = Meter(self.device, count_flops)
+        with meter.watching(models.unet):
+            with meter("open"):
+                inputs = open_inputs(config)
+                self.technique.check(inputs)
+            session = EditSession(inputs, models, meter)
+            edited = session.decode(session.edit_latents(self.technique.plan(session)))
+            with atomic_dir(result_folder(inputs, name)) as folder:
+                OpenResult(name, folder, inputs, WorkDir(folder)).save(session, edited)
+        meter.add_total()
+        return meter
+
+    def prepare_edit(self, name: str, models: StableDiffusion) -> PreparedEdit:
+        """Opens an edit under a setting; it shares the models unless it compiles its own."""
+        inputs = open_inputs(self.edit_config(name))
+        self.technique.check(inputs)
+        session = EditSession(inputs, self.load() if inputs.config.compile else models)
+        plan = self.technique.plan(session)
+        if "three_branch" not in name.split("+"):
+            return PreparedEdit(name, session, plan, EditSession.edit_latents)
+        three_branch.check(session)
+        return PreparedEdit(name, session, plan, three_branch.edit_latents)
+
+    def time_preprocess(self, name: str, models: StableDiffusion) -> Timed:
+        """Times inversion and reconstruction of latents, without the VAE, reading and writing."""
+        meter = Meter(self.device)
+        folder = self.build_cache(name, models, meter, features=False)
+        counts = (meter.seconds, meter.processor, meter.images)
+        return Timed(*(count["inversion"] + count["reconstruction"] for count in counts), folder)
+
+
+def time_edit(edit: PreparedEdit) -> Timed:
+    """Times the denoising loop.
+
+    Raises:
+        UserError: if the setting is `cached`, and the cached features did not serve it.
+    """
+    models = edit.session.models
+    meter = Meter(models.device)
+    with meter.watching(models.unet), meter(TOTAL):
+        latents = edit.loop(edit.session, edit.plan)
+    if "cached" in edit.name.split("+") and edit.session.source_features != "cached":
+        raise UserError(f"{edit.name}: the edit was computed live; the log says why")
+    return Timed(meter.seconds[TOTAL], meter.processor[TOTAL], meter.images[TOTAL], latents)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is run on
 
 
 def model_folder(name: str, work: Path) -> Path:
@@ -191,8 +344,7 @@ def model_folder(name: str, work: Path) -> Path:
 def clip_of(source: Path, n_frames: int, work: Path) -> Path:
     """The clip itself if it is long enough, else one in `work` that plays it back and forth."""
     source = resolve_clip(source)
-    native = read_clip(source, 1).native_size
-    clip = read_clip(source, n_frames, size=native)
+    clip = read_clip(source, n_frames, size=read_clip(source, 1).native_size)
     if len(clip.frames) == n_frames:
         return source
     digest = source_sha256(source)[:8]
@@ -207,229 +359,3 @@ def back_and_forth(length: int, n_frames: int) -> list[int]:
     """n_frames indices 0, 1, ..., length - 1, length - 2, ..., 1, 0, 1, ..."""
     there = list(range(length))
     return list(itertools.islice(itertools.cycle(there + there[-2:0:-1]), n_frames))
-
-
-# ---------------------------------------------------------------------------------------------
-# Settings
-
-
-def edit_overrides(name: str) -> list[str] | None:
-    """The config keys that a setting of the edit changes; None if it is no such setting.
-
-    Raises:
-        UserError: if a part of it, of those joined by +, is none.
-    """
-    overrides: list[str] = []
-    for i, part in enumerate(name.split("+")):
-        if part.startswith("attention:"):
-            overrides.append(f"attention_backend={part.removeprefix('attention:')}")
-        elif part in EDIT_SETTINGS or "=" in part:
-            overrides += EDIT_SETTINGS.get(part, [part])
-        elif i == 0:
-            return None
-        else:
-            raise UserError(f"{name}: {part} is no setting of an edit")
-    return overrides
-
-
-def preprocess_words(name: str, steps: int) -> list[str] | None:
-    """The options of a setting of preprocess; None if it is no such setting."""
-    kind, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
-    options = PREPROCESS_SETTINGS.get(kind + "N" if number else kind)
-    return options and options.format(steps=steps, n=number).split()
-
-
-def setting_kind(name: str) -> str:
-    """Whether a setting is one of the "edit" or of "preprocess".
-
-    Raises:
-        UserError: if it is neither.
-    """
-    if edit_overrides(name) is not None:
-        return "edit"
-    if preprocess_words(name, 1) is not None:
-        return "preprocess"
-    edits = ", ".join([*EDIT_SETTINGS, "attention:BACKEND", "key=value"])
-    raise UserError(
-        f"{name}: unknown setting; of an edit: {edits} (joined by +); of preprocess: "
-        f"{', '.join(PREPROCESS_SETTINGS)}"
-    )
-
-
-def preprocess_args(bench: Bench, name: str) -> PreprocessOptions:
-    """preprocess.py's command line for a setting.
-
-    Raises:
-        UserError: if there is no such setting, or preprocess.py refuses its options.
-    """
-    if setting_kind(name) != "preprocess":
-        raise UserError(f"{name}: is a setting of an edit, expected one of preprocess")
-    words = ["--data_path", str(bench.clip), "--model_key", str(bench.checkpoint)]
-    words += [
-        "--H",
-        str(bench.height),
-        "--W",
-        str(bench.width),
-        "--n_frames",
-        str(bench.options.frames),
-    ]
-    words += ["--device", str(bench.device), "--dtype", bench.dtype_name]
-    words += ["--inversion_prompt", SOURCE_PROMPT, "--save_steps", str(bench.options.steps)]
-    words += preprocess_words(name, bench.options.steps)
-    for key, _, value in (override.partition("=") for override in bench.overrides):
-        if key in FEATURE_OPTIONS:
-            words += [f"--{FEATURE_OPTIONS[key]}", value]
-    words += bench.preprocess_options
-    # One folder for each set of options: a cache's own name says only the clip and the steps.
-    options = json.dumps([words, checkpoint_revision(bench.checkpoint), FORMAT])
-    digest = hashlib.sha256(options.encode()).hexdigest()[:12]
-    return parse_args([*words, "--save_dir", str(bench.work / "caches" / digest)])
-
-
-def edit_config(bench: Bench, overrides: list[str]) -> EditConfig:
-    """The edit's configuration, read as a run script reads it."""
-    cache = preprocess_args(bench, bench.options.inversion)
-    path = bench.work / "config.yaml"
-    save_yaml(
-        path,
-        {
-            "data_path": str(bench.clip),
-            "latents_path": cache.save_dir,
-            "output_path": str(bench.work / "results"),
-            "model_key": str(bench.checkpoint),
-            "n_inversion_steps": cache.steps,
-            "n_timesteps": bench.options.steps,
-            "n_frames": bench.options.frames,
-            "device": str(bench.device),
-            "dtype": bench.dtype_name,
-            "prompt": PROMPT,
-            "negative_prompt": SOURCE_PROMPT,
-        },
-    )
-    return load_config(bench.technique.config, path, [*bench.overrides, *overrides])
-
-
-# ---------------------------------------------------------------------------------------------
-# Runs
-
-
-def run_preprocess(bench: Bench, models: StableDiffusion, count_flops: bool = False) -> Meter:
-    """preprocess.py's own work, from reading the clip to its finished cache.
-
-    The stage "rest" is what no other stage times: writing the cache, and checksums.
-    """
-    meter = Meter(bench.device, count_flops)
-    start = time.perf_counter()
-    _build(bench, bench.options.inversion, models, meter)
-    meter.add("rest", time.perf_counter() - start - sum(meter.seconds.values()))
-    return meter
-
-
-def ensure_cache(bench: Bench, models: StableDiffusion) -> None:
-    """Builds the cache that is edited, unless it exists."""
-    args = preprocess_args(bench, bench.options.inversion)
-    inputs = build.open_inputs(args)
-    if not build.has_inversion(inputs):
-        build.invert_clip(inputs, args.batch_size, models)
-    if inputs.features is not None and not build.has_features(inputs):
-        build.add_features(inputs, args.batch_size, models)
-
-
-def run_edit(bench: Bench, models: StableDiffusion, count_flops: bool = False) -> Meter:
-    """A run script's own work, from checking the cache to the written result."""
-    config = edit_config(bench, [])
-    meter = Meter(bench.device, count_flops)
-    with meter.watching(models.unet):
-        with meter("open"):
-            inputs = open_inputs(config)
-        session = EditSession(inputs, models, meter)
-        edited = session.decode(session.edit_latents(make_plan(bench, session)))
-        name = bench.technique.name
-        with atomic_dir(result_folder(inputs, name)) as folder:
-            OpenResult(name, folder, inputs, WorkDir(folder)).save(session, edited)
-    return meter
-
-
-def make_plan(bench: Bench, session: EditSession) -> EditPlan:
-    """What the technique does in a session."""
-    bench.technique.check(session.inputs)
-    return bench.technique.plan(session)
-
-
-@dataclass(frozen=True)
-class PreparedEdit:
-    """An edit under a setting, ready to run: `loop(session, plan)` gives latents (n, 4, h, w)."""
-
-    name: str
-    session: EditSession
-    plan: EditPlan
-    loop: Callable[[EditSession, EditPlan], Tensor]
-
-    def __call__(self) -> Tensor:
-        return self.loop(self.session, self.plan)
-
-
-def prepare_edit(bench: Bench, name: str, models: StableDiffusion) -> PreparedEdit:
-    """Opens an edit under a setting; it shares the models unless it compiles its own."""
-    overrides = edit_overrides(name)
-    config = edit_config(bench, overrides)
-    if "compile=true" in overrides:
-        models = bench.load()
-    session = EditSession(open_inputs(config), models)
-    plan = make_plan(bench, session)
-    if "three_branch" not in name.split("+"):
-        return PreparedEdit(name, session, plan, EditSession.edit_latents)
-    three_branch.check(session, plan)
-    return PreparedEdit(name, session, plan, three_branch.edit_latents)
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One timed run of a setting: `result` is an edit's latents, or preprocess's cache folder.
-
-    `processor` is the processor time, which other work on the machine hardly changes.
-    """
-
-    seconds: float
-    processor: float
-    images: int
-    result: Tensor | Path
-
-
-def timed_edit(edit: PreparedEdit) -> Timed:
-    """Times the denoising loop.
-
-    Raises:
-        UserError: if the setting is `cached`, and the cached features did not serve it.
-    """
-    models = edit.session.models
-    meter = Meter(models.device)
-    with meter.watching(models.unet), meter("edit"):
-        latents = edit()
-    if "cached" in edit.name.split("+") and edit.session.source_features != "cached":
-        raise UserError(f"{edit.name}: the edit was computed live; the log says why")
-    return _timed(meter, ("edit",), latents)
-
-
-def timed_preprocess(bench: Bench, name: str, models: StableDiffusion) -> Timed:
-    """Times inversion and reconstruction of latents, without the VAE, reading and writing."""
-    meter = Meter(bench.device)
-    folder = _build(bench, name, models, meter, features=False)
-    return _timed(meter, ("inversion", "reconstruction"), folder)
-
-
-def _build(
-    bench: Bench, name: str, models: StableDiffusion, meter: Meter, features: bool = True
-) -> Path:
-    args = preprocess_args(bench, name)
-    with meter.watching(models.unet):
-        inputs = build.open_inputs(args)
-        build.invert_clip(inputs, args.batch_size, models, meter)
-        if features and inputs.features is not None:
-            build.add_features(inputs, args.batch_size, models, meter)
-    return inputs.folder
-
-
-def _timed(meter: Meter, stages: tuple[str, ...], result: Tensor | Path) -> Timed:
-    counts = (meter.seconds, meter.processor, meter.images)
-    return Timed(*(sum(count[stage] for stage in stages) for count in counts), result)

@@ -25,8 +25,10 @@ from tokenflow.editing.loop import EditPlan, EditSession, plan_steps
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
+    Correspondence,
     Neighbours,
     neighbours,
+    propagate,
     self_attention_layers,
 )
 from util import UserError
@@ -42,7 +44,7 @@ SERVED = {
 
 @dataclass
 class _State:
-    """What the loop tells the layers; kept: a layer's source tokens and outputs of keyframes."""
+    """What the loop tells the layers; kept: each layer's source tokens and edited outputs."""
 
     inject_attention: bool = False
     inject_features: bool = False
@@ -59,35 +61,25 @@ class _ThreeBranchAttention:
     def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         """The layer's output, (3 * m, L, c), for its input tokens of that shape."""
         tokens = hidden_states.unflatten(0, (BRANCHES, -1))  # (3, m, L, c)
-        if self.state.near is None:
-            output = self._keyframes(attn, tokens)
-            self.state.kept[self.layer] = tokens[0], output
+        source, state = tokens[0], self.state
+        if state.near is None:
+            query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+            if state.inject_attention and self.layer in ATTENTION_LAYERS:
+                query, key = query[:1].expand_as(query), key[:1].expand_as(key)
+            # The edited branches: all keyframes as one long sequence, (2, k * L, c).
+            joint = (x[1:].flatten(1, 2) for x in (query, key, value))
+            edited = explicit_attention(*joint, attn.heads).unflatten(1, tokens.shape[1:3])
+            edited = attn.to_out[0](edited)
+            state.kept[self.layer] = source, edited
+            alone = query[0], key[0], value[0]
         else:
-            output = self._chunk(attn, tokens)
-        return output.flatten(0, 1)
-
-    def _keyframes(self, attn: Attention, tokens: Tensor) -> Tensor:
-        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-        if self.state.inject_attention and self.layer in ATTENTION_LAYERS:
-            query, key = query[:1].expand_as(query), key[:1].expand_as(key)
-        source = explicit_attention(query[0], key[0], value[0], attn.heads)  # a frame by itself
-        # The edited branches: all keyframes as one long sequence, (2, k * L, c).
-        joint = (x[1:].flatten(1, 2) for x in (query, key, value))
-        edited = explicit_attention(*joint, attn.heads).unflatten(1, tokens.shape[1:3])
-        return attn.to_out[0](torch.cat([source[None], edited]))
-
-    def _chunk(self, attn: Attention, tokens: Tensor) -> Tensor:
-        source, near = tokens[0], self.state.near
-        qkv = attn.to_q(source), attn.to_k(source), attn.to_v(source)
-        keyframe_tokens, base = self.state.kept[self.layer]
-        blended = torch.zeros_like(tokens[1:])
-        weight = near.weight.to(tokens)[:, None, None]
-        for keyframes, share in ((near.previous, 1 - weight), (near.next, weight)):
-            match = most_similar(source, keyframe_tokens[keyframes])  # (m, L)
-            index = match[None, :, :, None].expand_as(blended)
-            blended += share * base[1:, keyframes].gather(2, index)
-        alone = attn.to_out[0](explicit_attention(*qkv, attn.heads))
-        return torch.cat([alone[None], blended])
+            keyframe_tokens, base = state.kept[self.layer]
+            keyframes = (state.near.previous, state.near.next)
+            where = Correspondence(*(most_similar(source, keyframe_tokens[k]) for k in keyframes))
+            edited = propagate(base, where, state.near)
+            alone = attn.to_q(source), attn.to_k(source), attn.to_v(source)
+        alone = attn.to_out[0](explicit_attention(*alone, attn.heads))  # a frame by itself
+        return torch.cat([alone[None], edited]).flatten(0, 1)
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -115,7 +107,8 @@ def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
     config, models, cache = session.config, session.models, session.cache
     n_frames, schedule = len(session.frames), models.schedule
     texts = [cache.manifest.inversion_prompt, config.negative_prompt, config.prompt]
-    texts = encode_prompts(models, texts)
+    with session.watch("edit"):
+        texts = encode_prompts(models, texts)
 
     def predict(x: Tensor, source: Tensor, t: int, frames: Tensor) -> Tensor:
         """The guided noise of some frames, (m, 4, h, w) float32 on the models' device."""
@@ -130,25 +123,23 @@ def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
             guided = alpha * guided + sigma * edited
         return guided
 
-    x, state = plan.start, _State()
+    x, state, eps = plan.start, _State(), torch.empty_like(plan.start)
+    steps = list(zip(plan_steps(config, plan, n_frames), [*plan.timesteps[1:], CLEAN], strict=True))
     with _patch(models.unet, state):
-        steps = zip(plan_steps(config, plan, n_frames), [*plan.timesteps[1:], CLEAN], strict=True)
-        for step, t_next in tqdm(list(steps), desc="edit", unit="step"):
-            source = cache.latents(step.t, n_frames)
-            state.inject_attention, state.inject_features = step.attention, step.features
-            state.near = None
-            predict(x, source, step.t, step.keyframes)
-            eps = []
-            for chunk in torch.arange(n_frames).split(session.chunk_size):
-                state.near = neighbours(chunk, step.keyframes, config.blend).to(models.device)
-                eps.append(predict(x, source, step.t, chunk).cpu())
-            x = ddim_step(
-                x, torch.cat(eps), schedule.alpha_sigma(step.t), schedule.alpha_sigma(t_next)
-            )
+        for step, t_next in tqdm(steps, desc="edit", unit="step"):
+            with session.watch("edit"):
+                source = cache.latents(step.t, n_frames)
+                state.inject_attention, state.inject_features = step.attention, step.features
+                state.near = None
+                predict(x, source, step.t, step.keyframes)
+                for chunk in torch.arange(n_frames).split(session.chunk_size):
+                    state.near = neighbours(chunk, step.keyframes, config.blend).to(models.device)
+                    eps[chunk] = predict(x, source, step.t, chunk).cpu()
+                x = ddim_step(x, eps, schedule.alpha_sigma(step.t), schedule.alpha_sigma(t_next))
     return x
 
 
-def check(session: EditSession, plan: EditPlan) -> None:
+def check(session: EditSession) -> None:
     """Refuses what the loop does not do.
 
     Raises:
@@ -160,7 +151,7 @@ def check(session: EditSession, plan: EditPlan) -> None:
             raise UserError(f"three_branch: {key}: {found}, expected {value}")
     if session.config.guidance_scale == 1:
         raise UserError("three_branch: guidance_scale: 1 leaves a branch out, expected another")
-    if plan.control is not None or session.models.takes_depth or session.cache.manifest.control:
+    if session.models.takes_depth or session.cache.manifest.control:
         raise UserError("three_branch: takes neither a ControlNet nor a depth model")
 
 
