@@ -7,7 +7,6 @@ import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ import run_tokenflow_sdedit
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig
 from tests.editing.test_loop import N_FRAMES, STEPS, make_cache, pnp, relative_error, sdedit
+from tests.helpers import no_model_may_load
 from tokenflow.cache import source_features
 from tokenflow.cache.source_features import (
     READER,
@@ -255,7 +255,7 @@ def test_files_hold_what_the_docstring_says(keys):
             assert file.get_tensor(f"next/{ATTENTION_LAYERS[0]}").dtype == torch.int16
 
 
-def test_tokens_of_all_frames_can_be_saved(keys, tiny_model, tmp_path):
+def test_tokens_of_all_frames_can_be_saved(keys, tiny_model, tmp_path, monkeypatch):
     other = make_cache(tmp_path, tiny_model)
     write(other, SETTINGS.model_copy(update={"save_tokens": "all"}), chunk_size=3)
     session = session_of(other)
@@ -267,17 +267,14 @@ def test_tokens_of_all_frames_can_be_saved(keys, tiny_model, tmp_path):
         injected = found.of_keyframes(t, kf, attention=True, features=False)[f"tokens/{layer}"]
         assert torch.allclose(everyone[kf], injected, atol=1e-4)
     # visualize.py takes them from there.
-    view = SimpleNamespace(
-        cache=session.cache,
-        what="input",
-        timestep=t,
-        sampling=session.inputs.timesteps,
-        dtype_name="float32",
-        layer=layer,
-    )
-    assert torch.equal(features.source_tokens(view, None, [1, 4]), everyone[[1, 4]])
-    for other_view in ({"what": "output"}, {"timestep": 901}, {"dtype_name": "float16"}):
-        assert features.saved_tokens(SimpleNamespace(**{**vars(view), **other_view})) is None
+    monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)
+    options = {"timestep": t, "layer": layer, "device": "cpu"}
+    view = features.View(features.ViewOptions(**options), session.cache)
+    assert torch.equal(view.source_tokens([1, 4]), everyone[[1, 4]])
+    for changes in ({"what": "output"}, {"timestep": 901}, {"dtype": "bfloat16"}):
+        view = features.View(features.ViewOptions(**options | changes), session.cache)
+        with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+            view.source_tokens([1, 4])
     grid = session.cache.latents("clean", 1).shape[-2:]
     everything = SETTINGS.model_copy(update={"save_tokens": "all"})
     sizes = [sum(p.stat().st_size for p in folder_of(k).glob("*.s*")) for k in (keys, other)]

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from tokenflow.cache.source_cache import CLEAN_LATENTS, SourceCache
@@ -51,46 +48,6 @@ LAYER = "up_blocks.2.attentions.1"  # the default: in the middle of the decoder
 _LAYER_SUFFIX = ".transformer_blocks.0.attn1.processor"
 
 
-@dataclass(frozen=True)
-class View:
-    """Where and how features of a clip are taken; all of it checked before a model is loaded.
-
-    Attributes:
-        inversion: the inversion's timesteps up to the chosen one, ascending.
-        sampling: the timesteps that preprocess saved latents for, noisiest first.
-        layer: a key of `unet.attn_processors`.
-        what: "input", the tokens phi that a self-attention is given, or its "output".
-    """
-
-    cache: SourceCache
-    checkpoint: Path
-    inversion: list[int]
-    sampling: list[int]
-    layer: str
-    what: str
-    device: torch.device
-    dtype: torch.dtype
-    batch_size: int
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def timestep(self) -> int:
-        return self.inversion[-1]
-
-    def load(self) -> StableDiffusion:
-        return load_stable_diffusion(self.checkpoint, self.device, self.dtype)
-
-    def describe(self, grid: tuple[int, int]) -> str:
-        """What the features are, for a figure's title."""
-        return (
-            f"self-attention {self.what} tokens of {short_name(self.layer)} ({grid[0]} x {grid[1]})"
-            f" at timestep {self.timestep}"
-        )
-
-
 class ViewOptions(Model):
     """The options of visualize.py that say how features are taken."""
 
@@ -111,163 +68,138 @@ class ViewOptions(Model):
     )
 
 
-def open_view(options: ViewOptions, cache: SourceCache) -> View:
-    """Checks how features are to be taken.
+class View:
+    """Takes the tokens of a layer at a timestep; the model is loaded when it is first needed.
+
+    Tokens are (frames, L, c) float32 on the CPU.
+
+    Attributes:
+        layer: a key of `unet.attn_processors`.
+        inversion: the inversion's timesteps up to the chosen one, ascending.
+        sampling: the timesteps that preprocess saved latents for, noisiest first.
 
     Raises:
-        UserError: naming the option, and what it could be.
+        UserError: naming the option that does not fit the cache, and what it could be.
     """
-    manifest = cache.manifest
-    device = resolve_device(options.device)
-    checkpoint = checkpoint_folder(options.model_key or manifest.model_key)
-    if checkpoint_revision(checkpoint) != manifest.model_revision:
-        raise UserError(
-            f"{checkpoint}: not the model that {cache.folder} was made with "
-            f"({manifest.model_key}); name that one with --model_key, or build the cache again"
+
+    def __init__(self, options: ViewOptions, cache: SourceCache) -> None:
+        self.cache, self.manifest = cache, cache.manifest
+        self.what, self.batch_size = options.what, options.batch_size
+        self.device = resolve_device(options.device)
+        self.dtype = resolve_dtype(options.dtype, self.device)
+        self.checkpoint = checkpoint_folder(options.model_key or self.manifest.model_key)
+        if checkpoint_revision(self.checkpoint) != self.manifest.model_revision:
+            raise UserError(
+                f"{self.checkpoint}: not the model that {cache.folder} was made with "
+                f"({self.manifest.model_key}); name that one with --model_key, or build the cache "
+                "again"
+            )
+        layers = self_attention_layers(load_unet_skeleton(self.checkpoint))
+        names = {layer.removesuffix(_LAYER_SUFFIX): layer for layer in layers}
+        self.name = options.layer.removesuffix(_LAYER_SUFFIX)
+        if self.name not in names:
+            raise UserError(
+                f"--layer: {options.layer} is unknown, expected one of {', '.join(names)}"
+            )
+        self.layer = names[self.name]
+        schedule = NoiseSchedule.of_checkpoint(self.checkpoint)
+        inversion = schedule.timesteps(self.manifest.steps)[::-1]
+        self.sampling = schedule.timesteps(self.manifest.save_steps)
+        self.timestep = options.timestep
+        if self.timestep is None:
+            self.timestep = self.sampling[len(self.sampling) // 2]
+        if self.timestep not in inversion:
+            nearest = min(inversion, key=lambda t: abs(t - self.timestep))
+            raise UserError(
+                f"--timestep: {self.timestep} is none of the {len(inversion)} of the inversion; "
+                f"the nearest is {nearest}; those with cached latents are "
+                f"{', '.join(map(str, self.manifest.timesteps))}"
+            )
+        self.inversion = inversion[: inversion.index(self.timestep) + 1]
+
+    @cached_property
+    def models(self) -> StableDiffusion:
+        return load_stable_diffusion(self.checkpoint, self.device, self.dtype)
+
+    def describe(self, grid: tuple[int, int]) -> str:
+        """What the features are, for a figure's title."""
+        return (
+            f"self-attention {self.what} tokens of {self.name} ({grid[0]} x {grid[1]}) at timestep "
+            f"{self.timestep}"
         )
-    layer = find_layer(load_unet_skeleton(checkpoint), options.layer)
-    schedule = NoiseSchedule.of_checkpoint(checkpoint)
-    inversion = schedule.timesteps(manifest.steps)[::-1]
-    sampling = schedule.timesteps(manifest.save_steps)
-    timestep = sampling[len(sampling) // 2] if options.timestep is None else options.timestep
-    if timestep not in inversion:
-        nearest = min(inversion, key=lambda t: abs(t - timestep))
-        raise UserError(
-            f"--timestep: {timestep} is none of the {len(inversion)} of the inversion; the nearest "
-            f"is {nearest}; those with cached latents are {', '.join(map(str, manifest.timesteps))}"
+
+    def grid(self, tokens: Tensor) -> tuple[int, int]:
+        """The (h, w) in which a frame's tokens lie."""
+        factor = self.models.vae_factor
+        latents = self.manifest.height // factor, self.manifest.width // factor
+        return token_grid(latents, tokens.shape[1])
+
+    def source_tokens(self, chosen: Sequence[int]) -> Tensor:
+        """The tokens of some of the clip's frames, from what the cache holds of them."""
+        cache, chosen, n_frames = self.cache, list(chosen), max(chosen) + 1
+        saved = self._saved_tokens()
+        if saved is not None:
+            return saved[chosen].float()
+        denoiser = self.source_denoiser(chosen)
+        if self.timestep in self.manifest.timesteps:
+            return self._tokens(denoiser, cache.latents(self.timestep, n_frames)[chosen])
+        clean = cache.latents(CLEAN_LATENTS, n_frames)[chosen]
+        return self._tokens(denoiser, self._inverted(denoiser, clean))
+
+    def edit_tokens(self, frames: np.ndarray, prompt: str) -> Tensor:
+        """The tokens of an edited video, taken as the source's were: encoded and inverted.
+
+        A ControlNet of the inversion follows the edited frames, but depth is the source's.
+
+        Args:
+            frames: (n, H, W, 3) uint8, the first ones of the clip.
+            prompt: the edit's.
+        """
+        denoiser = self._denoiser(frames, prompt, range(len(frames)))
+        clean = encode_frames(self.models, frames, self.batch_size)
+        return self._tokens(denoiser, self._inverted(denoiser, clean))
+
+    def source_denoiser(self, chosen: Sequence[int]) -> Denoiser:
+        """The noise prediction of the cache's inversion, for some of the clip's frames."""
+        frames = self.cache.frames(max(chosen) + 1)[list(chosen)]
+        return self._denoiser(frames, self.manifest.inversion_prompt, chosen)
+
+    def _denoiser(self, frames: np.ndarray, prompt: str, chosen: Sequence[int]) -> Denoiser:
+        depth = self.cache.depth(max(chosen) + 1)
+        depth = depth if depth is None else depth[list(chosen)]
+        return make_denoiser(self.models, frames, prompt, self.manifest.control, depth)
+
+    def _saved_tokens(self) -> Tensor | None:
+        """The tokens of every frame, where --save_tokens all saved them."""
+        found = find_features(self.cache)
+        if found is None or self.what != "input" or self.timestep not in self.sampling:
+            return None
+        dtype = str(self.dtype).removeprefix("torch.")
+        if found.settings.save_tokens != "all" or found.settings.dtype != dtype:
+            return None
+        return found.tokens(self.timestep, self.layer)
+
+    def _inverted(self, denoiser: Denoiser, clean: Tensor) -> Tensor:
+        """Clean latents inverted up to the timestep, in the steps of the cache's inversion."""
+        how = self.manifest.inversion_iters, self.manifest.inversion_tol, self.batch_size
+        [(_, latents)] = deque(invert(denoiser, clean, self.inversion, *how), maxlen=1)  # the last
+        return latents
+
+    @torch.inference_mode()
+    def _tokens(self, denoiser: Denoiser, noisy: Tensor) -> Tensor:
+        """The tokens of latents (n, 4, h, w) at the timestep."""
+        kept: list[Tensor] = []
+        attention = self.models.unet.get_submodule(self.layer.removesuffix(".processor"))
+        hook = attention.register_forward_hook(
+            lambda _, given, output: kept.append(given[0] if self.what == "input" else output)
         )
-    return View(
-        cache=cache,
-        checkpoint=checkpoint,
-        inversion=inversion[: inversion.index(timestep) + 1],
-        sampling=sampling,
-        layer=layer,
-        what=options.what,
-        device=device,
-        dtype=resolve_dtype(options.dtype, device),
-        batch_size=options.batch_size,
-    )
-
-
-def short_name(layer: str) -> str:
-    """up_blocks.2.attentions.1 for the only self-attention layer in there."""
-    return layer.removesuffix(_LAYER_SUFFIX)
-
-
-def find_layer(unet: UNet2DConditionModel, name: str) -> str:
-    """The self-attention layer of a name: its key in `unet.attn_processors`, or its `short_name`.
-
-    Raises:
-        UserError: listing the names there are.
-    """
-    layers = {short_name(layer): layer for layer in self_attention_layers(unet)}
-    if short_name(name) not in layers:
-        raise UserError(f"--layer: {name} is unknown, expected one of {', '.join(layers)}")
-    return layers[short_name(name)]
-
-
-# ---------------------------------------------------------------------------------------------
-# Features
-
-
-@contextmanager
-def recorded_tokens(unet: nn.Module, layer: str, what: str) -> Iterator[list[Tensor]]:
-    """Keeps what a self-attention layer is given or returns, (m, L, c) float32 on the CPU a pass.
-
-    Args:
-        layer: its key in `unet.attn_processors`.
-        what: "input" or "output".
-    """
-    attention = unet.get_submodule(layer.removesuffix(".processor"))
-    kept: list[Tensor] = []
-
-    def keep(tokens: Tensor) -> None:
-        kept.append(tokens.float().cpu())
-
-    if what == "input":
-        handle = attention.register_forward_pre_hook(lambda module, args: keep(args[0]))
-    else:
-        handle = attention.register_forward_hook(lambda module, args, output: keep(output))
-    try:
-        yield kept
-    finally:
-        handle.remove()
-
-
-@torch.inference_mode()
-def tokens_at(view: View, denoiser: Denoiser, noisy: Tensor) -> Tensor:
-    """The view's tokens of latents (n, 4, h, w) at its timestep: (n, L, c) float32 on the CPU."""
-    with recorded_tokens(denoiser.models.unet, view.layer, view.what) as tokens:
-        for frames in torch.arange(len(noisy)).split(view.batch_size):
-            denoiser(noisy[frames], view.timestep, frames)
-    return torch.cat(tokens)
-
-
-def inverted(view: View, denoiser: Denoiser, clean: Tensor) -> Tensor:
-    """Clean latents inverted up to the view's timestep, in the steps of the cache's inversion."""
-    manifest = view.cache.manifest
-    how = manifest.inversion_iters, manifest.inversion_tol, view.batch_size
-    [(_, latents)] = deque(invert(denoiser, clean, view.inversion, *how), maxlen=1)  # the last
-    return latents
-
-
-def source_tokens(view: View, models: StableDiffusion, chosen: Sequence[int]) -> Tensor:
-    """The tokens of some of the clip's frames, from the cached latents where these were saved.
-
-    Returns:
-        (len(chosen), L, c) float32 on the CPU.
-    """
-    cache, chosen, n_frames = view.cache, list(chosen), max(chosen) + 1
-    saved = saved_tokens(view)
-    if saved is not None:
-        return saved[chosen].float()
-    denoiser = source_denoiser(view, models, chosen)
-    if view.timestep in cache.manifest.timesteps:
-        noisy = cache.latents(view.timestep, n_frames)[chosen]
-    else:
-        noisy = inverted(view, denoiser, cache.latents(CLEAN_LATENTS, n_frames)[chosen])
-    return tokens_at(view, denoiser, noisy)
-
-
-def saved_tokens(view: View) -> Tensor | None:
-    """The view's tokens of every frame, (n, L, c), where --save_tokens all saved them."""
-    found = find_features(view.cache)
-    if found is None or view.what != "input" or view.timestep not in view.sampling:
-        return None
-    if found.settings.save_tokens != "all" or found.settings.dtype != view.dtype_name:
-        return None
-    return found.tokens(view.timestep, view.layer)
-
-
-def source_denoiser(view: View, models: StableDiffusion, chosen: Sequence[int]) -> Denoiser:
-    """The noise prediction of the cache's inversion, for some of the clip's frames."""
-    frames = view.cache.frames(max(chosen) + 1)[list(chosen)]
-    return _denoiser(view, models, frames, view.cache.manifest.inversion_prompt, chosen)
-
-
-def edit_tokens(view: View, models: StableDiffusion, frames: np.ndarray, prompt: str) -> Tensor:
-    """The tokens of an edited video, taken as the source's were: encoded and inverted.
-
-    A ControlNet of the inversion follows the edited frames, but depth is the source's.
-
-    Args:
-        frames: (n, H, W, 3) uint8, the first ones of the clip.
-        prompt: the edit's.
-
-    Returns:
-        (n, L, c) float32 on the CPU.
-    """
-    denoiser = _denoiser(view, models, frames, prompt, range(len(frames)))
-    clean = encode_frames(models, frames, view.batch_size)
-    return tokens_at(view, denoiser, inverted(view, denoiser, clean))
-
-
-def _denoiser(
-    view: View, models: StableDiffusion, frames: np.ndarray, prompt: str, chosen: Sequence[int]
-) -> Denoiser:
-    depth = view.cache.depth(max(chosen) + 1)
-    depth = depth if depth is None else depth[list(chosen)]
-    return make_denoiser(models, frames, prompt, view.cache.manifest.control, depth)
+        try:
+            for frames in torch.arange(len(noisy)).split(self.batch_size):
+                denoiser(noisy[frames], self.timestep, frames)
+                kept[-1] = kept[-1].float().cpu()
+        finally:
+            hook.remove()
+        return torch.cat(kept)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -315,59 +247,37 @@ def rebuilt_from_keyframe(denoiser: Denoiser, start: Tensor, timesteps: Sequence
 # Feature tokens as colours
 
 
-@dataclass(frozen=True)
-class Components:
-    """The principal components of tokens.
-
-    Attributes:
-        mean: (c,) float64.
-        basis: (c, k) float64, orthonormal columns, by descending variance; of each, the entry of
-            the largest magnitude is positive.
-        explained: (k,) float64, the share of the variance along each.
-    """
-
-    mean: Tensor
-    basis: Tensor
-    explained: Tensor
-
-    def project(self, tokens: Tensor) -> Tensor:
-        """Coordinates (..., k) float32 of tokens (..., c)."""
-        return torch.cat([
-            ((piece.double() - self.mean) @ self.basis).float()
-            for piece in tokens.flatten(0, -2).split(1 << 16)
-        ]).unflatten(0, tokens.shape[:-1])  # fmt: skip
-
-
-def principal_components(tokens: Tensor, n_components: int = 3) -> Components:
+def principal_components(tokens: Tensor, n_components: int = 3) -> tuple[Tensor, Tensor]:
     """The principal components of (N, c) tokens, from the exact eigenvectors of their covariance.
 
-    Float64 throughout, so that a second run and another machine find the same colours.
+    Float64 throughout, so that a second run and another machine find the same colours. Each
+    component points to where its direction's entry of the largest magnitude is positive.
+
+    Returns:
+        the tokens' coordinates (N, k) float32, by descending variance; and the share of the
+        variance along each, (k,) float64.
     """
-    pieces = tokens.split(1 << 16)  # a copy in float64 of all would be large
-    mean = sum(piece.double().sum(0) for piece in pieces) / len(tokens)
-    covariance = sum((piece.double() - mean).T @ (piece.double() - mean) for piece in pieces)
-    covariance /= len(tokens)
+
+    def pieces() -> Iterator[Tensor]:  # a copy in float64 of all would be large
+        return (piece.double() for piece in tokens.split(1 << 16))
+
+    mean = sum(piece.sum(0) for piece in pieces()) / len(tokens)
+    covariance = sum((piece - mean).T @ (piece - mean) for piece in pieces()) / len(tokens)
     values, vectors = torch.linalg.eigh(covariance)  # ascending
-    basis = vectors[:, -n_components:].flip(1)
-    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))  # (1, k)
+    basis = vectors[:, -n_components:].flip(1)  # (c, k)
+    basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
     explained = values[-n_components:].flip(0) / values.sum().clamp(min=1e-300)
-    return Components(mean, basis * largest.sign(), explained)
+    return torch.cat([((piece - mean) @ basis).float() for piece in pieces()]), explained
 
 
 def component_colours(coordinates: np.ndarray) -> np.ndarray:
-    """Three components as colours, on one scale for all that is given.
+    """Three components (..., 3) as colours, (..., 3) uint8 RGB, on one scale for all.
 
     The first component is green, the second red, the third blue: in this order they weigh in a
-    colour's brightness, so that a print in grey shows mostly the first.
-
-    Args:
-        coordinates: (..., 3) float; the 1st to the 99th percentile of each becomes 0 to 255.
-
-    Returns:
-        (..., 3) uint8 RGB.
+    colour's brightness, so that a print in grey shows mostly the first. The 1st to the 99th
+    percentile of each becomes 0 to 255.
     """
-    flat = coordinates.reshape(-1, 3)
-    low, high = np.percentile(flat, [1, 99], axis=0)
+    low, high = np.percentile(coordinates.reshape(-1, 3), [1, 99], axis=0)
     scaled = (coordinates - low) / np.maximum(high - low, 1e-12)
     return (scaled.clip(0, 1) * 255).round().astype(np.uint8)[..., [1, 0, 2]]
 
@@ -386,10 +296,9 @@ def feature_colours(
         of each video (n, H, W, 3) uint8; and the share of the variance that they show.
     """
     together = torch.stack(list(tokens))  # (videos, n, L, c)
-    components = principal_components(together.flatten(0, 2))
-    colours = component_colours(components.project(together).numpy())
-    cells = colours.reshape(*colours.shape[:2], *grid, 3)
-    return [cells_to_pixels(video, size) for video in cells], float(components.explained.sum())
+    coordinates, explained = principal_components(together.flatten(0, 2))
+    colours = component_colours(coordinates.numpy()).reshape(*together.shape[:2], *grid, 3)
+    return [cells_to_pixels(video, size) for video in colours], float(explained.sum())
 
 
 def token_grid(latent_grid: tuple[int, int], n_tokens: int) -> tuple[int, int]:
@@ -406,16 +315,11 @@ def token_grid(latent_grid: tuple[int, int], n_tokens: int) -> tuple[int, int]:
     return h, w
 
 
-def cells_of_pixels(grid: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The cell that each pixel lies in: rows (H, 1) and columns (1, W) of the grid."""
-    y, x = ((np.arange(n) * 2 + 1) * cells // (2 * n) for n, cells in zip(size, grid, strict=True))
-    return y[:, None], x[None]
-
-
 def cells_to_pixels(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Cells (..., h, w, k) enlarged to (..., H, W, k): a pixel shows the cell that it lies in."""
-    y, x = cells_of_pixels(cells.shape[-3:-1], size)
-    return cells[..., y, x, :]
+    grid = cells.shape[-3:-1]
+    y, x = ((np.arange(n) * 2 + 1) * of // (2 * n) for n, of in zip(size, grid, strict=True))
+    return cells[..., y[:, None], x, :]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -431,10 +335,9 @@ def displacements(match: np.ndarray, grid: tuple[int, int], size: tuple[int, int
         size: (H, W) of the frames.
     """
     h, w = grid
-    here_y, here_x = np.divmod(np.arange(h * w), w)
-    there_y, there_x = np.divmod(match, w)
-    moved = np.stack([(there_x - here_x) * (size[1] / w), (there_y - here_y) * (size[0] / h)], -1)
-    return moved.reshape(h, w, 2)
+    there, here = (np.stack(np.divmod(cells, w), -1) for cells in (match, np.arange(h * w)))
+    moved = (there - here) * (size[0] / h, size[1] / w)  # down, right
+    return moved[:, ::-1].reshape(h, w, 2)
 
 
 def warp_by_cells(other: np.ndarray, field: np.ndarray) -> np.ndarray:

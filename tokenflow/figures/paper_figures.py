@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +30,8 @@ from tokenflow.figures.features import (
     View,
     ViewOptions,
     displacements,
-    edit_tokens,
     feature_colours,
-    open_view,
     rebuilt_from_keyframe,
-    source_denoiser,
-    source_tokens,
-    token_grid,
     warp_by_cells,
 )
 from tokenflow.ops.nearest import nearest_tokens
@@ -60,23 +54,13 @@ class FeatureOptions(ViewOptions):
     out: str = Field(description="folder of the pictures")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One video of Figure 2, (n, H, W, 3) uint8, with its features in colour, of that size."""
-
-    label: str
-    frames: np.ndarray
-    features: np.ndarray
-
-
 def draw_features(options: FeatureOptions) -> list[Path]:
     """Figure 2: frames, features and x-t slices of the source and of edits of it.
 
     Returns:
         the files: features.png, features_xt.png, features.mp4.
     """
-    folders = [options.per_frame, options.result] if options.per_frame else [options.result]
-    edits = [read_result(Path(folder)) for folder in folders]
+    edits = [read_result(Path(name)) for name in (options.per_frame, options.result) if name]
     cache = edits[-1].cache()
     for other in edits[:-1]:
         _check_same_clip(other, cache)
@@ -86,71 +70,58 @@ def draw_features(options: FeatureOptions) -> list[Path]:
     if not 0 <= y < height:
         raise UserError(f"--row: {y}, expected 0 to {height - 1}: frames are {height} high")
     videos = [cache.frames(n_frames), *(_edited_frames(edit, n_frames, size) for edit in edits)]
-    view = open_view(options, cache)
-    out = Path(options.out)
+    view, out = View(options, cache), Path(options.out)
     check_writable(out, "--out")
 
-    rows, title = _feature_rows(view, edits, videos)
-    picks = np.linspace(0, n_frames - 1, min(options.columns, n_frames)).round().astype(int)
-    moments = picture_grid(
-        [[row.frames[0] for row in rows], [row.features[0] for row in rows]],
-        ["RGB", "features"],
-        [row.label.replace("\n", " ") for row in rows],
-    )
-
-    def show_moment(i: int) -> None:
-        shown = [row.frames[i] for row in rows] + [row.features[i] for row in rows]
-        for axis, picture in zip(moments.axes, shown, strict=True):
-            axis.images[0].set_data(picture)
-        moments.suptitle(f"frame {i}", fontsize="medium")
-
-    save_video(out / "features.mp4", video_frames(moments, show_moment, n_frames), cache.fps)
-    return [
-        save_figure(out / "features.png", frames_and_features(rows, picks, title)),
-        save_figure(out / "features_xt.png", slices(rows, y, title)),
-        out / "features.mp4",
-    ]
-
-
-def _feature_rows(
-    view: View, edits: Sequence[Result], videos: Sequence[np.ndarray]
-) -> tuple[list[Row], str]:
-    """The source's and the edits' frames with their features; and what these are."""
-    models = view.load()
-    tokens = [source_tokens(view, models, range(len(videos[0])))]
+    tokens = [view.source_tokens(range(n_frames))]
     for edit, frames in zip(edits, videos[1:], strict=True):
-        tokens.append(edit_tokens(view, models, frames, edit.prompt or ""))
-    size = height, width = videos[0].shape[1:3]
-    grid = token_grid((height // models.vae_factor, width // models.vae_factor), tokens[0].shape[1])
+        tokens.append(view.edit_tokens(frames, edit.prompt or ""))
+    grid = view.grid(tokens[0])
     colours, explained = feature_colours(tokens, grid, size)
     labels = ["source", *(edit.method.replace(", ", "\n", 1) for edit in edits)]
-    rows = [Row(*row) for row in zip(labels, videos, colours, strict=True)]
-    return rows, (
+    title = (
         f"PCA of {view.describe(grid)}\n"
         f"3 components with {explained:.0%} of the variance, one basis for all"
     )
-
-
-def frames_and_features(rows: Sequence[Row], picks: np.ndarray, title: str) -> Figure:
-    """Frames over time and, below them, their features."""
-    return picture_grid(
-        [[*shown[picks]] for row in rows for shown in (row.frames, row.features)],
-        [text for row in rows for text in (row.label, f"{row.label}\nfeatures")],
+    picks = np.linspace(0, n_frames - 1, min(options.columns, n_frames)).round().astype(int)
+    pairs = list(zip(videos, colours, strict=True))
+    over_time = picture_grid(
+        [[*shown[picks]] for pair in pairs for shown in pair],
+        [text for label in labels for text in (label, f"{label}\nfeatures")],
         [f"frame {i}" for i in picks],
         title,
     )
-
-
-def slices(rows: Sequence[Row], y: int, title: str) -> Figure:
-    """One image row over time, of frames and of features."""
-    n_frames, height = rows[0].frames.shape[:2]
-    return picture_grid(
-        [[xt_slice(shown, y) for shown in (row.frames, row.features)] for row in rows],
-        [row.label for row in rows],
+    slices = picture_grid(
+        [[xt_slice(shown, y) for shown in pair] for pair in pairs],
+        labels,
         ["RGB", "features"],
         f"x-t slices: image row {y} of {height}; time runs down, {n_frames} frames\n{title}",
         width=1.5 * PANEL,
     )
+    save_video(out / "features.mp4", _moments(labels, videos, colours), cache.fps)
+    return [
+        save_figure(out / "features.png", over_time),
+        save_figure(out / "features_xt.png", slices),
+        out / "features.mp4",
+    ]
+
+
+def _moments(
+    labels: Sequence[str], videos: Sequence[np.ndarray], colours: Sequence[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """The frames of a video with all videos side by side, above their features."""
+    figure = picture_grid(
+        [[video[0] for video in row] for row in (videos, colours)],
+        ["RGB", "features"],
+        [label.replace("\n", " ") for label in labels],
+    )
+
+    def show_moment(i: int) -> None:
+        for axis, video in zip(figure.axes, [*videos, *colours], strict=True):
+            axis.images[0].set_data(video[i])
+        figure.suptitle(f"frame {i}", fontsize="medium")
+
+    return video_frames(figure, show_moment, len(videos[0]))
 
 
 def _frames_to_draw(n_frames: int | None, edits: Sequence[Result]) -> int:
@@ -223,25 +194,22 @@ def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
     for name, number in zip(("frame", "keyframe"), chosen, strict=True):
         if not 0 <= number < n_frames:
             raise UserError(f"--{name}: {number}, expected 0 to {n_frames - 1}")
-    view = open_view(options, cache)
-    out = Path(options.out)
+    view, out = View(options, cache), Path(options.out)
     check_writable(out, "--out")
 
-    models = view.load()
     frame, keyframe = cache.frames(max(chosen) + 1)[chosen]
-    size = frame.shape[:2]
-    tokens = source_tokens(view, models, chosen)
-    grid = token_grid(tuple(n // models.vae_factor for n in size), tokens.shape[1])
+    tokens = view.source_tokens(chosen)
+    grid = view.grid(tokens)
     match = nearest_tokens(tokens[:1], tokens[1:], torch.zeros(1, 1, dtype=torch.long))[0, 0]
-    field = displacements(match.numpy(), grid, size)
+    field = displacements(match.numpy(), grid, frame.shape[:2])
 
-    denoiser = source_denoiser(view, models, chosen)
+    denoiser = view.source_denoiser(chosen)
     start = cache.latents(view.sampling[0], max(chosen) + 1)[chosen]
     latents = torch.cat([
         reconstruct(denoiser, start, view.sampling, batch_size=1)[:1],
         rebuilt_from_keyframe(denoiser, start, view.sampling),
     ])  # fmt: skip
-    own, swapped = decode_latents(models, latents)
+    own, swapped = decode_latents(view.models, latents)
 
     rebuilt = {
         f"keyframe {options.keyframe}": keyframe,
@@ -249,36 +217,32 @@ def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
         "(a) keyframe's pixels": warp_by_cells(keyframe, field),
         "(c) keyframe's tokens": swapped,
     }
+    scores = {name: decibels(psnr(picture, frame)) for name, picture in rebuilt.items()}
     print(f"PSNR to frame {options.frame}:")
-    captions = [f"frame {options.frame},\nto be rebuilt"]
-    for name, picture in rebuilt.items():
-        score = decibels(psnr(picture, frame))
-        print(f"    {name:24}{score:>9}")
-        captions.append(f"{name}\nPSNR: {score}")
+    print("\n".join(f"    {name:24}{score:>9}" for name, score in scores.items()))
+    captions = [f"{name}\nPSNR: {score}" for name, score in scores.items()]
     title = (
         f"Frame {options.frame} rebuilt from keyframe {options.keyframe}\n"
         f"(a), (b): by {view.describe(grid)}; (c): all layers, all {len(view.sampling)} steps"
     )
-    figure = correspondence(
-        [frame, *rebuilt.values()], captions, field, (options.frame, options.keyframe), title
-    )
+    pictures = [frame, *rebuilt.values()]
+    captions.insert(0, f"frame {options.frame},\nto be rebuilt")
+    figure = _correspondence(pictures, captions, field, chosen, title)
     return [save_figure(out / "correspondence.png", figure)]
 
 
-def correspondence(
+def _correspondence(
     pictures: Sequence[np.ndarray],
     captions: Sequence[str],
     field: np.ndarray,
-    numbers: tuple[int, int],
+    numbers: Sequence[int],
     title: str,
 ) -> Figure:
     """The frame and what it was rebuilt as, and the field by which pixels were moved.
 
     Args:
         pictures: the frame, the keyframe, the frame's own reconstruction, the keyframe's pixels
-            moved, the frame of the keyframe's tokens; (H, W, 3) uint8.
-        captions: of each.
-        field: of `displacements`.
+            moved, the frame of the keyframe's tokens.
         numbers: of the frame and of the keyframe.
     """
     frame, keyframe, own, moved, swapped = pictures
@@ -293,12 +257,8 @@ def correspondence(
     longest = longest_shown(field, frame.shape[:2])
     limit = f"{longest:.0f} px or more"
     colours, lengths, wheel = figure.axes[5:]
-    draw_field(
-        colours,
-        field,
-        longest,
-        f"(b) where cells of frame {numbers[0]}\nlie in keyframe {numbers[1]}",
-    )
+    where = f"(b) where cells of frame {numbers[0]}\nlie in keyframe {numbers[1]}"
+    draw_field(colours, field, longest, where)
     draw_lengths(lengths, field, longest, f"(b) how far: white 0,\nblack {limit}")
     draw_wheel(wheel, min(frame.shape[:2]), f"(b) colours of directions,\nrim: {limit}")
     return figure
