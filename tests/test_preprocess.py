@@ -194,33 +194,37 @@ def test_latents_are_written_as_they_are_reached(clip, tiny_model, tmp_path, mon
         for t, latents in invert_clip(*args, **options):
             assert sum(reference() is not None for reference in given) <= 1  # the last step's
             given.append(weakref.ref(latents))
-            events.append(("reached", t))
+            events.append(("reached", str(t)))
             yield t, latents
 
-    def spied_save(folder, name, latents):
-        events.append(("written", name))
-        save(folder, name, latents)
+    def spied_save(path, tensors):
+        events.append(("written", path.stem.removeprefix("noisy_latents_")))
+        save(path, tensors)
 
-    invert_clip, save = build.invert, build.save_latents
+    invert_clip, save = build.invert, build.save_tensors
     monkeypatch.setattr(build, "invert", spied)
-    monkeypatch.setattr(build, "save_latents", spied_save)
+    monkeypatch.setattr(build, "save_tensors", spied_save)
     invert(clip, tmp_path, tiny_model, steps=5, n_frames=2)
-    ascending = SAMPLING[::-1]
+    ascending = map(str, SAMPLING[::-1])
     expected = [event for t in ascending for event in (("reached", t), ("written", t))]
     assert events == [("written", CLEAN_LATENTS), *expected]
 
 
-def test_make_cache_takes_models_that_are_loaded(clip, tiny_model, tmp_path, monkeypatch):
+def test_a_cache_can_be_built_with_loaded_models_in_other_batches(
+    clip, tiny_model, tmp_path, monkeypatch
+):
     models = load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
     monkeypatch.setattr(build, "load_stable_diffusion", no_model_may_load)
     options = {"n_frames": 2, "H": HEIGHT, "W": WIDTH, "steps": 2, "save_steps": 2}
     options |= {"data_path": clip, "save_dir": tmp_path, "model_key": tiny_model, "device": "cpu"}
-    inputs = build.open_inputs(preprocess.parse_args(arguments(options)))
-    manifest = build.invert_clip(inputs, 1, models)
-    again = build.invert_clip(inputs, None, models)  # and it can be called again
-    assert read_manifest(inputs.folder) == again
-    assert again.image_forwards == manifest.image_forwards
-    assert again.psnr == pytest.approx(manifest.psnr, abs=0.01)
+    options |= {"no_cache_features": "", "overwrite": ""}
+    made = []
+    for batch_size in (1, 2):
+        words = arguments(options | {"batch_size": batch_size})
+        folder = build.build_cache(preprocess.parse_args(words), lambda *key: models)
+        made.append(read_manifest(folder))
+    assert made[0].image_forwards == made[1].image_forwards
+    assert made[0].psnr == pytest.approx(made[1].psnr, abs=0.01)
 
 
 # ---------------------------------------------------------------- the fast preset

@@ -19,16 +19,11 @@ from PIL import Image
 
 import report
 from tests.helpers import contents, video_facts
-from tokenflow.cache.source_cache import (
-    Manifest,
-    SourceCache,
-    finish_cache,
-    read_manifest,
-    save_source,
-)
+from tokenflow.cache.source_cache import Manifest, SourceCache, read_manifest
 from tokenflow.editing.results import RESULT_FILES, Result
 from tokenflow.evaluation.score_table import Row, rows_as_json
 from tokenflow.figures import report_page
+from tokenflow.storage.images import save_frames
 from tokenflow.storage.video import save_video
 from tokenflow.storage.work_dir import WorkDir
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
@@ -59,7 +54,7 @@ def frames_of(n_frames, size=32):
 
 def make_cache(folder, n_frames=4, **changes):
     """A finished cache of a clip, without latents."""
-    save_source(folder, frames_of(n_frames), "a grey wall", None)
+    save_frames(folder / "frames", frames_of(n_frames))
     save_video(folder / "inverted.mp4", frames_of(n_frames), FPS)
     values = {
         "clip": "wall",
@@ -87,8 +82,8 @@ def make_cache(folder, n_frames=4, **changes):
         "control": None,
         "depth_model": None,
     }
-    files = WorkDir(folder).record_files()
-    finish_cache(folder, Manifest(**values | changes), files, psnr=33.416, vae_psnr=math.nan)
+    values |= {"psnr": 33.416, "vae_psnr": math.nan, "files": WorkDir(folder).record_files()}
+    save_yaml(folder / "manifest.yaml", Manifest(**values | changes).model_dump())
     return folder
 
 

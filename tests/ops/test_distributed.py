@@ -299,7 +299,7 @@ def test_a_cache_that_two_processes_began_is_gone_on_with_by_three(clip, tiny_mo
 
     def begin(group):
         if group.is_main:  # after the clean latents and those of a timestep
-            build.save_latents = dies_at(build.save_latents, 3)
+            build.save_tensors = dies_at(build.save_tensors, 3)
         with pytest.raises(UserError, match="another process of this run has ended"):
             preprocess.preprocess(args, group=group)
         return {}

@@ -252,12 +252,11 @@ class Bench:
         self, name: str, models: StableDiffusion, meter: Meter, features: bool = True
     ) -> Path:
         """Builds a setting's cache in any case; returns its folder."""
-        options = self.preprocess_options(name)
         with meter.watching(models.unet):
-            inputs = build.open_inputs(options)
-            build.invert_clip(inputs, options.batch_size, models, meter)
+            inputs = build.open_inputs(self.preprocess_options(name))
+            build.invert_clip(inputs, models, meter)
             if features and inputs.features is not None:
-                build.add_features(inputs, options.batch_size, models, meter)
+                build.add_features(inputs, models, meter)
         return inputs.folder
 
     def run_preprocess(self, models: StableDiffusion, count_flops: bool = False) -> Meter:

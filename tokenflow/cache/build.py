@@ -20,14 +20,11 @@ from tokenflow.cache.source_cache import (
     DEPTH_FILE,
     FEATURES,
     FORMAT,
+    MANIFEST,
     Manifest,
-    describe_difference,
-    finish_cache,
     identity,
     latents_file,
     open_cache,
-    save_latents,
-    save_source,
 )
 from tokenflow.cache.source_features import find_features
 from tokenflow.cache.source_pass import build_features
@@ -40,9 +37,11 @@ from tokenflow.diffusion.models import Loader, StableDiffusion, load_stable_diff
 from tokenflow.diffusion.vae import SquaredError, decode_latents, encode_frames
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch, versions
+from tokenflow.storage.images import save_frames
 from tokenflow.storage.video import save_video
 from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
-from util import UserError, load_tensors
+from tokenflow.storage.yaml_files import save_yaml
+from util import UserError, atomic_file, load_tensors, save_tensors
 
 log = logging.getLogger("tokenflow")
 
@@ -84,50 +83,44 @@ def build_cache(
         inverted = complete = False
         with group.raise_together():
             if group.is_main:
-                inverted, complete = _find_work(inputs, options)
+                inverted, complete = _find_work(inputs)
         inverted, complete = group.broadcast([inverted, complete])
         if complete:
             log.info("%s already exists with these settings", inputs.folder)
         else:
             watch = Stopwatch(inputs.device)
-            models = _load(inputs, watch, load)
+            with watch("load"):
+                key = inputs.checkpoint, inputs.device, inputs.dtype, options.allow_pickle
+                models = (load or load_stable_diffusion)(*key)
             if not inverted:
-                overwrite = options.overwrite
-                manifest = invert_clip(inputs, options.batch_size, models, watch, overwrite)
+                manifest = invert_clip(inputs, models, watch)
                 if group.is_main:
                     report_reconstruction(manifest)
             if inputs.features is not None:
-                add_features(inputs, options.batch_size, models, watch)
+                add_features(inputs, models, watch)
         if group.is_main:
             (inputs.folder / OVERWRITING).unlink(missing_ok=True)
     return inputs.folder
-
-
-def _load(
-    inputs: PreprocessInputs, watch: Stopwatch, load: Loader | None = None
-) -> StableDiffusion:
-    with watch("load"):
-        load = load or load_stable_diffusion
-        return load(inputs.checkpoint, inputs.device, inputs.dtype, inputs.allow_pickle)
 
 
 # ---------------------------------------------------------------------------------------------
 # What there is already
 
 
-def _find_work(inputs: PreprocessInputs, options: PreprocessOptions) -> tuple[bool, bool]:
+def _find_work(inputs: PreprocessInputs) -> tuple[bool, bool]:
     """Whether the inversion is complete, and all of the cache; checks the disk's room if not."""
     recover(inputs.folder)
     recover(inputs.folder / FEATURES)
-    discard = options.overwrite and not _is_overwritten(inputs)
-    inverted = not discard and has_inversion(inputs, options.verify)
-    complete = inverted and (inputs.features is None or has_features(inputs, options.verify))
+    verify = inputs.options.verify
+    discard = inputs.options.overwrite and not _is_overwritten(inputs)
+    inverted = not discard and _has_inversion(inputs, verify)
+    complete = inverted and (inputs.features is None or _has_features(inputs, verify))
     if not complete:
         check_disk(inputs, inverted)
     return inverted, complete
 
 
-def has_inversion(inputs: PreprocessInputs, verify: bool = False) -> bool:
+def _has_inversion(inputs: PreprocessInputs, verify: bool = False) -> bool:
     """Whether the cache exists, apart from its features, and has the same settings.
 
     Args:
@@ -139,10 +132,11 @@ def has_inversion(inputs: PreprocessInputs, verify: bool = False) -> bool:
     if not inputs.folder.exists():
         return False
     found = open_cache(inputs.folder, lambda _: "run the same command with", verify).manifest
-    difference = describe_difference(identity(found), identity(inputs.manifest))
-    if difference:
+    have, want = identity(found), identity(inputs.manifest)
+    differing = [f"{k} is {have[k]!r} there, {want[k]!r} here" for k in have if have[k] != want[k]]
+    if differing:
         raise UserError(
-            f"{inputs.folder}: made with other settings ({difference}); add --overwrite"
+            f"{inputs.folder}: made with other settings ({'; '.join(differing)}); add --overwrite"
         )
     return True
 
@@ -155,13 +149,13 @@ def _is_overwritten(inputs: PreprocessInputs) -> bool:
     if inputs.features is None or not (inputs.folder / OVERWRITING).is_file():
         return False
     try:
-        return has_inversion(inputs, verify=True)
+        return _has_inversion(inputs, verify=True)
     except UserError as error:
         log.warning("%s", error)
         return False
 
 
-def has_features(inputs: PreprocessInputs, verify: bool = False) -> bool:
+def _has_features(inputs: PreprocessInputs, verify: bool = False) -> bool:
     """Whether the finished cache has features that fit what is asked for.
 
     If it has others, the log says that they will be replaced, and why.
@@ -187,54 +181,38 @@ def has_features(inputs: PreprocessInputs, verify: bool = False) -> bool:
 # Building it
 
 
-def invert_clip(
-    inputs: PreprocessInputs,
-    batch_size: int | None,
-    models: StableDiffusion | None = None,
-    watch: Stopwatch | None = None,
-    overwrite: bool = False,
-) -> Manifest:
+def invert_clip(inputs: PreprocessInputs, models: StableDiffusion, watch: Stopwatch) -> Manifest:
     """Inverts the clip and writes its cache, without features.
 
     Args:
-        batch_size: frames evaluated at once; None: as many as memory holds.
-        models: of `inputs.checkpoint`, on its device in its dtype; loaded if None.
+        models: of `inputs.checkpoint`, on its device in its dtype.
         watch: times the stages.
-        overwrite: mark the cache as one whose overwriting ends with its features.
 
     Returns:
         the manifest, with the figures of the reconstruction.
     """
-    watch = watch or Stopwatch(inputs.device)
     watch.add("read", inputs.read_seconds)
-    models = models or _load(inputs, watch)
     depends_on = {"format": FORMAT, **identity(inputs.manifest)}
     with resumable_dir(inputs.folder, depends_on, inputs.group) as work:
-        manifest = _Inversion(inputs, models, work, watch, batch_size).run()
-        if overwrite and inputs.features is not None and work.writes:
+        manifest = _Inversion(inputs, models, work, watch).run()
+        if inputs.options.overwrite and inputs.features is not None and work.writes:
             (work.folder / OVERWRITING).touch()
         return manifest
 
 
-def add_features(
-    inputs: PreprocessInputs,
-    batch_size: int | None,
-    models: StableDiffusion | None = None,
-    watch: Stopwatch | None = None,
-) -> None:
+def add_features(inputs: PreprocessInputs, models: StableDiffusion, watch: Stopwatch) -> None:
     """Runs the source pass of edits and adds its features to the finished cache.
 
     Args: see `invert_clip`.
     """
-    watch = watch or Stopwatch(inputs.device)
-    models = models or _load(inputs, watch)
     cache = open_cache(inputs.folder)
     manifest, frames = cache.manifest, inputs.clip.frames
     denoiser = make_denoiser(
         models, frames, manifest.inversion_prompt, manifest.control, cache.depth(len(frames))
     )
     # The pass holds the tokens of all keyframes too, so memory alone must not decide.
-    at_once = unet_batch_size(batch_size, denoiser, frames.shape[1:3], most=FEATURE_BATCH)
+    batch_size, size = inputs.options.batch_size, frames.shape[1:3]
+    at_once = unet_batch_size(batch_size, denoiser, size, most=FEATURE_BATCH)
     what = inputs.timesteps.sampling, inputs.features
     build_features(cache, denoiser, *what, at_once, watch, inputs.group)
 
@@ -246,15 +224,11 @@ class _Inversion:
     """
 
     def __init__(
-        self,
-        inputs: PreprocessInputs,
-        models: StableDiffusion,
-        work: WorkDir,
-        watch: Stopwatch,
-        batch_size: int | None,
+        self, inputs: PreprocessInputs, models: StableDiffusion, work: WorkDir, watch: Stopwatch
     ) -> None:
         self.inputs, self.manifest, self.frames = inputs, inputs.manifest, inputs.clip.frames
-        self.models, self.work, self.watch, self.batch_size = models, work, watch, batch_size
+        self.models, self.work, self.watch = models, work, watch
+        self.batch_size = inputs.options.batch_size
         self.group, self.shard = inputs.group, inputs.group.shard(len(self.frames))
         self.image_forwards = dict.fromkeys(COUNTED_STAGES, 0)  # of this process
         if work.checkpoint is not None and self.group.is_main:  # of all processes of earlier runs
@@ -280,30 +254,32 @@ class _Inversion:
         else:
             noisy = self._invert(clean)
             latents = self._reconstruct(noisy, self.inputs.timesteps.reconstruction[0])
-        scores = self._save_reconstruction(clean, latents)
-        image_forwards = self._total_image_forwards()
-        if not self.work.writes:
-            return self.manifest
-        return finish_cache(
-            self.work.folder,
-            self.manifest,
-            self.work.record_files(),
-            **scores,
-            seconds=self.watch.seconds,
-            image_forwards=image_forwards,
-            versions=versions(),
-        )
+        figures = {
+            **self._save_reconstruction(clean, latents),
+            "seconds": self.watch.seconds,
+            "image_forwards": self._total_image_forwards(),
+            "versions": versions(),
+        }
+        manifest = self.manifest.model_copy(update=figures)
+        if self.work.writes:  # written last: from now on the cache is whole
+            manifest = manifest.model_copy(update={"files": self.work.record_files()})
+            save_yaml(self.work.folder / MANIFEST, manifest.model_dump())
+        return manifest
 
     def _encode(self) -> tuple[Tensor, Tensor | None]:
         """Writes frames, clean latents and depth; returns the latents, and the depth if any."""
-        depth, manifest = None, self.manifest
+        depth, folder, manifest = None, self.work.folder, self.manifest
         if manifest.depth_model is not None:
             with self.watch("depth"):
                 batch = min(self.batch_size or DEPTH_BATCH, DEPTH_BATCH)
-                where = self.inputs.device, batch, self.inputs.allow_pickle
+                where = self.inputs.device, batch, self.inputs.options.allow_pickle
                 depth = estimate_depth(self.frames, manifest.depth_model, *where)
         if self.work.writes:
-            save_source(self.work.folder, self.frames, manifest.inversion_prompt, depth)
+            save_frames(folder / "frames", self.frames)
+            with atomic_file(folder / "inversion_prompt.txt") as temporary:
+                temporary.write_text(manifest.inversion_prompt, encoding="utf-8")
+            if depth is not None:
+                save_tensors(folder / DEPTH_FILE, {"depth": depth})
         with self.watch("vae"):
             own = encode_frames(self.models, self.frames[self.shard.local], self.vae_batch)
             decode_latents(self.models, own[:1])  # a VAE that fails must do so now, not later
@@ -389,11 +365,11 @@ class _Inversion:
             yield step
 
     def _read_latents(self, name: str | int) -> Tensor:
-        return load_tensors(latents_file(self.work.folder, name))["latents"]
+        return load_tensors(self.work.folder / latents_file(name))["latents"]
 
     def _save_latents(self, name: str | int, latents: Tensor) -> None:
         if self.work.writes:
-            save_latents(self.work.folder, name, latents)
+            save_tensors(self.work.folder / latents_file(name), {"latents": latents})
 
     def _save(self, stage: str, tensors: dict[str, Tensor], t: int) -> None:
         made = self._total_image_forwards()

@@ -11,10 +11,7 @@ import torch
 
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.cache.source_cache import FEATURES, Manifest, cache_folder
-from tokenflow.cache.source_features import (
-    FeatureSettings,
-    feature_bytes,
-)
+from tokenflow.cache.source_features import FeatureSettings, feature_bytes
 from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
     checkpoint_folder,
@@ -42,25 +39,18 @@ LATENT_BYTES = 4 * 4  # four channels of float32
 DEPTH_BYTES = 4  # float32 a pixel
 
 
-# Options that the manifest records under their own names.
-RECORDED_OPTIONS = {
-    "frame_start", "frame_stride", "fit", "sd_version", "inversion_prompt", "steps", "save_steps",
-    "inversion_iters", "inversion_tol", "recon_steps",
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class PreprocessInputs:
-    """A checked command line with what it refers to.
+    """Checked options with what they refer to.
 
     Attributes:
         manifest: the cache's, but for the figures of its making.
         folder: the cache's.
         features: settings of the cached features; None with --no_cache_features.
-        allow_pickle: whether models may be loaded from pickled weights.
         read_seconds: what reading the clip took.
     """
 
+    options: PreprocessOptions
     clip: Clip
     checkpoint: Path
     timesteps: InversionTimesteps
@@ -71,45 +61,47 @@ class PreprocessInputs:
     features: FeatureSettings | None
     read_seconds: float
     group: ProcessGroup = SINGLE_PROCESS  # the processes that make this cache together
-    allow_pickle: bool = False
 
 
-def open_inputs(args: PreprocessOptions, group: ProcessGroup = SINGLE_PROCESS) -> PreprocessInputs:
+def open_inputs(
+    options: PreprocessOptions, group: ProcessGroup = SINGLE_PROCESS
+) -> PreprocessInputs:
     """Reads the clip, and checks all that can go wrong before a model is loaded.
 
     Raises:
         UserError: naming what is missing or does not fit, and what mends it.
     """
-    device = resolve_device(args.device, group)
-    dtype = resolve_dtype(args.dtype, device)
-    source = resolve_clip(args.data_path)
+    device = resolve_device(options.device, group)
+    dtype = resolve_dtype(options.dtype, device)
+    source = resolve_clip(options.data_path)
     sha256 = source_sha256(source)
     watch = Stopwatch(device)
     with watch("read"):
         clip = read_clip(
             source,
-            args.n_frames,
-            start=args.frame_start,
-            stride=args.frame_stride,
-            size=(args.H, args.W) if args.H else None,
-            fit=args.fit,
-            fps=args.fps,
+            options.n_frames,
+            start=options.frame_start,
+            stride=options.frame_stride,
+            size=(options.H, options.W) if options.H else None,
+            fit=options.fit,
+            fps=options.fps,
         )
     if source_sha256(source) != sha256:  # its frames would go by the name of others
         raise UserError(f"{source}: changed while it was read; run the same command again")
-    model_key = model_key_for(args.sd_version, args.model_key)
-    checkpoint = checkpoint_folder(model_key, args.allow_pickle)
+    model_key = model_key_for(options.sd_version, options.model_key)
+    checkpoint = checkpoint_folder(model_key, options.allow_pickle)
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
-    timesteps = inversion_timesteps(schedule, args.steps, args.save_steps, args.recon_steps)
-    control, depth_model = _conditions(args, checkpoint)
+    timesteps = inversion_timesteps(
+        schedule, options.steps, options.save_steps, options.recon_steps
+    )
+    control, depth_model = _conditions(options, checkpoint)
     n_frames, height, width, _ = clip.frames.shape
-    manifest = Manifest(
-        **args.model_dump(include=RECORDED_OPTIONS),
+    own = dict(
         clip=clip_name(source),
         source_name=source.name,
         source_sha256=sha256,
         n_frames=n_frames,
-        frames_asked=args.n_frames,
+        frames_asked=options.n_frames,
         height=height,
         width=width,
         fps=str(clip.fps),
@@ -120,37 +112,39 @@ def open_inputs(args: PreprocessOptions, group: ProcessGroup = SINGLE_PROCESS) -
         control=control,
         depth_model=depth_model,
     )
-    check_writable(cache_folder(args.save_dir, manifest), "--save_dir")
+    recorded = options.model_dump(include=set(Manifest.model_fields))
+    manifest = Manifest(**{**recorded, **own})
+    check_writable(cache_folder(options.save_dir, manifest), "--save_dir")
     return PreprocessInputs(
+        options=options,
         clip=clip,
         checkpoint=checkpoint,
         timesteps=timesteps,
         device=device,
         dtype=dtype,
         manifest=manifest,
-        folder=cache_folder(args.save_dir, manifest),
-        features=_feature_settings(args, manifest) if args.cache_features else None,
+        folder=cache_folder(options.save_dir, manifest),
+        features=_feature_settings(options, manifest) if options.cache_features else None,
         read_seconds=watch.seconds["read"],
         group=group,
-        allow_pickle=args.allow_pickle,
     )
 
 
-def _feature_settings(args: PreprocessOptions, manifest: Manifest) -> FeatureSettings:
+def _feature_settings(options: PreprocessOptions, manifest: Manifest) -> FeatureSettings:
     return FeatureSettings(
         n_frames=manifest.n_frames,
-        interval=args.interval,
-        keyframe_seed=args.keyframe_seed,
+        interval=options.interval,
+        keyframe_seed=options.keyframe_seed,
         n_timesteps=manifest.save_steps,
-        attention_steps=int(manifest.save_steps * args.pnp_attn_t),
-        feature_steps=int(manifest.save_steps * args.pnp_f_t),
+        attention_steps=int(manifest.save_steps * options.pnp_attn_t),
+        feature_steps=int(manifest.save_steps * options.pnp_f_t),
         dtype=manifest.dtype,
-        save_tokens=args.save_tokens,
+        save_tokens=options.save_tokens,
     )
 
 
 def _conditions(
-    args: PreprocessOptions, checkpoint: Path
+    options: PreprocessOptions, checkpoint: Path
 ) -> tuple[ControlSettings | None, str | None]:
     """The inversion's ControlNet (with --sd_version ControlNet) and depth estimator, if any."""
     in_channels = load_unet_skeleton(checkpoint).config.in_channels
@@ -160,19 +154,19 @@ def _conditions(
             "inpainting or upscaling checkpoint cannot be inverted"
         )
     control = None
-    if args.sd_version == "ControlNet":
-        key = controlnet_key_for(args.sd_version, args.control, args.controlnet_key)
-        check_controlnet_fits(checkpoint, key, args.allow_pickle)
+    if options.sd_version == "ControlNet":
+        key = controlnet_key_for(options.sd_version, options.control, options.controlnet_key)
+        check_controlnet_fits(checkpoint, key, options.allow_pickle)
         control = ControlSettings(
-            kind=args.control,
+            kind=options.control,
             key=key,
-            scale=args.controlnet_scale,
-            low=args.canny_low,
-            high=args.canny_high,
+            scale=options.controlnet_scale,
+            low=options.canny_low,
+            high=options.canny_high,
         )
     if in_channels == 5 or (control is not None and control.kind == "depth"):
-        single_model_folder(args.depth_model, "depth_model", args.allow_pickle)
-        return control, args.depth_model
+        single_model_folder(options.depth_model, "depth_model", options.allow_pickle)
+        return control, options.depth_model
     return control, None
 
 
@@ -193,14 +187,14 @@ def check_disk(inputs: PreprocessInputs, inverted: bool) -> None:
         needed += inputs.clip.frames.nbytes  # of frames/, at most
         if manifest.depth_model is not None:
             needed += DEPTH_BYTES * manifest.n_frames * manifest.height * manifest.width
-    option = "make some, or use --save_dir on another disk"
+    fix_hint = "make some, or use --save_dir on another disk"
     if inputs.features is not None:
         features = feature_bytes(unet, grid, inputs.features)
         log.info(
             "source features: %s in %d files", format_bytes(features), inputs.features.n_timesteps
         )
         needed += features
-        option += ", or --no_cache_features"
+        fix_hint += ", or --no_cache_features"
     # What an interrupted run left is resumed, or makes room.
     needed -= unfinished_bytes(inputs.folder) + unfinished_bytes(inputs.folder / FEATURES)
-    check_free_space(inputs.folder, needed, option)
+    check_free_space(inputs.folder, needed, fix_hint)

@@ -34,19 +34,17 @@ from pydantic import AllowInfNan, Field
 from torch import Tensor
 
 from tokenflow.diffusion.control_settings import ControlSettings
-from tokenflow.storage.images import frame_name, load_frames, save_frames
-from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
-from tokenflow.storage.schema import Model, parse
+from tokenflow.storage.images import frame_name, load_frames
+from tokenflow.storage.manifest import (
+    FileRecord,
+    check_file,
+    load_manifest,
+    refuse_unexpected_files,
+)
+from tokenflow.storage.schema import Model
 from tokenflow.storage.video import frame_rate
 from tokenflow.storage.work_dir import begun_dirs, is_locked
-from tokenflow.storage.yaml_files import load_yaml, save_yaml
-from util import (
-    MissingFileError,
-    UserError,
-    atomic_file,
-    load_tensors,
-    save_tensors,
-)
+from util import MissingFileError, UserError, load_tensors
 
 log = logging.getLogger("tokenflow")
 
@@ -61,25 +59,17 @@ _CACHE_NAME = re.compile("nframes_[0-9]+(-[0-9a-f]{8})?")
 Figure = Annotated[float, AllowInfNan(True)]
 
 
-class Manifest(Model):
-    """All that a cache depends on, the figures of its making, and its files.
+class Identity(Model):
+    """What a second preprocess run must agree with: two caches that share it are the same."""
 
-    The fields of `IDENTITY` are what a second preprocess run, or an edit, must agree with.
-    """
-
-    clip: str
-    source_name: str
     source_sha256: str
     frame_start: int
     frame_stride: int
     n_frames: int
-    frames_asked: int  # more than n_frames if the clip is that short
     height: int
     width: int
     fit: str
     fps: str  # a fraction, "20" or "30000/1001"
-    sd_version: str
-    model_key: str
     model_revision: str
     inversion_prompt: str
     steps: int
@@ -87,11 +77,21 @@ class Manifest(Model):
     inversion_iters: int
     inversion_tol: float
     recon_steps: int
-    timesteps: list[int]  # the saved ones, noisiest first
     dtype: str
     control: ControlSettings | None
     depth_model: str | None
-    # How it went: set by `finish_cache`.
+
+
+class Manifest(Identity):
+    """All that a cache depends on, the figures of its making, and its files."""
+
+    clip: str
+    source_name: str
+    frames_asked: int  # more than n_frames if the clip is that short
+    sd_version: str
+    model_key: str
+    timesteps: list[int]  # the saved ones, noisiest first
+    # How it went.
     psnr: Figure = math.nan  # of the reconstruction against the frames, dB
     vae_psnr: Figure = math.nan  # of the VAE's own reconstruction, dB
     psnr_to_vae: Figure = math.nan  # of the reconstruction against the VAE's own, dB
@@ -102,50 +102,13 @@ class Manifest(Model):
     format: int = FORMAT
 
 
-IDENTITY = (
-    "source_sha256",
-    "frame_start",
-    "frame_stride",
-    "n_frames",
-    "height",
-    "width",
-    "fit",
-    "fps",
-    "model_revision",
-    "inversion_prompt",
-    "steps",
-    "save_steps",
-    "inversion_iters",
-    "inversion_tol",
-    "recon_steps",
-    "dtype",
-    "control",
-    "depth_model",
-)
+# The fields by which caches of one clip's name lie side by side; each has a folder of its own.
+PLACE = ("source_sha256", "frame_start", "frame_stride", "model_revision")
 
 
 def identity(manifest: Manifest) -> dict[str, object]:
     """The settings by which two caches are the same, as plain YAML values."""
-    return {key: value for key, value in manifest.model_dump().items() if key in IDENTITY}
-
-
-def contents_sha256(manifest: Manifest) -> str:
-    """A digest of what a cache was made from and of its files; not of how long that took."""
-    files = {name: record["sha256"] for name, record in manifest.files.items()}
-    return _digest([identity(manifest), files])
-
-
-def describe_difference(have: dict[str, object], want: dict[str, object]) -> str:
-    """The settings that differ, each with both values; empty if none do."""
-    return "; ".join(
-        f"{key} is {have[key]!r} there, {want[key]!r} here"
-        for key in have
-        if have[key] != want[key]
-    )
-
-
-# The fields by which caches of one clip's name lie side by side; each has a folder of its own.
-PLACE = ("source_sha256", "frame_start", "frame_stride", "model_revision")
+    return manifest.model_dump(include=set(Identity.model_fields))
 
 
 def cache_key(manifest: Manifest) -> str:
@@ -183,50 +146,10 @@ def _digest(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def latents_file(folder: Path, name: str | int) -> Path:
-    """The file of the latents at a timestep, or of the clean ones."""
+def latents_file(name: str | int) -> str:
+    """The path within a cache of the latents at a timestep, or of the clean ones."""
     stem = CLEAN_LATENTS if name == CLEAN_LATENTS else f"noisy_latents_{name}"
-    return folder / "latents" / f"{stem}.safetensors"
-
-
-# ---------------------------------------------------------------------------------------------
-# Writing (preprocess.py)
-
-
-def save_latents(folder: Path, name: str | int, latents: Tensor) -> None:
-    """Writes (n, 4, h, w) float32 latents of a timestep, or the clean ones."""
-    save_tensors(latents_file(folder, name), {"latents": latents})
-
-
-def save_source(folder: Path, frames: np.ndarray, prompt: str, depth: Tensor | None) -> None:
-    """Writes what the inversion started from: frames (n, H, W, 3), prompt, depth (n, 1, H, W)."""
-    save_frames(folder / "frames", frames)
-    with atomic_file(folder / "inversion_prompt.txt") as temporary:
-        temporary.write_text(prompt, encoding="utf-8")
-    if depth is not None:
-        save_tensors(folder / DEPTH_FILE, {"depth": depth})
-
-
-def finish_cache(
-    folder: Path, manifest: Manifest, files: dict[str, dict], **figures: object
-) -> Manifest:
-    """Writes the manifest: from now on the cache is whole.
-
-    Args:
-        manifest: what the cache depends on.
-        files: all others in the folder (`WorkDir.record_files`).
-        figures: the fields of the manifest that say how its making went.
-
-    Returns:
-        the manifest as written.
-    """
-    manifest = manifest.model_copy(update={"files": files, **figures})
-    save_yaml(folder / MANIFEST, manifest.model_dump())
-    return manifest
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading (edits, and preprocess.py before it makes a cache again)
+    return f"latents/{stem}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -247,8 +170,9 @@ class SourceCache:
 
     @property
     def sha256(self) -> str:
-        """Of what is in the cache, by which results and features know it: equal if made again."""
-        return contents_sha256(self.manifest)
+        """A digest of what it was made from and of its files, by which results know it."""
+        files = {name: record["sha256"] for name, record in self.manifest.files.items()}
+        return _digest([identity(self.manifest), files])
 
     @property
     def fps(self) -> Fraction:
@@ -256,8 +180,7 @@ class SourceCache:
 
     def latents(self, name: str | int, n_frames: int) -> Tensor:
         """The first n_frames latents at a saved timestep (or CLEAN_LATENTS), (n, 4, h, w)."""
-        path = latents_file(self.folder, name)
-        return self._tensor(path.relative_to(self.folder).as_posix(), "latents")[:n_frames]
+        return self._tensor(latents_file(name), "latents")[:n_frames]
 
     def frames(self, n_frames: int) -> np.ndarray:
         """The first n_frames source frames, (n, H, W, 3) uint8."""
@@ -273,9 +196,7 @@ class SourceCache:
 
     def depth(self, n_frames: int) -> Tensor | None:
         """Depth of the first n_frames, (n, 1, H, W) in [0, 1], where there is any."""
-        if not self.has_depth:
-            return None
-        return self._tensor(DEPTH_FILE, "depth")[:n_frames]
+        return self._tensor(DEPTH_FILE, "depth")[:n_frames] if self.has_depth else None
 
     def _tensor(self, name: str, key: str) -> Tensor:
         self.check(name)
@@ -298,15 +219,14 @@ class SourceCache:
 
     def check_source(self, timesteps: Iterable[int], n_frames: int) -> None:
         """Compares what an edit of n_frames reads but for the features with its checksums."""
-        latents = (latents_file(self.folder, name) for name in (CLEAN_LATENTS, *timesteps))
-        names = [path.relative_to(self.folder).as_posix() for path in latents]
+        names = [latents_file(name) for name in (CLEAN_LATENTS, *timesteps)]
         names += [f"frames/{frame_name(index)}" for index in range(n_frames)]
         for name in [*names, DEPTH_FILE] if self.has_depth else names:
             self.check(name)
 
     def check_unchanged(self) -> None:
         """Refuses a cache that was replaced since it was opened."""
-        if self.sha256 != contents_sha256(read_manifest(self.folder)):
+        if self.sha256 != SourceCache(self.folder, read_manifest(self.folder)).sha256:
             raise UserError(f"{self.folder}: was replaced meanwhile; run the same command again")
 
     def verify(self) -> None:
@@ -314,6 +234,10 @@ class SourceCache:
         for name in self.manifest.files:
             self.check(name)
         refuse_unexpected_files(self.folder, {MANIFEST, *self.manifest.files}, FEATURES)
+
+
+# What to do about a cache that is missing (None) or damaged (its manifest).
+Remedy = Callable[[Manifest | None], str]
 
 
 def remake(manifest: Manifest | None) -> str:
@@ -325,7 +249,7 @@ def find_cache(
     clip_folder: Path,
     wanted: Mapping[str, object],
     n_frames: int,
-    remedy: Callable[[Manifest | None], str] = remake,
+    remedy: Remedy = remake,
     verify: bool = False,
 ) -> SourceCache:
     """The cache of a clip for an edit of up to n_frames.
@@ -335,7 +259,6 @@ def find_cache(
     Args:
         clip_folder: of the caches of all clips of that name.
         wanted: what the cache's manifest must say: PLACE and steps; None leaves one open.
-        remedy: says what to do about a cache that is missing (None) or damaged (its manifest).
         verify: as in `open_cache`.
 
     Raises:
@@ -343,24 +266,26 @@ def find_cache(
         UserError: if several fit, or its manifest or one of its files is damaged.
     """
     found, damaged = {}, []
-    steps = "*" if wanted["steps"] is None else wanted["steps"]
+    steps = "steps_*" if wanted["steps"] is None else f"steps_{wanted['steps']}"
     for folder in sorted(clip_folder.glob("steps_*/nframes_*")):
         if _CACHE_NAME.fullmatch(folder.name) and (folder / MANIFEST).is_file():
             try:
                 found[folder] = read_manifest(folder, remedy)
             except UserError as error:
-                if folder.match(f"steps_{steps}/*"):
+                if folder.parent.match(steps):
                     damaged.append(error)
     fitting = {folder: m for folder, m in found.items() if not _mismatches(m, wanted)}
     if not fitting:
         if damaged:
             raise damaged[0]
-        raise MissingFileError(_no_cache(clip_folder, found, wanted, remedy(None)))
+        listed = _listed(found, clip_folder, wanted)
+        raise MissingFileError(_no_cache(clip_folder, steps, listed, remedy(None)))
     for error in damaged:
         log.warning("%s", error)
     if len({(m.steps, *_place(m).values()) for m in fitting.values()}) > 1:
+        listed = ", ".join(_listed(fitting, clip_folder, wanted))
         raise UserError(
-            f"{clip_folder}: several caches fit: {_listed(fitting, clip_folder, wanted)}; choose "
+            f"{clip_folder}: several caches fit: {listed}; choose "
             "by n_inversion_steps, frame_start and frame_stride, or by data_path and model_key"
         )
     lengths = {m.n_frames: folder for folder, m in fitting.items()}
@@ -368,14 +293,13 @@ def find_cache(
 
 
 def _mismatches(manifest: Manifest, wanted: Mapping[str, object]) -> list[str]:
-    return [
-        key
-        for key, value in wanted.items()
-        if value is not None and value != getattr(manifest, key)
-    ]
+    given = {key: value for key, value in wanted.items() if value is not None}
+    return [key for key, value in given.items() if value != getattr(manifest, key)]
 
 
-def _listed(found: Mapping[Path, Manifest], clip_folder: Path, wanted: Mapping[str, object]) -> str:
+def _listed(
+    found: Mapping[Path, Manifest], clip_folder: Path, wanted: Mapping[str, object]
+) -> list[str]:
     """Caches by their folders, with what tells one from another."""
     texts = []
     for folder, manifest in found.items():
@@ -390,28 +314,24 @@ def _listed(found: Mapping[Path, Manifest], clip_folder: Path, wanted: Mapping[s
         if "model_revision" in mismatches:
             text += f", another model: {manifest.model_key}"
         texts.append(f"{text})")
-    return ", ".join(texts)
+    return texts
 
 
-def _no_cache(
-    clip_folder: Path, found: Mapping[Path, Manifest], wanted: Mapping[str, object], advice: str
-) -> str:
-    """Says that a clip has no cache that fits, what there is instead, and what to do."""
-    others = [_listed(found, clip_folder, wanted)] if found else []
-    elsewhere = clip_folder.parent.parent.glob(f"*/{glob.escape(clip_folder.name)}/steps_*")
-    others += sorted(
-        str(path.relative_to(clip_folder.parent.parent))
-        for path in elsewhere
-        if path.parent != clip_folder
-    )
-    hint = f" (there is {', '.join(others)})" if others else ""
-    state, place = "no cache", clip_folder
-    if wanted["steps"] is not None:
-        place /= f"steps_{wanted['steps']}"
-    parents = [place] if wanted["steps"] is not None else sorted(place.glob("steps_*"))
-    folders = [folder for parent in parents for folder in sorted(parent.glob("nframes_*"))]
+def _no_cache(clip_folder: Path, steps: str, found: list[str], advice: str) -> str:
+    """Says that a clip has no cache that fits, what there is instead, and what to do.
+
+    Args:
+        steps: the name of the folder that was looked into, or a pattern.
+        found: caches of the clip that do not fit.
+    """
+    latents = clip_folder.parent.parent
+    elsewhere = sorted(latents.glob(f"*/{glob.escape(clip_folder.name)}/steps_*"))
+    others = [str(p.relative_to(latents)) for p in elsewhere if p.parent != clip_folder]
+    hint = f" (there is {', '.join(found + others)})" if found + others else ""
+    state, place = "no cache", clip_folder / steps.removesuffix("steps_*")
+    folders = sorted(clip_folder.glob(f"{steps}/nframes_*"))
     incomplete = [folder for folder in folders if not (folder / MANIFEST).is_file()]
-    begun = [folder for parent in parents for folder in begun_dirs(parent, "nframes_*")]
+    begun = [path for parent in clip_folder.glob(steps) for path in begun_dirs(parent, "nframes_*")]
     if incomplete:
         state = f"only a cache that lacks its manifest ({incomplete[0].name})"
         advice = f"{advice} --overwrite"
@@ -422,15 +342,12 @@ def _no_cache(
     return f"{place}: {state} for this clip{hint}; {advice}"
 
 
-def open_cache(
-    folder: Path, remedy: Callable[[Manifest | None], str] = remake, verify: bool = False
-) -> SourceCache:
+def open_cache(folder: Path, remedy: Remedy = remake, verify: bool = False) -> SourceCache:
     """Opens a finished cache after checking that its files are all there, of the right size.
 
     Checksums are compared when the files are read.
 
     Args:
-        remedy: as in `find_cache`.
         verify: compare all checksums now, and refuse files that do not belong there.
 
     Raises:
@@ -438,30 +355,18 @@ def open_cache(
             damaged.
     """
     manifest = read_manifest(folder, remedy)
-    advice = f"{remedy(manifest)} --overwrite"
+    cache = SourceCache(folder, manifest, f"{remedy(manifest)} --overwrite")
     for name in manifest.files:
-        check_file(folder, name, manifest.files, advice, read=False)
-    cache = SourceCache(folder, manifest, advice)
+        check_file(folder, name, manifest.files, cache.advice, read=False)
     if verify:
         cache.verify()
     return cache
 
 
-def read_manifest(folder: Path, remedy: Callable[[Manifest | None], str] = remake) -> Manifest:
+def read_manifest(folder: Path, remedy: Remedy = remake) -> Manifest:
     """Reads a cache's manifest.
-
-    Args:
-        remedy: as in `find_cache`.
 
     Raises:
         UserError: if it is damaged, of another format or lacks a field.
     """
-    path = folder / MANIFEST
-    try:
-        data = load_yaml(path)
-        data.pop("sha256", None)  # of the file itself, by an earlier version
-        if data.get("format") != FORMAT:
-            raise UserError(f"{path}: not a manifest of format {FORMAT}")
-        return parse(Manifest, data, str(path))
-    except UserError as error:
-        raise type(error)(f"{error}; {remedy(None)} --overwrite") from error
+    return load_manifest(Manifest, folder / MANIFEST, FORMAT, f"{remedy(None)} --overwrite")

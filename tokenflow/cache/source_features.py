@@ -34,15 +34,15 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenflow.cache.source_cache import (
-    FEATURES,
-    MANIFEST,
-    SourceCache,
-)
+from tokenflow.cache.source_cache import FEATURES, MANIFEST, SourceCache
 from tokenflow.diffusion.unet_layers import grid_of_block, layer_sizes
-from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
-from tokenflow.storage.schema import Model, parse
-from tokenflow.storage.yaml_files import load_yaml
+from tokenflow.storage.manifest import (
+    FileRecord,
+    check_file,
+    load_manifest,
+    refuse_unexpected_files,
+)
+from tokenflow.storage.schema import Model
 from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, Correspondence, TokenFlowContext
 from util import UserError
 
@@ -234,15 +234,7 @@ def find_features(
         f"run: rm -r {shlex.quote(str(folder))} and then {remake.removeprefix('run: ')}; "
         "or edit without: --set source_features=live"
     )
-    path = folder / MANIFEST
-    try:
-        data = load_yaml(path)
-        data.pop("sha256", None)  # of the file itself, by an earlier version
-        if data.get("format") != FORMAT:
-            raise UserError(f"{path}: not a manifest of format {FORMAT}")
-        manifest = parse(FeaturesManifest, data, str(path))
-    except UserError as error:
-        raise type(error)(f"{error}; {advice}") from error
+    manifest = load_manifest(FeaturesManifest, folder / MANIFEST, FORMAT, advice)
     if manifest.cache_sha256 != cache.sha256:
         raise UserError(f"{folder}: belongs to another cache; {advice}")
     for name in manifest.files:

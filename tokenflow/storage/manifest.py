@@ -1,4 +1,4 @@
-"""What a manifest says of the files in its directory, and checks of them."""
+"""Manifests: what they say of the files in their directory, and checks of these."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from tokenflow.storage.schema import M, parse
+from tokenflow.storage.yaml_files import load_yaml
 from util import MissingFileError, UserError, sha256_file
 
 
@@ -22,6 +24,22 @@ class FileRecord(TypedDict):
 def file_record(path: Path) -> FileRecord:
     """What manifests say of a file now."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def load_manifest(cls: type[M], path: Path, version: int, fix_hint: str) -> M:
+    """Reads a manifest of a format.
+
+    Raises:
+        UserError: it is missing, damaged or of another format; says what to do then.
+    """
+    try:
+        data = load_yaml(path)
+        data.pop("sha256", None)  # of the file itself, by an earlier version
+        if data.get("format") != version:
+            raise UserError(f"{path}: not a manifest of format {version}")
+        return parse(cls, data, str(path))
+    except UserError as error:
+        raise type(error)(f"{error}; {fix_hint}") from error
 
 
 def check_file(
