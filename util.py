@@ -264,28 +264,25 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path) as temporary:
-        write_safetensors(temporary, plain)
-
-
-def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+def save_tensors(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write contiguous tensors on the CPU and a header's texts; call it within `atomic_file`.
+    """Write tensors, and texts in the header, as safetensors.
 
     Raises:
         OSError: the file cannot be written, with its number: the library only has it in its text.
     """
-    try:
-        safetensors.torch.save_file(dict(tensors), path, metadata and dict(metadata))
-    except safetensors.SafetensorError as error:
-        number = re.search(r"os error ([0-9]+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        try:
+            safetensors.torch.save_file(plain, temporary, metadata)
+        except safetensors.SafetensorError as error:
+            number = re.search(r"os error ([0-9]+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -305,31 +302,19 @@ MAX_NAME_BYTES = 255  # of one file or folder, on every usual file system
 MAX_PATH_BYTES = 3072  # of a folder of ours: systems end at 4096, and what lies in it needs room
 
 
-def check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str = "") -> None:
     """Refuse text that cannot be a file's name or be written to one: NUL, undecodable bytes.
 
-    Args:
-        where: what the text is of, for the error.
-
     Raises:
-        UserError: says what is wrong; the text is cut short.
+        UserError: says where the text is from and what is wrong; the text is cut short.
     """
-    if fault := text_fault(text):
-        raise UserError(f"{where}: {fault}")
-
-
-def text_fault(text: str) -> str:
-    """Why text cannot be a file's name or be written to one; empty if it can."""
-    if "\0" in text:
-        return f"{shown(text)} holds a NUL character"
+    fault = "holds a NUL character" if "\0" in text else ""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return (
-            f"{shown(text)} is not valid Unicode text: "
-            "it holds an undecodable byte or half a surrogate pair"
-        )
-    return ""
+        fault = "is not valid Unicode text: it holds an undecodable byte or half a surrogate pair"
+    if fault:
+        raise UserError(f"{where and f'{where}: '}{shown(text)} {fault}")
 
 
 def check_path(path: str | Path, name: str) -> None:
@@ -344,17 +329,13 @@ def check_path(path: str | Path, name: str) -> None:
     """
     check_text(str(path), name)
     absolute = os.path.abspath(path)
-    for part in absolute.split(os.sep):
-        if len(os.fsencode(part)) > MAX_NAME_BYTES:
+    parts = [("a folder's name", part, MAX_NAME_BYTES) for part in absolute.split(os.sep)]
+    for what, text, most in [*parts, ("a path", absolute, MAX_PATH_BYTES)]:
+        n_bytes = len(os.fsencode(text))
+        if n_bytes > most:
             raise UserError(
-                f"{name}: {shown(part)} is too long for a folder's name "
-                f"({len(os.fsencode(part))} bytes, at most {MAX_NAME_BYTES})"
+                f"{name}: {shown(text)} is too long for {what} ({n_bytes} bytes, at most {most})"
             )
-    if len(os.fsencode(absolute)) > MAX_PATH_BYTES:
-        raise UserError(
-            f"{name}: {shown(absolute)} is too long a path "
-            f"({len(os.fsencode(absolute))} bytes, at most {MAX_PATH_BYTES})"
-        )
 
 
 def slug(text: str, limit: int = 48) -> str:

@@ -229,7 +229,7 @@ def test_a_path_that_no_file_system_takes_is_refused(tmp_path):
     for folder, message in (
         (tmp_path / ("x" * 256), "--out: 'xxx.*' is too long for a folder's name .256 bytes"),
         (tmp_path / ("狼" * 86), "too long for a folder's name .258 bytes"),
-        (tmp_path / "/".join(["x" * 100] * 40), "is too long a path"),
+        (tmp_path / "/".join(["x" * 100] * 40), "too long for a path"),
         (f"{tmp_path}/a\0b", "holds a NUL"),
     ):
         with pytest.raises(UserError, match=message):

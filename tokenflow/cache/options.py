@@ -169,7 +169,7 @@ class PreprocessOptions(Model):
         if (self.H is None) != (self.W is None):
             raise ValueError("--H and --W: give both or neither")
         if self.H is not None:
-            check_size(self.H, self.W)
+            check_size("--H and --W", self.H, self.W)
         for name in ("save_steps", "recon_steps"):
             if self.steps % getattr(self, name):
                 raise ValueError(

@@ -46,15 +46,15 @@ def list_folder(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
-def check_size(height: int, width: int) -> None:
-    """Refuses a working size above the limits of a frame.
+def check_size(where: object, height: int, width: int) -> None:
+    """Refuses a frame's size above the limits.
 
     Raises:
         UserError: names the limits.
     """
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
         raise UserError(
-            f"H: {height}, W: {width}; expected at most {MAX_SIDE} a side and "
+            f"{where}: {width}x{height} pixels are too many; at most {MAX_SIDE} a side and "
             f"{MAX_PIXELS // 10**6} megapixels"
         )
 
@@ -114,7 +114,7 @@ def opened_image(path: Path, kind: str = "an image") -> Iterator[Image.Image]:
             # Pillow's warnings do not matter here; sizes are checked below.
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_IMAGE_FORMATS) as image:
-                check_native_size(path, *image.size)
+                check_size(path, image.height, image.width)
                 yield image
     except UserError:
         raise
@@ -140,14 +140,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_native_size(path: Path, width: int, height: int) -> None:
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise UserError(
-            f"{path}: {width}x{height} pixels are too many; at most {MAX_SIDE} a side and"
-            f" {MAX_PIXELS // 10**6} megapixels"
-        )
-
-
 def default_size(height: int, width: int) -> tuple[int, int]:
     """Choose (height, width) to work at: 512x512, landscape 384x672, portrait 672x384."""
     if height == width:
@@ -162,16 +154,10 @@ def fit_frame(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Imag
         image: an RGB image.
         size: (height, width) in pixels.
         fit: "stretch" ignores the aspect ratio; "crop" scales to cover, then cuts the centre out.
-
-    Raises:
-        UserError: fit is neither.
     """
     height, width = size
-    if fit == "stretch":
-        return image.resize((width, height), Image.Resampling.LANCZOS)
-    if fit == "crop":
-        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    raise UserError(f"fit: expected stretch or crop, got {fit!r}")
+    resize = ImageOps.fit if fit == "crop" else Image.Image.resize
+    return resize(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def frame_name(index: int) -> str:

@@ -41,7 +41,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tokenflow.storage.yaml_files import MAX_CONFIG_BYTES, load_yaml, parse_yaml
-from util import UserError, shown, shown_key, text_fault
+from util import UserError, check_text, shown, shown_key
 
 MAX_COUNT = 1_000_000  # of frames, steps or a batch: far beyond use, far below overflow
 MAX_SEED = 2**63 - 1  # torch's generators accept no more
@@ -64,8 +64,7 @@ class Model(BaseModel):
     @classmethod
     def _texts_can_be_written(cls, value: Any) -> Any:
         for text in _texts(value):
-            if fault := text_fault(text):
-                raise ValueError(fault)
+            check_text(text)
         return value
 
 

@@ -20,7 +20,6 @@ from PIL import Image
 from tokenflow.storage.images import (
     MAX_PIXELS,
     check_kind,
-    check_native_size,
     check_size,
     default_size,
     fit_frame,
@@ -162,12 +161,13 @@ def read_clip(
 
     Raises:
         MissingFileError: there is no such path.
-        UserError: an argument is out of range, the source cannot be read, or its frames would
-            not fit into memory.
+        UserError: the size is too large, the source cannot be read, or its frames would not fit
+            into memory.
     """
     path = Path(path)
     most = ALL if n_frames is None else n_frames
-    _check_request(most, start, stride, size, fps)
+    if size is not None:
+        check_size("H and W", *size)
     if not os.path.exists(path):
         raise MissingFileError(f"{path}: no such video or folder")
     check_kind(path)
@@ -190,19 +190,6 @@ def read_clip(
     if n_frames is not None and len(frames) < n_frames:
         logger.warning("%s: %d frames requested, only %d available", path, n_frames, len(frames))
     return Clip(np.stack(frames), fps or rate / stride, native[0])
-
-
-def _check_request(
-    n_frames: int, start: int, stride: int, size: tuple[int, int] | None, fps: Fraction | None
-) -> None:
-    limits = (("n_frames", n_frames, 1), ("start", start, 0), ("stride", stride, 1))
-    for name, value, low in (*limits, *(("size", side, 1) for side in size or ())):
-        if value < low:
-            raise UserError(f"{name}: expected at least {low}, got {value}")
-    if fps is not None and fps <= 0:
-        raise UserError(f"fps: expected more than 0, got {fps}")
-    if size is not None:
-        check_size(*size)
 
 
 def check_memory(n_frames: int, height: int, width: int) -> None:
@@ -238,7 +225,7 @@ def _read_video(
             raise UserError(f"{path}: has no video stream")
         if stream.codec_context is None:
             raise UserError(f"{path}: there is no decoder for its video codec")
-        check_native_size(path, stream.codec_context.width, stream.codec_context.height)
+        check_size(path, stream.codec_context.height, stream.codec_context.width)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         there = len(range(wanted.start, max(wanted.start, stream.frames), wanted.step))
         n_seen = 0
@@ -253,7 +240,7 @@ def _read_video(
             if n_seen in wanted:
                 if frame.is_corrupt:
                     raise _corrupt_frame(path, n_seen, "damaged data")
-                check_native_size(path, frame.width, frame.height)
+                check_size(path, frame.height, frame.width)
                 keep(_displayed(path, frame), there)
             n_seen += 1
         rate = stream.average_rate or stream.guessed_rate
@@ -332,21 +319,12 @@ def source_sha256(path: str | Path) -> str:
     if os.path.exists(path):
         check_kind(path)
     if not path.is_dir():
-        return _file_hash(path)
+        return sha256_file(path)
     digest = hashlib.sha256()
     for image in folder_images(path):
         # Both parts have no room for ambiguity: a name holds no NUL, a digest's length is fixed.
-        digest.update(os.fsencode(image.name) + b"\0" + bytes.fromhex(_file_hash(image)))
+        digest.update(os.fsencode(image.name) + b"\0" + bytes.fromhex(sha256_file(image)))
     return digest.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        return sha256_file(path)
-    except MissingFileError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def save_video(path: str | Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.manifest import FileRecord, file_record
-from util import MissingFileError, UserError, atomic_file, sync_folder, write_safetensors
+from util import MissingFileError, UserError, atomic_file, save_tensors, sync_folder
 
 log = logging.getLogger("tokenflow")
 
@@ -109,17 +109,8 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
 
     On failure `folder` is as it was, and what was written is removed. It is locked meanwhile.
     """
-    place = _work_place(folder)
-    with locked(folder):
-        recover(folder)
-        _remove(place)
-        (place / "folder").mkdir(parents=True)
-        try:
-            yield place / "folder"
-        except BaseException:
-            _remove(place)
-            raise
-        _put_in_place(folder)
+    with locked(folder), resumable_dir(folder, {}) as work:
+        yield work.folder
 
 
 def recover(folder: Path) -> None:
@@ -197,13 +188,9 @@ class WorkDir:
             return
         self._list_files()
         # Copies, since safetensors takes no two tensors that share memory.
-        plain = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
         text = json.dumps({"stage": stage, "figures": figures, "sizes": self.sizes})
-        with atomic_file(_checkpoint_file(self.folder.parent)) as temporary:
-            write_safetensors(temporary, plain, {"state": text})
+        save_tensors(_checkpoint_file(self.folder.parent), copies, {"state": text})
 
     def record_files(self) -> dict[str, FileRecord]:
         """What a manifest says of each file: bytes and sha256, by path within the directory.
