@@ -92,15 +92,14 @@ def edit(script, place, model, **changes):
     path = place / "config.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     keyframes = []
-    predict = loop._Sampler.predict
+    step = loop.tokenflow_step
 
-    def noted(self, source, x, step):
-        if self.config.consistency == "tokenflow":
-            keyframes.append(step.keyframes.tolist())
-        return predict(self, source, x, step)
+    def noted(edit, source, context, x, t, chosen, *arguments):
+        keyframes.append(chosen.tolist())
+        return step(edit, source, context, x, t, chosen, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Sampler, "predict", noted)
+        patch.setattr(loop, "tokenflow_step", noted)
         return script.main(["--config", str(path)]), keyframes
 
 

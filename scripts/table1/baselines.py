@@ -26,8 +26,7 @@ from tokenflow.diffusion.vae import encode_frames
 from tokenflow.editing.config import read_config
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
-from tokenflow.editing.results import Edited
-from tokenflow.editing.techniques import open_result
+from tokenflow.editing.techniques import open_result, save_result
 from tokenflow.evaluation.motion import warp
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.yaml_files import load_yaml
@@ -39,11 +38,12 @@ def reconstruction(
 ) -> Path:
     """The result whose frames are the VAE's reconstruction; returns its folder."""
     inputs = open_inputs(config)
-    with open_result("reconstruction", inputs, overwrite) as result:
-        if not result.finished:
-            session = EditSession(inputs, load=load, work=result.work)
-            result.save(session, session.decode(session.latents(CLEAN_LATENTS)))
-    return result.folder
+    with open_result("reconstruction", inputs, overwrite) as (folder, work):
+        if work is not None:
+            session = EditSession(inputs, load=load, work=work)
+            latents = session.latents(CLEAN_LATENTS)
+            save_result("reconstruction", session, session.decode(latents), latents)
+    return folder
 
 
 def rgb_propagation(
@@ -52,9 +52,9 @@ def rgb_propagation(
     """The result whose frames are warps of the edited middle frame; returns its folder."""
     inputs = open_inputs(config)
     per_frame = pnp.edit(config.model_copy(update={"consistency": "none"}), overwrite, load)
-    with open_result("rgb_propagation", inputs, overwrite) as result:
-        if not result.finished:
-            session = EditSession(inputs, load=load, work=result.work)
+    with open_result("rgb_propagation", inputs, overwrite) as (folder, work):
+        if work is not None:
+            session = EditSession(inputs, load=load, work=work)
             middle = inputs.n_frames // 2
             keyframe = load_frames(per_frame / "frames")[middle]
             with session.watch("edit"):
@@ -63,8 +63,8 @@ def rgb_propagation(
                 session.watch.add(stage, load_yaml(per_frame / "run.yaml")["seconds"][stage])
             # No latents were edited: those of the frames stand in their place.
             latents = encode_frames(session.models, frames, session.chunk_size)
-            result.save(session, Edited(frames, latents))
-    return result.folder
+            save_result("rgb_propagation", session, frames, latents)
+    return folder
 
 
 def propagate_rgb(keyframe: np.ndarray, source: np.ndarray, number: int) -> np.ndarray:

@@ -135,11 +135,11 @@ class World:
         assert key == (self.model, self._models.device, self._models.dtype, False)
         return self._models
 
-    def preprocess(self, wait: bool = True, **options: object) -> Path:
-        return self.preprocess_by(self.preprocess_argv(**options), wait)
+    def preprocess(self, **options: object) -> Path:
+        return self.preprocess_by(self.preprocess_argv(**options))
 
-    def preprocess_by(self, argv: list[str], wait: bool = True) -> Path:
-        return preprocess.preprocess(parse_args(argv), self.load, wait)
+    def preprocess_by(self, argv: list[str]) -> Path:
+        return preprocess.preprocess(parse_args(argv), self.load)
 
     def preprocess_argv(self, **options: object) -> list[str]:
         small = {
@@ -165,11 +165,8 @@ class World:
     def config(self, technique: str = "pnp", **keys: object) -> EditConfig:
         return SCRIPTS[technique][1](**self.keys(technique, **keys))
 
-    def edit(
-        self, technique: str = "pnp", overwrite: bool = False, wait: bool = True, **keys: object
-    ) -> Path:
-        config = self.config(technique, **keys)
-        return SCRIPTS[technique][0].edit(config, overwrite, self.load, wait)
+    def edit(self, technique: str = "pnp", overwrite: bool = False, **keys: object) -> Path:
+        return SCRIPTS[technique][0].edit(self.config(technique, **keys), overwrite, self.load)
 
     def job(self, name: str) -> Job:
         """The job of a name."""
@@ -1044,24 +1041,15 @@ def meeting_when_waiting(run: Callable[[], object], meeting: Meeting) -> Callabl
 
 @pytest.mark.parametrize("name", [at_length("cache"), "pnp"])
 def test_two_at_once(world, tally, tmp_path, name):
-    """The second waits and finds made what the first made, or is refused if it may not wait."""
+    """The second waits and finds made what the first made."""
     job, first, second = world.job(name), Meeting(), Meeting()
     place = job.place(tmp_path / "place")
     (tmp_path / "second").symlink_to(place)
-    (tmp_path / "third").symlink_to(place)
     with tally.fault("two processes at once", 2):
         at_work = Child(meeting_at_first_save(job.run, first), place)
         first.await_child(at_work)
         waits = Child(meeting_when_waiting(job.run, second), tmp_path / "second")
         second.await_child(waits)
-        again = (
-            (lambda: world.edit(wait=False))
-            if name == "pnp"
-            else (lambda: world.preprocess(wait=False, **PREPROCESSING[name][1]))
-        )
-        refused = Child(lambda: command_line(lambda _: again()), tmp_path / "third")
-        refused.end()
-        assert "another process works on it; try again when it has ended" in the_line(refused)
         first.let_go()
         assert at_work.end() == waits.end() == 0, waits.output
         assert "waiting for another process that works on it" in waits.output

@@ -34,7 +34,7 @@ from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.results import result_folder
-from tokenflow.editing.techniques import OpenResult, load_technique
+from tokenflow.editing.techniques import load_technique, save_result
 from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
 from tokenflow.storage.work_dir import WorkDir, atomic_dir
@@ -280,9 +280,11 @@ class Bench:
                 inputs = open_inputs(config)
                 self.technique.check(inputs)
             session = EditSession(inputs, models, meter)
-            edited = session.decode(session.edit_latents(self.technique.plan(session)))
+            latents = session.edit_latents(self.technique.plan(session))
+            frames = session.decode(latents)
             with atomic_dir(result_folder(inputs, name)) as folder:
-                OpenResult(name, folder, inputs, WorkDir(folder)).save(session, edited)
+                session.work = WorkDir(folder)
+                save_result(name, session, frames, latents)
         meter.add_total()
         return meter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,73 +11,68 @@ from torch import Tensor
 
 from tokenflow.cache.source_pass import LiveSource
 from tokenflow.diffusion.conditions import optical_flow
+from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.diffusion.unet_layers import layer_sizes
-from tokenflow_utils import Correspondence, Neighbours
+from tokenflow_utils import Correspondence, TokenFlowContext
 
 
-class FlowSource:
-    """A `tokenflow_utils.Source` whose matches are those of the source frames' optical flow.
+class FlowSource(LiveSource):
+    """A `LiveSource` whose matches are those of the source frames' optical flow.
+
+    The UNet runs only where something is injected.
 
     Args:
-        live: computes what PnP injects, if anything is injected; its context has no `nearest`.
+        denoiser, context, latents: as of `LiveSource`; the context has no `nearest`.
         frames: (n, H, W, 3) uint8 source frames.
-        grid: (h, w) of the latents.
     """
 
-    def __init__(self, live: LiveSource, frames: np.ndarray, grid: Sequence[int]) -> None:
-        models = live.denoiser.models
-        self.live, self.context, self.device = live, live.context, models.device
-        self.sizes = layer_sizes(models.unet, tuple(grid))
-        self.field = FlowField(frames, {(h, w) for h, w, _ in self.sizes.values()})
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        context: TokenFlowContext,
+        latents: Callable[[int], Tensor],
+        frames: np.ndarray,
+    ) -> None:
+        super().__init__(denoiser, context, latents)
+        factor = denoiser.models.vae_factor
+        grid = tuple(size // factor for size in frames.shape[1:3])
+        sizes = layer_sizes(denoiser.models.unet, grid)
+        self.grids = {layer: (h, w) for layer, (h, w, _) in sizes.items()}
+        self.frames = frames
         self._keyframes: Tensor | None = None
+        self._tokens: dict[tuple[int, int], dict[tuple[int, int], Tensor]] = {}
 
     def load_keyframes(self, t: int, frames: Tensor) -> None:
         """Fills `tokens` and `features` of the keyframes (k,) if they are needed."""
         self._keyframes = frames
         if self.context.inject_attention or self.context.inject_features:
-            self.live.load_keyframes(t, frames)
+            super().load_keyframes(t, frames)
 
     def load_chunk(self, t: int, frames: Tensor) -> None:
         """Fills `matches` of frames (m,), and `features` if they are needed."""
-        matches = self.field.matches(frames, self._keyframes, self.context.neighbours, self.device)
-        self.context.matches = {layer: matches[h, w] for layer, (h, w, _) in self.sizes.items()}
-        if self.context.inject_features:
-            self.live.load_chunk(t, frames)
-
-
-class FlowField:
-    """The tokens that tokens of a frame move to in a keyframe, by optical flow of the frames.
-
-    Args:
-        frames: (n, H, W, 3) uint8 source frames.
-        grids: (h, w) of the layers' tokens.
-    """
-
-    def __init__(self, frames: np.ndarray, grids: set[tuple[int, int]]) -> None:
-        self.frames, self.grids = frames, grids
-        self._tokens: dict[tuple[int, int], dict[tuple[int, int], Tensor]] = {}
-
-    def matches(
-        self, chunk: Tensor, keyframes: Tensor, near: Neighbours, device: torch.device
-    ) -> dict[tuple[int, int], Correspondence]:
-        """The correspondences of a chunk's frames, by the grid (h, w)."""
+        near, device = self.context.neighbours, self.denoiser.models.device
         previous, following = (
-            [self._pair(*pair) for pair in zip(chunk, keyframes[which.cpu()], strict=True)]
+            [self._pair(*pair) for pair in zip(frames, self._keyframes[which.cpu()], strict=True)]
             for which in (near.previous, near.next)
         )
-        return {
+        by_grid = {
             grid: Correspondence(
                 torch.stack([tokens[grid] for tokens in previous]).to(device),
                 torch.stack([tokens[grid] for tokens in following]).to(device),
             )
-            for grid in self.grids
+            for grid in set(self.grids.values())
         }
+        self.context.matches = {layer: by_grid[grid] for layer, grid in self.grids.items()}
+        if self.context.inject_features:
+            super().load_chunk(t, frames)
 
     def _pair(self, frame: Tensor, keyframe: Tensor) -> dict[tuple[int, int], Tensor]:
+        """The tokens of a keyframe that a frame's tokens move to, (L,) for each grid."""
         pair = int(frame), int(keyframe)
         if pair not in self._tokens:
             flow = optical_flow(self.frames[pair[0]], self.frames[pair[1]])[None]
-            self._tokens[pair] = {grid: flow_tokens(flow, grid)[0] for grid in self.grids}
+            grids = set(self.grids.values())
+            self._tokens[pair] = {grid: flow_tokens(flow, grid)[0] for grid in grids}
         return self._tokens[pair]
 
 

@@ -2,19 +2,20 @@
 
 An `EditSession` holds the loaded models and the source of one edit. A technique makes an `EditPlan`
 of it (what differs between PnP, SDEdit and ControlNet), and `EditSession.edit_latents` runs the
-sampling steps. One step is a function with the signature of `tokenflow_utils.tokenflow_step`;
-`STEPS` has one for each choice of `consistency`.
+sampling steps: Algorithm 1 (`tokenflow_utils.tokenflow_step`), or `ablation_step`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from tokenflow.cache.source_cache import CLEAN_LATENTS
@@ -36,10 +37,8 @@ from tokenflow.editing.config import EditConfig
 from tokenflow.editing.flow_field import FlowSource
 from tokenflow.editing.inputs import EditInputs, features_remedy
 from tokenflow.editing.keyframe_windows import WindowedAttention, keyframe_windows
-from tokenflow.editing.results import Edited
-from tokenflow.ops.distributed import ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
-from tokenflow.ops.profiling import Stopwatch, device_name, reset_peak_memory, versions
+from tokenflow.ops.profiling import Stopwatch, reset_peak_memory
 from tokenflow.storage.work_dir import WorkDir
 from tokenflow_utils import (
     Neighbours,
@@ -98,7 +97,7 @@ class EditSession:
     Attributes:
         frames, depth: of the source, (n, H, W, 3) uint8 and (n, 1, H, W) or None.
         image_forwards: of the last edit, UNet evaluations (images x branches).
-        source_features: of the last edit, "cached" or "live"; of a resumed one perhaps both.
+        source_features: of the last edit, "cached" or "live".
     """
 
     def __init__(
@@ -110,8 +109,7 @@ class EditSession:
         work: WorkDir | None = None,
     ) -> None:
         self.inputs, self.config, self.cache = inputs, inputs.config, inputs.cache
-        self.group: ProcessGroup = inputs.group
-        self.work = work
+        self.group, self.work = inputs.group, work
         self.image_forwards = 0
         self.source_features = "live"
         self.watch = watch or Stopwatch(inputs.device)
@@ -153,71 +151,170 @@ class EditSession:
 
     @torch.inference_mode()
     def edit_latents(self, plan: EditPlan) -> Tensor:
-        """The denoising loop: from the plan's start to clean edited latents, (n, 4, h, w)."""
-        config, schedule = self.config, self.models.schedule
-        steps = plan_steps(config, plan, len(self.frames))
-        with self.watch("edit"):
-            sampler = _Sampler(self, plan)
+        """The denoising loop: from the plan's start to clean edited latents, (n, 4, h, w).
+
+        Of several processes, each computes the chunks of its own frames, and the predictions are
+        gathered; keyframes that are edited together are shared between the processes separately.
+        """
+        config, schedule, n_frames = self.config, self.models.schedule, len(self.frames)
+        steps, following = plan_steps(config, plan, n_frames), [*plan.timesteps[1:], CLEAN]
         x, done, before = plan.start, 0, 0
-        saved = self.work and self.work.checkpoint
-        if saved:
+        if self.work is not None and self.work.checkpoint is not None:
+            saved = self.work.checkpoint
             x, done = saved.tensors["latents"], saved.figures["steps"]
             before = saved.figures["image_forwards"]
             self.watch.add("edit", saved.figures["seconds"])
-        self.image_forwards = before
+        with self.watch("edit"):
+            denoiser = self._denoiser(plan.control)
+        shard = self.group.shard(n_frames)
+        own = shard.local_indices  # empty if there are more processes than frames
+        chunks = own.split(self.chunk_size) if len(own) else ()
+        context = self._context(denoiser.branches)
+        guided = partial(guided_noise, denoiser, context, config.guidance_scale)
         with ExitStack() as stack:
-            stack.enter_context(sampler.patched())
-            source = stack.enter_context(sampler.open_source(steps, done))
-            following = [*plan.timesteps[1:], CLEAN]
+            unet, backend = self.models.unet, config.attention_backend
+            stack.enter_context(tokenflow_patch(unet, context, backend))
+            source = self._open_source(stack, context, steps, done, chunks)
+            denoisers = [denoiser, *([source.denoiser] if isinstance(source, LiveSource) else [])]
+            self._bound_memory(stack, denoisers)
             progress = {"initial": done, "disable": not self.group.is_main, "unit": "step"}
             for i in tqdm(range(done, len(steps)), "edit", len(steps), **progress):
-                t, step = steps[i].t, steps[i]
+                step = steps[i]
+                context.inject_attention, context.inject_features = step.attention, step.features
                 with self.watch("edit"):
-                    eps = sampler.predict(source, x, step)
-                    x = ddim_step(
-                        x, eps, schedule.alpha_sigma(t), schedule.alpha_sigma(following[i])
-                    )
+                    if config.consistency == "tokenflow":
+                        eps = tokenflow_step(
+                            guided, source, context, x, step.t, step.keyframes, chunks,
+                            self._neighbours,
+                        )  # fmt: skip
+                    else:
+                        eps = ablation_step(
+                            config.consistency, guided, source, context, x, step.t, chunks
+                        )
+                    eps = shard.gather(shard.take(eps))
+                    levels = schedule.alpha_sigma(step.t), schedule.alpha_sigma(following[i])
+                    x = ddim_step(x, eps, *levels)
                 if (i + 1) % config.checkpoint_every == 0 or following[i] == CLEAN:
-                    self.image_forwards = before + sum(
-                        self.group.all_gather(sampler.image_forwards)
-                    )
+                    evaluated = sum(each.image_forwards for each in denoisers)
+                    self.image_forwards = before + sum(self.group.all_gather(evaluated))
                     self._checkpoint(x, i + 1)
         return x
 
     def _checkpoint(self, x: Tensor, steps: int) -> None:
         """Checkpoints the latents after step `steps`."""
         if self.work is not None:
-            self.work.save(
-                "edit",
-                {"latents": x},
-                steps=steps,
-                seconds=self.watch.seconds["edit"],
-                image_forwards=self.image_forwards,
-                source_features=self.source_features,
-            )
+            figures = {"seconds": self.watch.seconds["edit"], "image_forwards": self.image_forwards}
+            self.work.save("edit", {"latents": x}, steps=steps, **figures)
 
-    def decode(self, latents: Tensor) -> Edited:
-        """The edited clip of clean latents (n, 4, h, w)."""
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """The (n, H, W, 3) uint8 frames of clean latents (n, 4, h, w)."""
         with self.watch("decode"):
-            frames = decode_latents(self.models, latents, self.chunk_size, self.group)
-        return Edited(frames, latents)
+            return decode_latents(self.models, latents, self.chunk_size, self.group)
 
-    def run_record(self) -> dict:
-        """What run.yaml says of the edit, apart from its technique, files and peak memory."""
-        return {
-            "cache": str(self.cache.folder),
-            "cache_sha256": self.cache.sha256,
-            "checkpoint": str(self.inputs.checkpoint),
-            "checkpoint_revision": self.cache.manifest.model_revision,
-            "n_frames": len(self.frames),
-            "device": device_name(self.inputs.device),
-            "processes": self.group.size,
-            "dtype": self.models.dtype_name,
-            "source_features": self.source_features,
-            "image_forwards": self.image_forwards,
-            "seconds": self.watch.seconds,
-            "versions": versions(),
-        }
+    def _denoiser(self, control: Control | None) -> Denoiser:
+        """The edit's noise prediction: unconditional and conditional branch."""
+        prompts = [self.config.negative_prompt, self.config.prompt]
+        if self.config.guidance_scale == 1.0:  # the unconditional branch would have weight 0
+            prompts = [self.config.prompt]
+        text = encode_prompts(self.models, prompts)
+        depth = depth_channel(self.models, self.frames, self.depth)
+        return Denoiser(self.models, text, depth, control)
+
+    def _context(self, branches: int) -> TokenFlowContext:
+        """The patch's context; processes share the frames that attend to each other."""
+        config = self.config
+        context = TokenFlowContext(
+            branches=branches,
+            propagate_source=config.propagation == "released",
+            keep_base=config.consistency == "tokenflow",
+            nearest=nearest_tokens if config.correspondence == "nn" else None,
+        )
+        if config.consistency in ("tokenflow", "extended_attention"):
+            together = len(self.frames)
+            if config.consistency == "tokenflow":
+                together = -(-together // config.batch_size)
+            shard = self.group.shard(together, joint=True)
+            windows = keyframe_windows(together, config.max_keyframes, self.chunk_size)
+            context.attend = WindowedAttention(windows, self.models.device, shard)
+            context.shard, context.gather = shard.take, shard.gather
+        return context
+
+    def _neighbours(self, chunk: Tensor, keyframes: Tensor) -> Neighbours:
+        if self.config.propagation == "released":
+            near = released_neighbours(chunk, self.config.batch_size)
+        else:
+            near = neighbours(chunk, keyframes, self.config.blend)
+        return near.to(self.models.device)
+
+    def _bound_memory(self, stack: ExitStack, denoisers: Sequence[Denoiser]) -> None:
+        """Lets the networks compute a chunk's images at once, at most."""
+        # first_frame adds the first frame to each chunk.
+        images = self.chunk_size + (self.config.consistency == "first_frame")
+        for network in {network for each in denoisers for network in each.networks}:
+            bounded = chunked_forward(network, images * denoisers[0].branches, (INJECTED_BLOCK,))
+            stack.enter_context(bounded)
+
+    def _open_source(
+        self,
+        stack: ExitStack,
+        context: TokenFlowContext,
+        steps: Sequence[Step],
+        done: int,
+        chunks: Sequence[Tensor],
+    ) -> Source:
+        """Chooses cached or live source features for the remaining steps, and logs the choice.
+
+        Args:
+            steps, done: all steps of the plan, and how many are done.
+        """
+        features, reason = self._cached_features(steps)
+        self.source_features = "live" if features is None else "cached"
+        kind = f"{self.source_features} of {self.cache.sha256}"
+        self.group.assert_same(kind, "source cache and its features")
+        if features is not None:
+            log.info("source features: read from %s", features.folder)
+            device = self.models.device
+            source = CachedSource(context, device, features, steps[done:], chunks)
+            return stack.enter_context(closing(source))
+        if self.config.consistency == "tokenflow":
+            log.info("source features: computed live (%s)", reason)
+        manifest = self.cache.manifest
+        live = make_denoiser(
+            self.models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
+        )
+        if self.config.correspondence == "flow":
+            return FlowSource(live, context, self.latents, self.frames)
+        return LiveSource(live, context, self.latents)
+
+    def _cached_features(self, steps: Sequence[Step]) -> tuple[CachedFeatures | None, str]:
+        """The cache's features if they serve this edit; else None, and why not."""
+        config, cache = self.config, self.cache
+        for key, served in SERVED_BY_CACHED_FEATURES.items():
+            if getattr(config, key) != served:
+                return None, f"{key}: {getattr(config, key)}"
+        fix_hint = features_remedy(config, cache.manifest)
+        features = find_features(cache, fix_hint)
+        if features is None:
+            return None, f"{cache.folder} holds none; for some, {fix_hint}"
+        attention = sum(step.attention for step in steps)
+        injected = sum(step.features for step in steps)
+        skipped = config.n_timesteps - len(steps)  # SDEdit leaves the noisiest out
+        needed = FeatureSettings(
+            n_frames=len(self.frames),
+            interval=config.batch_size,
+            keyframe_seed=config.keyframe_seed,
+            n_timesteps=config.n_timesteps,
+            attention_steps=attention and skipped + attention,
+            feature_steps=injected and skipped + injected,
+            dtype=self.models.dtype_name,
+        )
+        reason = features.settings.mismatch(needed)
+        if not reason:
+            return features, ""
+        same = {key: getattr(features.settings, key) for key in CACHE_SETTINGS}
+        if features.settings.mismatch(needed.model_copy(update=same)):  # preprocess.py could add
+            reason += f"; for others, {fix_hint}"
+        return None, f"{features.folder}: {reason}"
 
 
 def keyframes_of_steps(config: EditConfig, n_frames: int, n_steps: int) -> Tensor:
@@ -242,235 +339,60 @@ def plan_steps(config: EditConfig, plan: EditPlan, n_frames: int) -> list[Step]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------
-# Sampling steps without TokenFlow: the ablations and baselines of Table 1, with the signature of
-# `tokenflow_step`
+def guided_noise(
+    denoiser: Denoiser,
+    context: TokenFlowContext,
+    guidance_scale: float,
+    x: Tensor,
+    t: int,
+    frames: Tensor,
+) -> Tensor:
+    """eps of frames (m,) with classifier-free guidance, (m, 4, h, w) float32 on the CPU.
 
-Edit = Callable[[Tensor, int, Tensor], Tensor]
-FindNeighbours = Callable[[Tensor, Tensor], Neighbours]
-
-
-def extended_attention_step(
-    edit: Edit, source: Source, context: TokenFlowContext, x: Tensor, t: int, keyframes: Tensor,
-    chunks: Sequence[Tensor], find_neighbours: FindNeighbours,
-) -> Tensor:  # fmt: skip
-    """Every frame is a keyframe, and nothing is propagated (Table 1, "w/o TokenFlow")."""
-    frames = torch.arange(len(x))
-    if context.inject_attention or context.inject_features:
-        source.load_keyframes(t, frames)
-    context.mode = Pass.EXTENDED
-    return context.gather(edit(x, t, frames))
-
-
-def per_frame_step(
-    edit: Edit, source: Source, context: TokenFlowContext, x: Tensor, t: int, keyframes: Tensor,
-    chunks: Sequence[Tensor], find_neighbours: FindNeighbours,
-) -> Tensor:  # fmt: skip
-    """The base technique alone, each frame by itself."""
-    eps = torch.empty_like(x)
-    for chunk in chunks:
-        if context.inject_attention or context.inject_features:
-            source.load_keyframes(t, chunk)
-        context.mode = Pass.PER_FRAME
-        eps[chunk] = edit(x[chunk], t, chunk)
-    return eps
+    Of frames that attend to each other, each process computes its shard.
+    """
+    if context.mode is Pass.EXTENDED:
+        x, frames = context.shard(x), context.shard(frames)
+    eps = denoiser(x, t, frames)  # (B, m, 4, h, w)
+    if len(eps) == 2:
+        uncond, cond = eps
+        eps = (uncond + guidance_scale * (cond - uncond))[None]
+    return eps[0].cpu()
 
 
-def first_frame_step(
-    edit: Edit, source: Source, context: TokenFlowContext, x: Tensor, t: int, keyframes: Tensor,
-    chunks: Sequence[Tensor], find_neighbours: FindNeighbours,
-) -> Tensor:  # fmt: skip
-    """Every frame attends to the first alone (Text2Video-Zero, Khachatryan et al. 2023)."""
-    eps = torch.empty_like(x)
-    for chunk in chunks:
-        frames = torch.cat([torch.zeros(1, dtype=chunk.dtype), chunk])
-        if context.inject_attention or context.inject_features:
-            source.load_keyframes(t, frames)
-        context.mode = Pass.FIRST_FRAME
-        eps[chunk] = edit(x[frames], t, frames)[1:]
-    return eps
-
-
-STEPS = {
-    "tokenflow": tokenflow_step,
-    "extended_attention": extended_attention_step,
-    "first_frame": first_frame_step,
-    "none": per_frame_step,
+# Each frame on its own, or with the first alone (Text2Video-Zero, Khachatryan et al. 2023), or with
+# all frames as keyframes ("w/o TokenFlow").
+ABLATIONS = {
+    "none": Pass.PER_FRAME,
+    "first_frame": Pass.FIRST_FRAME,
+    "extended_attention": Pass.EXTENDED,
 }
 
 
-# ---------------------------------------------------------------------------------------------
+def ablation_step(
+    consistency: str,
+    edit: Callable[[Tensor, int, Tensor], Tensor],
+    source: Source,
+    context: TokenFlowContext,
+    x: Tensor,
+    t: int,
+    chunks: Sequence[Tensor],
+) -> Tensor:
+    """A sampling step without TokenFlow: the ablations and baselines of Table 1.
 
-
-class _Sampler:
-    """What one run of the loop needs: the denoiser of the edit, the context, the source.
-
-    With several processes, each computes the chunks of its own frames, and the predictions are
-    gathered; keyframes that are edited together are shared between the processes separately.
+    Args:
+        consistency: of `ABLATIONS`.
+        edit, source, context, x, t, chunks: as in `tokenflow_step`, and so is what is returned.
     """
-
-    def __init__(self, session: EditSession, plan: EditPlan) -> None:
-        config, models = session.config, session.models
-        self.session, self.config, self.device = session, config, models.device
-        self.grid = plan.start.shape[-2:]
-        prompts = [config.negative_prompt, config.prompt]
-        if config.guidance_scale == 1.0:  # the unconditional branch would have weight 0
-            prompts = [config.prompt]
-        text = encode_prompts(models, prompts)
-        depth = depth_channel(models, session.frames, session.depth)
-        self.edit = Denoiser(models, text, depth, plan.control)
-        self.live: Denoiser | None = None  # of the source pass, unless its features are cached
-        n_frames, group = len(session.frames), session.group
-        self.shard = group.shard(n_frames)
-        own = self.shard.local_indices  # empty if there are more processes than frames
-        self.chunks = own.split(session.chunk_size) if len(own) else ()
-        self.context = TokenFlowContext(
-            branches=len(prompts),
-            propagate_source=config.propagation == "released",
-            keep_base=config.consistency == "tokenflow",
-            nearest=nearest_tokens if config.correspondence == "nn" else None,
-        )
-        if config.consistency in ("tokenflow", "extended_attention"):
-            together = n_frames  # frames in extended attention
-            if config.consistency == "tokenflow":
-                together = -(-n_frames // config.batch_size)
-            keyframe_shard = group.shard(together, joint=True)
-            windows = keyframe_windows(together, config.max_keyframes, session.chunk_size)
-            self.context.attend = WindowedAttention(windows, self.device, keyframe_shard)
-            self.context.shard, self.context.gather = keyframe_shard.take, keyframe_shard.gather
-
-    @contextmanager
-    def patched(self) -> Iterator[None]:
-        """Patches the UNet, and bounds the images that it computes at once."""
-        unet, backend = self.session.models.unet, self.config.attention_backend
-        with (
-            tokenflow_patch(unet, self.context, backend),
-            self._chunked(unet, skip=(INJECTED_BLOCK,)),
-        ):
-            yield
-
-    def _chunked(self, model: nn.Module, skip: Sequence[str] = ()) -> AbstractContextManager:
-        # A chunk's images; first_frame adds the first frame to each.
-        images = self.session.chunk_size + (self.config.consistency == "first_frame")
-        return chunked_forward(model, images * self.context.branches, skip)
-
-    def predict(self, source: Source, x: Tensor, step: Step) -> Tensor:
-        """The guided noise of all frames, (n, 4, h, w) float32 on the CPU.
-
-        Args:
-            x: (n, 4, h, w) latents of the edit at step.t.
-        """
-        self.context.inject_attention = step.attention
-        self.context.inject_features = step.features
-        sampling_step = STEPS[self.config.consistency]
-        eps = sampling_step(
-            self._guided, source, self.context, x, step.t, step.keyframes, self.chunks,
-            self._neighbours,
-        )  # fmt: skip
-        if self.config.consistency == "extended_attention":  # gathered by the keyframes' shards
-            return eps
-        return self.shard.gather(self.shard.take(eps))
-
-    def _guided(self, x: Tensor, t: int, frames: Tensor) -> Tensor:
-        """eps of frames (m,) with classifier-free guidance; of keyframes, this process's shard."""
-        if self.context.mode is Pass.EXTENDED:
-            x, frames = self.context.shard(x), self.context.shard(frames)
-        eps = self.edit(x, t, frames)  # (B, m, 4, h, w)
-        if len(eps) == 2:
-            uncond, cond = eps
-            eps = (uncond + self.config.guidance_scale * (cond - uncond))[None]
-        return eps[0].cpu()
-
-    def _neighbours(self, chunk: Tensor, keyframes: Tensor) -> Neighbours:
-        if self.config.propagation == "released":
-            near = released_neighbours(chunk, self.config.batch_size)
-        else:
-            near = neighbours(chunk, keyframes, self.config.blend)
-        return near.to(self.device)
-
-    @property
-    def image_forwards(self) -> int:
-        """Evaluations of the UNet on one image and branch so far."""
-        return self.edit.image_forwards + (self.live.image_forwards if self.live else 0)
-
-    @contextmanager
-    def open_source(self, steps: Sequence[Step], done: int) -> Iterator[Source]:
-        """Chooses cached or live source features for the remaining steps, and logs the choice.
-
-        Args:
-            steps, done: all steps of the plan, and how many are done.
-        """
-        session = self.session
-        features, reason = self._cached_features(steps)
-        session.source_features = "cached" if features is not None else "live"
-        if session.work and session.work.checkpoint:
-            before = session.work.checkpoint.figures["source_features"]
-            if not before.endswith(session.source_features):
-                session.source_features = f"{before}, then {session.source_features}"
-            else:
-                session.source_features = before
-        kind = f"{session.source_features} of {session.cache.sha256}"
-        session.group.assert_same(kind, "source cache and its features")
-        with ExitStack() as stack:
-            if features is not None:
-                log.info("source features: read from %s", features.folder)
-                source = CachedSource(
-                    self.context, self.device, features, steps[done:], self.chunks
-                )
-                stack.enter_context(closing(source))
-            else:
-                if self.config.consistency == "tokenflow":
-                    log.info("source features: computed live (%s)", reason)
-                source = self._live_source()
-            denoisers = [self.edit, self.live] if self.live else [self.edit]
-            for control in {d.control.controlnet for d in denoisers if d.control}:
-                stack.enter_context(self._chunked(control))
-            yield source
-
-    def _live_source(self) -> Source:
-        session, manifest = self.session, self.session.cache.manifest
-        self.live = make_denoiser(
-            session.models,
-            session.frames,
-            manifest.inversion_prompt,
-            manifest.control,
-            session.depth,
-        )
-        source = LiveSource(self.live, self.context, session.latents)
-        if self.config.correspondence == "flow":
-            return FlowSource(source, session.frames, self.grid)
-        return source
-
-    def _cached_features(self, steps: Sequence[Step]) -> tuple[CachedFeatures | None, str]:
-        """The cache's features if they serve this edit; else None, and why not."""
-        config, cache = self.config, self.session.cache
-        for key, served in SERVED_BY_CACHED_FEATURES.items():
-            if getattr(config, key) != served:
-                return None, f"{key}: {getattr(config, key)}"
-        fix_hint = features_remedy(config, cache.manifest)
-        features = find_features(cache, fix_hint)
-        if features is None:
-            return None, f"{cache.folder} holds none; for some, {fix_hint}"
-        skipped = config.n_timesteps - len(steps)  # SDEdit leaves the noisiest out
-        needed = FeatureSettings(
-            n_frames=len(self.session.frames),
-            interval=config.batch_size,
-            keyframe_seed=config.keyframe_seed,
-            n_timesteps=config.n_timesteps,
-            attention_steps=_last_true([step.attention for step in steps], skipped),
-            feature_steps=_last_true([step.features for step in steps], skipped),
-            dtype=self.session.models.dtype_name,
-        )
-        reason = features.settings.mismatch(needed)
-        if not reason:
-            return features, ""
-        same = {key: getattr(features.settings, key) for key in CACHE_SETTINGS}
-        needed = needed.model_copy(update=same)
-        if features.settings.mismatch(needed):  # preprocess.py could add those
-            reason += f"; for others, {fix_hint}"
-        return None, f"{features.folder}: {reason}"
-
-
-def _last_true(flags: Sequence[bool], offset: int) -> int:
-    """Number of schedule steps up to and including the last flagged one."""
-    return max((offset + i + 1 for i, flag in enumerate(flags) if flag), default=0)
+    eps = torch.empty_like(x)
+    mode, n_first = ABLATIONS[consistency], int(consistency == "first_frame")
+    if mode is Pass.EXTENDED:
+        chunks = [torch.arange(len(x))]
+    for chunk in chunks:
+        frames = torch.cat([torch.zeros(n_first, dtype=chunk.dtype), chunk])
+        if context.inject_attention or context.inject_features:
+            source.load_keyframes(t, frames)
+        context.mode = mode
+        found = edit(x[frames], t, frames)[n_first:]
+        eps[chunk] = context.gather(found) if mode is Pass.EXTENDED else found
+    return eps

@@ -34,8 +34,7 @@ from tokenflow.storage.images import save_frames
 from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import MAX_FPS_DENOMINATOR, clip_name, save_video
-from tokenflow.storage.work_dir import WorkDir
-from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from tokenflow.storage.yaml_files import load_yaml
 from util import MissingFileError, UserError, save_tensors, slug
 
 if TYPE_CHECKING:  # importing them loads diffusers, which readers of results do not need
@@ -65,14 +64,6 @@ CONSISTENCY = {
 # Writing
 
 
-@dataclass(frozen=True)
-class Edited:
-    """An edited clip: (n, H, W, 3) uint8 frames and their (n, 4, h, w) float32 latents."""
-
-    frames: np.ndarray
-    latents: Tensor
-
-
 def result_folder(inputs: EditInputs, technique: str) -> Path:
     """<output_path>/<technique>/<clip>/<prompt slug>-<8 hex of what the result depends on>."""
     config = inputs.config
@@ -91,28 +82,28 @@ def result_settings(inputs: EditInputs) -> dict[str, object]:
 
 
 def save_clips(
-    folder: Path, edited: Edited, source: np.ndarray, config: EditConfig, fps: Fraction
+    folder: Path,
+    frames: np.ndarray,
+    latents: Tensor,
+    source: np.ndarray,
+    config: EditConfig,
+    fps: Fraction,
 ) -> None:
     """Writes an edit's videos, frames and latents.
 
     Args:
-        source: (n, H, W, 3) uint8 source frames.
+        frames, latents: the edited clip, (n, H, W, 3) uint8 and (n, 4, h, w) float32.
+        source: the source's frames.
         fps: of the clip; `config.fps` wins.
     """
     if config.fps is not None:
         fps = Fraction(config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
-    save_frames(folder / "frames", edited.frames)
-    save_video(folder / "edited.mp4", edited.frames, fps)
-    pairs = zip(source, edited.frames, strict=True)
+    save_frames(folder / "frames", frames)
+    save_video(folder / "edited.mp4", frames, fps)
+    pairs = zip(source, frames, strict=True)
     both = (np.concatenate(pair, axis=1) for pair in pairs)  # one pair of frames at a time
     save_video(folder / "side_by_side.mp4", both, fps)
-    save_tensors(folder / "edited_latents.safetensors", {"latents": edited.latents})
-
-
-def save_records(work: WorkDir, config: EditConfig, record: Mapping[str, Any]) -> None:
-    """Writes config.yaml, and run.yaml with the checksums of all other files."""
-    save_yaml(work.folder / "config.yaml", config.model_dump())
-    save_yaml(work.folder / RUN_FILE, {**record, "files": work.record_files(), "complete": True})
+    save_tensors(folder / "edited_latents.safetensors", {"latents": latents})
 
 
 class _Finished(Model, extra="ignore"):

@@ -13,21 +13,24 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
 from tokenflow.diffusion.models import Loader
 from tokenflow.editing.config import EditConfig, read_config
 from tokenflow.editing.inputs import EditInputs, open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.results import (
-    Edited,
+    RUN_FILE,
     is_finished,
     result_folder,
     result_settings,
     save_clips,
-    save_records,
 )
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
-from tokenflow.ops.profiling import peak_memory_bytes
+from tokenflow.ops.profiling import device_name, peak_memory_bytes, versions
 from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
+from tokenflow.storage.yaml_files import save_yaml
 from util import setup_logging
 
 log = logging.getLogger("tokenflow")
@@ -36,10 +39,6 @@ log = logging.getLogger("tokenflow")
 def load_technique(name: str) -> Technique:
     """The technique of a name in `results.TECHNIQUES`: its run script declares it."""
     return import_module(f"run_tokenflow_{name}").TECHNIQUE
-
-
-def _no_check(inputs: EditInputs) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Technique:
     config: type[EditConfig]
     config_file: str
     plan: Callable[[EditSession], EditPlan]
-    check: Callable[[EditInputs], None] = _no_check
+    check: Callable[[EditInputs], None] = lambda inputs: None
 
     def main(self, argv: Sequence[str] | None = None) -> Path:
         """Runs the technique's script: reads its command line, edits, prints the result's folder.
@@ -82,13 +81,12 @@ class Technique:
         config: EditConfig,
         overwrite: bool = False,
         load: Loader | None = None,
-        wait: bool = True,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> Path:
         """Edits a preprocessed clip, unless a finished result exists.
 
         Args:
-            overwrite, wait: as in `open_result`.
+            overwrite: write it again in any case.
             load: loads the models; `load_stable_diffusion` if None.
             group: the processes that make the edit together, each of which calls this.
 
@@ -101,57 +99,32 @@ class Technique:
         with group.raise_together():
             inputs = open_inputs(config, group)
             self.check(inputs)
-        with open_result(self.name, inputs, overwrite, wait) as result:
-            if not result.finished:
-                session = EditSession(inputs, load=load, work=result.work)
+        with open_result(self.name, inputs, overwrite) as (folder, work):
+            if work is not None:
+                session = EditSession(inputs, load=load, work=work)
                 latents = session.edit_latents(self.plan(session))
-                result.save(session, session.decode(latents))
-        return result.folder
-
-
-@dataclass
-class OpenResult:
-    """A result that is being written, or is finished; made by `open_result`."""
-
-    technique: str
-    folder: Path
-    inputs: EditInputs
-    work: WorkDir | None = None  # None: it is finished
-
-    @property
-    def finished(self) -> bool:
-        return self.work is None
-
-    def save(self, session: EditSession, edited: Edited) -> None:
-        """Writes the result, run.yaml last; of several processes, the main one does."""
-        group, cache = session.group, session.cache
-        with group.raise_together():
-            cache.check_unchanged()
-        peak = max(group.all_gather(peak_memory_bytes(self.inputs.device)))
-        if not group.is_main:
-            return
-        with session.watch("write"):
-            save_clips(self.work.folder, edited, session.frames, session.config, cache.fps)
-        record = {"technique": self.technique, **session.run_record(), "peak_memory_bytes": peak}
-        save_records(self.work, session.config, record)
+                save_result(self.name, session, session.decode(latents), latents)
+        return folder
 
 
 @contextmanager
 def open_result(
-    technique: str, inputs: EditInputs, overwrite: bool = False, wait: bool = True
-) -> Iterator[OpenResult]:
+    technique: str, inputs: EditInputs, overwrite: bool = False
+) -> Iterator[tuple[Path, WorkDir | None]]:
     """Opens the result of an edit: to write it, to resume it, or to find it finished.
 
     A result is finished if the same settings made it from the same cache and it is not damaged.
+    Another process that writes it is waited for.
 
     Args:
         technique: its name in the result's path.
         overwrite: write it again in any case.
-        wait: for other processes that write the same result; else Busy is raised.
+
+    Yields:
+        its folder, and where it is written until it is whole; None for a finished one.
     """
-    result = OpenResult(technique, result_folder(inputs, technique), inputs)
-    folder, cache, group = result.folder, inputs.cache, inputs.group
-    with locked(folder, wait=wait, group=group):
+    folder, cache, group = result_folder(inputs, technique), inputs.cache, inputs.group
+    with locked(folder, group=group):
         with group.raise_together():
             cache.check_unchanged()
             found = False
@@ -160,8 +133,44 @@ def open_result(
                 found = not overwrite and is_finished(folder, cache.sha256, inputs.config.verify)
         if group.broadcast(found):
             log.info("%s is finished, with these settings; --overwrite makes it again", folder)
-            yield result
+            yield folder, None
             return
-        work_on = {**result_settings(inputs), "cache_sha256": cache.sha256}
-        with resumable_dir(folder, work_on, group) as result.work:
-            yield result
+        depends_on = {**result_settings(inputs), "cache_sha256": cache.sha256}
+        with resumable_dir(folder, depends_on, group) as work:
+            yield folder, work
+
+
+def save_result(technique: str, session: EditSession, frames: np.ndarray, latents: Tensor) -> None:
+    """Writes a session's result, run.yaml last; of several processes, the main one does.
+
+    Args:
+        frames, latents: the edited clip, (n, H, W, 3) uint8 and (n, 4, h, w) float32.
+    """
+    inputs, cache, group, work = session.inputs, session.cache, session.group, session.work
+    with group.raise_together():
+        cache.check_unchanged()
+    peak = max(group.all_gather(peak_memory_bytes(inputs.device)))
+    if not group.is_main:
+        return
+    with session.watch("write"):
+        save_clips(work.folder, frames, latents, session.frames, session.config, cache.fps)
+    save_yaml(work.folder / "config.yaml", session.config.model_dump())
+    record = {
+        "technique": technique,
+        "cache": str(cache.folder),
+        "cache_sha256": cache.sha256,
+        "checkpoint": str(inputs.checkpoint),
+        "checkpoint_revision": cache.manifest.model_revision,
+        "n_frames": len(frames),
+        "device": device_name(inputs.device),
+        "processes": group.size,
+        "dtype": session.models.dtype_name,
+        "source_features": session.source_features,
+        "image_forwards": session.image_forwards,
+        "seconds": session.watch.seconds,
+        "versions": versions(),
+        "peak_memory_bytes": peak,
+        "files": work.record_files(),
+        "complete": True,
+    }
+    save_yaml(work.folder / RUN_FILE, record)
