@@ -7,14 +7,9 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from tokenflow.diffusion.checkpoints import (
-    check_controlnet_fits,
-    controlnet_key_for,
-    single_model_folder,
-)
-from tokenflow.diffusion.conditions import Control, draw_control, estimate_depth
-from tokenflow.diffusion.control_settings import ControlKind, ControlSettings
-from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR
+from tokenflow.diffusion.checkpoints import check_controlnet_fits, single_model_folder
+from tokenflow.diffusion.conditions import draw_control, estimate_depth
+from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, ControlKind, control_settings
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import EditInputs
 from tokenflow.editing.loop import EditPlan, EditSession
@@ -56,32 +51,8 @@ class ControlNetConfig(EditConfig):
                 "sd_version: depth is conditioned on depth by itself and no ControlNet fits it; "
                 "use run_tokenflow_pnp.py or run_tokenflow_sdedit.py"
             )
-        controlnet_key_for(self.sd_version, self.control, self.controlnet_key)
+        control_settings(self)
         return self
-
-
-def control_settings(config: ControlNetConfig) -> ControlSettings:
-    """What the edit's ControlNet follows."""
-    key = controlnet_key_for(config.sd_version, config.control, config.controlnet_key)
-    return ControlSettings(
-        kind=config.control,
-        key=key,
-        scale=config.controlnet_scale,
-        low=config.canny_low,
-        high=config.canny_high,
-    )
-
-
-def make_control(session: EditSession, settings: ControlSettings) -> Control:
-    """The edit's ControlNet with its pictures of the clip."""
-    device, depth = session.models.device, session.depth
-    if settings.kind == "depth" and depth is None:
-        config = session.config
-        depth = estimate_depth(
-            session.frames, config.depth_model, device, allow_pickle=config.allow_pickle
-        )
-    controlnet = session.models.controlnet(settings.key)
-    return draw_control(controlnet, settings, session.frames, depth)
 
 
 def plan(session: EditSession) -> EditPlan:
@@ -89,20 +60,22 @@ def plan(session: EditSession) -> EditPlan:
 
     They are noised by DDIM's noise or by one Gaussian noise that all frames share.
     """
-    timesteps = session.inputs.timesteps
-    noised = session.ddim_start if session.config.use_ddim_noise else session.gaussian_start
-    return EditPlan(
-        timesteps=timesteps,
-        start=noised(timesteps[0]),
-        control=make_control(session, control_settings(session.config)),
-    )
+    config, models, timesteps = session.config, session.models, session.inputs.timesteps
+    depth = session.depth
+    if config.control == "depth" and depth is None:
+        allow = config.allow_pickle
+        depth = estimate_depth(
+            session.frames, config.depth_model, models.device, allow_pickle=allow
+        )
+    noised = session.ddim_start if config.use_ddim_noise else session.gaussian_start
+    control = draw_control(models, control_settings(config), session.frames, depth)
+    return EditPlan(timesteps=timesteps, start=noised(timesteps[0]), control=control)
 
 
 def check(inputs: EditInputs) -> None:
     """Refuses a ControlNet or depth estimator that is missing or does not fit."""
     config = inputs.config
-    key = control_settings(config).key
-    check_controlnet_fits(inputs.checkpoint, key, config.allow_pickle)
+    check_controlnet_fits(inputs.checkpoint, control_settings(config).key, config.allow_pickle)
     if config.control == "depth" and not inputs.cache.has_depth:
         single_model_folder(config.depth_model, "depth_model", config.allow_pickle)
 

@@ -5,13 +5,12 @@ python run_tokenflow_pnp.py --set data_path=clip.mp4 --set prompt="a marble scul
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from diffusers import UNet2DConditionModel
 from pydantic import Field
 
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.editing.config import EditConfig
+from tokenflow.editing.inputs import EditInputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.techniques import Technique
 from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, self_attention_layers
@@ -36,16 +35,12 @@ class PnPConfig(EditConfig):
     )
 
 
-def check_injection_layers(checkpoint: Path) -> None:
-    """Refuses a checkpoint whose UNet lacks a layer that PnP injects into.
-
-    Raises:
-        UserError: naming the first missing layer.
-    """
-    missing = missing_injection_layers(load_unet_skeleton(checkpoint))
+def check(inputs: EditInputs) -> None:
+    """Refuses a checkpoint whose UNet lacks a layer that PnP injects into."""
+    missing = missing_injection_layers(load_unet_skeleton(inputs.checkpoint))
     if missing:
         raise UserError(
-            f"{checkpoint}: its UNet has no {missing[0]} ({len(missing)} of the layers that "
+            f"{inputs.checkpoint}: its UNet has no {missing[0]} ({len(missing)} of the layers that "
             "PnP injects into are missing); use a checkpoint with Stable Diffusion's blocks"
         )
 
@@ -75,7 +70,7 @@ TECHNIQUE = Technique(
     config=PnPConfig,
     config_file="configs/config_pnp.yaml",
     plan=plan,
-    check=lambda inputs: check_injection_layers(inputs.checkpoint),
+    check=check,
 )
 main, edit = TECHNIQUE.main, TECHNIQUE.edit
 

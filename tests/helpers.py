@@ -50,6 +50,23 @@ def invert(clip: Path, save_dir: Path, model: Path, **options: object) -> Path:
     return preprocess.preprocess(preprocess.parse_args(arguments(small)))
 
 
+def edit_keys(folder: Path, model: Path, **changes: object) -> dict:
+    """The keys of a small edit of clip.mp4 and latents/ in a folder, as `invert` writes them."""
+    return {
+        "data_path": str(folder / "clip.mp4"),
+        "latents_path": str(folder / "latents"),
+        "output_path": str(folder / "results"),
+        "model_key": str(model),
+        "n_inversion_steps": 10,
+        "n_timesteps": 5,
+        "n_frames": 5,
+        "prompt": "a green star",
+        "batch_size": 3,
+        "device": "cpu",
+        **changes,
+    }
+
+
 def contents(folder: Path) -> dict[str, int]:
     """All that lies in a folder, and when files last changed: equal if none was written."""
     return {

@@ -266,4 +266,4 @@ def train_controlnet(training: Training) -> None:
 
 def edges_of(frames: np.ndarray) -> Tensor:
     """Canny edges at the thresholds that edits use by default; (n, 3, H, W) float32, 0 or 1."""
-    return canny_edges(frames, CANNY_LOW, CANNY_HIGH)
+    return canny_edges(frames, CANNY_LOW, CANNY_HIGH).float().repeat(1, 3, 1, 1)

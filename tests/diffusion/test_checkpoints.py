@@ -4,28 +4,29 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 import run_tokenflow_sdedit
-from tests.helpers import invert, make_clip, no_model_may_load
+from tests.helpers import edit_keys, invert, make_clip, no_model_may_load
 from tokenflow.cache import build
 from tokenflow.diffusion import checkpoints
 from tokenflow.diffusion.checkpoints import (
-    CONTROLNETS,
     checkpoint_folder,
     checkpoint_revision,
-    controlnet_key_for,
     load_model,
     single_model_folder,
     uses_safetensors,
 )
-from tokenflow.diffusion.conditions import estimate_depth, load_controlnet
+from tokenflow.diffusion.conditions import estimate_depth
+from tokenflow.diffusion.model_names import CONTROLNETS
 from tokenflow.diffusion.models import load_stable_diffusion
 from tokenflow.evaluation.metrics import ClipEmbedder, model_folder
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
@@ -75,39 +76,41 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
+def load(model, allow_pickle=False):
+    folder = checkpoint_folder(str(model), allow_pickle)
+    return load_stable_diffusion(folder, CPU, torch.float32, allow_pickle)
+
+
+def load_part(model, part, allow_pickle=False):
+    """Load one model as the scripts do."""
+    if part == "controlnet":
+        return replace(load(model), allow_pickle=allow_pickle).controlnet(str(model / part))
+    if part == "depth_estimator":
+        frames = np.zeros((1, 32, 32, 3), np.uint8)
+        return estimate_depth(frames, str(model / part), CPU, allow_pickle=allow_pickle)
+    return getattr(load(model, allow_pickle), part)
+
+
+def assert_same_weights(one, other):
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 # ---------------------------------------------------------------- pickled weights
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("part", WEIGHTS)
 def test_pickled_weights_are_refused_unless_allowed(model, part):
-    expected = load_stable_diffusion(checkpoint_folder(str(model)), CPU, torch.float32)
+    expected = load_part(model, part)
     path = pickle_weights(model, part)
     message = rf"{path}: pickled weights can run code .*convert it .*--allow_pickle"
     with pytest.raises(UserError, match=message):
-        checkpoint_folder(str(model))
-    with pytest.raises(UserError, match=message):
-        load_stable_diffusion(model, CPU, torch.float32)
-    folder = checkpoint_folder(str(model), allow_pickle=True)
-    found = load_stable_diffusion(folder, CPU, torch.float32, allow_pickle=True)
-    assert found.allow_pickle and not expected.allow_pickle
-    for one, other in zip(
-        getattr(found, part).parameters(), getattr(expected, part).parameters(), strict=True
-    ):
-        assert torch.equal(one, other)
-
-
-def test_pickled_weights_of_a_single_model_are_refused_unless_allowed(model):
-    for part, option in (("controlnet", "controlnet_key"), ("depth_estimator", "depth_model")):
-        path = pickle_weights(model, part)
-        with pytest.raises(UserError, match=rf"{path}: pickled weights"):
-            single_model_folder(str(model / part), option)
-        assert single_model_folder(str(model / part), option, True) == model / part
-    frames = torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy()
-    with pytest.raises(UserError, match="pickled weights"):
-        estimate_depth(frames, str(model / "depth_estimator"), CPU)
-    assert estimate_depth(frames, str(model / "depth_estimator"), CPU, allow_pickle=True).shape == (
-        (1, 1, 32, 32)
-    )
+        load_part(model, part)
+    found = load_part(model, part, allow_pickle=True)
+    if part == "depth_estimator":
+        assert torch.equal(found, expected)
+    else:
+        assert_same_weights(found, expected)
 
 
 def test_safetensors_win_over_pickles_beside_them(model):
@@ -118,8 +121,7 @@ def test_safetensors_win_over_pickles_beside_them(model):
     (model / "v1-5-pruned.ckpt").write_bytes(b"not read")
     for allow_pickle in (False, True):
         assert uses_safetensors(model / "unet", allow_pickle)
-        folder = checkpoint_folder(str(model), allow_pickle)
-        load_stable_diffusion(folder, CPU, torch.float32, allow_pickle)
+        load(model, allow_pickle)
     assert checkpoint_revision(model) == before
 
 
@@ -141,14 +143,7 @@ def test_a_pickle_that_runs_code_is_refused_even_where_pickles_are_allowed(
     assert marker.exists()  # so it would run, were it not refused
     marker.unlink()
     with pytest.raises(UserError, match=f"{part}: its pickled weights are damaged or hold more"):
-        if part in ("unet", "vae", "text_encoder"):
-            folder = checkpoint_folder(str(model), allow_pickle=True)
-            load_stable_diffusion(folder, CPU, torch.float32, allow_pickle=True)
-        elif part == "controlnet":
-            load_controlnet(str(model / part), CPU, torch.float32, allow_pickle=True)
-        else:
-            frames = torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy()
-            estimate_depth(frames, str(model / part), CPU, allow_pickle=True)
+        load_part(model, part, allow_pickle=True)
     assert not marker.exists()
 
 
@@ -219,19 +214,7 @@ def made(tiny_model, tmp_path_factory):
 
 def test_the_scripts_take_pickles_with_a_flag(made, model, monkeypatch):
     """One cache and one result: made from safetensors, found with pickles, but not without."""
-    keys = {
-        "data_path": str(made / "clip.mp4"),
-        "latents_path": str(made / "latents"),
-        "output_path": str(model.parent / "out"),
-        "prompt": "a wolf",
-        "model_key": str(model),
-        "n_inversion_steps": 10,
-        "n_timesteps": 5,
-        "n_frames": 5,
-        "batch_size": 3,
-        "device": "cpu",
-        "start": 0.2,
-    }
+    keys = edit_keys(made, model, output_path=str(model.parent / "out"), start=0.2)
     save_yaml(model.parent / "config.yaml", keys)
     argv = ["--config", str(model.parent / "config.yaml")]
     result = run_tokenflow_sdedit.main(argv)
@@ -281,13 +264,9 @@ def shard(folder, part):
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_weights_in_several_files_are_read_and_covered(model, part):
-    whole = load_stable_diffusion(checkpoint_folder(str(model)), CPU, torch.float32)
+    whole = load_part(model, part)
     index = shard(model, part)
-    found = load_stable_diffusion(checkpoint_folder(str(model)), CPU, torch.float32)
-    for one, other in zip(
-        getattr(found, part).parameters(), getattr(whole, part).parameters(), strict=True
-    ):
-        assert torch.equal(one, other)
+    assert_same_weights(load_part(model, part), whole)
     before = checkpoint_revision(model)
     last = index.parent / sorted(set(json.loads(index.read_text())["weight_map"].values()))[-1]
     data = bytearray(last.read_bytes())
@@ -383,13 +362,9 @@ def test_no_code_of_a_checkpoint_is_run(model, tmp_path, monkeypatch):
     marker = tmp_path / "was-run"
     plant_code(model, marker)
     monkeypatch.setenv("HF_HUB_TRUST_REMOTE_CODE", "1")
-    folder = checkpoint_folder(str(model))
-    load_stable_diffusion(folder, CPU, torch.float32)
-    for part, cls in (("controlnet", "ControlNetModel"), ("unet", "UNet2DConditionModel")):
-        single = single_model_folder(str(model / part), "controlnet_key")
-        load_model(getattr(diffusers, cls), single)
-    frames = torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy()
-    estimate_depth(frames, str(model / "depth_estimator"), CPU)
+    for part in WEIGHTS:
+        load_part(model, part)
+    load_model(UNet2DConditionModel, single_model_folder(str(model / "unet"), "controlnet_key"))
     assert not marker.exists()
 
 
@@ -435,22 +410,3 @@ def test_revision_is_of_the_content_not_of_the_path(tiny_model, tiny_v_model, tm
     link.symlink_to(tiny_model)
     assert checkpoint_revision(link) == checkpoint_revision(checkpoint_folder(str(tiny_model)))
     assert checkpoint_revision(tiny_v_model) != checkpoint_revision(link)
-
-
-def test_a_checkpoint_without_a_part_is_named(tiny_model, tmp_path):
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for part in ("unet", "text_encoder", "tokenizer", "scheduler", "model_index.json"):
-        (folder / part).symlink_to(tiny_model / part)
-    with pytest.raises(MissingFileError, match=r"broken: .*vae/config\.json is missing"):
-        checkpoint_folder(str(folder))
-
-
-def test_a_checkpoint_that_is_nowhere_is_named(tmp_path):
-    with pytest.raises(MissingFileError, match="nowhere: no such folder, and not a hub id"):
-        checkpoint_folder(str(tmp_path / "nowhere"))
-
-
-def test_an_unknown_controlnet_is_said():
-    with pytest.raises(UserError, match="no depth ControlNet is known for sd_version tiny"):
-        controlnet_key_for("tiny", "depth")

@@ -8,19 +8,18 @@ from tokenflow.diffusion.conditions import (
     canny_edges,
     depth_latents,
     draw_control,
-    load_controlnet,
     optical_flow,
 )
-from tokenflow.diffusion.control_settings import ControlSettings
+from tokenflow.diffusion.model_names import ControlSettings
 
 
 def test_canny_finds_the_edge_and_nothing_else():
     frames = np.zeros((2, 32, 32, 3), np.uint8)
     frames[1, :, 16:] = 255
     edges = canny_edges(frames, 100, 200)
-    assert edges.shape == (2, 3, 32, 32)
+    assert edges.shape == (2, 1, 32, 32)
     assert edges[0].max() == 0
-    assert set(edges[1].unique().tolist()) == {0.0, 1.0}
+    assert set(edges[1].unique().tolist()) == {0, 1}
     assert edges[1][:, :, [0, 8, 24, 31]].max() == 0
 
 
@@ -41,12 +40,12 @@ def test_optical_flow_points_where_pixels_go():
     assert flow[1, 24:72, 24:72].median() == pytest.approx(2, abs=0.5)
 
 
-def test_a_controlnet_s_pictures_are_its_canny_edges(tiny_model):
+def test_a_controlnet_s_pictures_are_its_canny_edges_or_the_depth(models, tiny_model):
     frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
     settings = ControlSettings(
         kind="canny", key=str(tiny_model / "controlnet"), scale=1.0, low=100, high=200
     )
-    controlnet = load_controlnet(settings.key, torch.device("cpu"), torch.float32)
-    control = draw_control(controlnet, settings, frames, None)
-    assert control.images.dtype == torch.uint8
-    assert torch.equal(control.images.expand(-1, 3, -1, -1).float(), canny_edges(frames, 100, 200))
+    control = draw_control(models, settings, frames, depth := torch.rand(3, 1, 48, 64))
+    assert torch.equal(control.images, canny_edges(frames, 100, 200))
+    settings = settings.model_copy(update={"kind": "depth"})
+    assert draw_control(models, settings, frames, depth).images is depth

@@ -7,10 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from tests.helpers import randn
-from tokenflow.diffusion.conditions import (
-    Control,
-    load_controlnet,
-)
+from tokenflow.diffusion.conditions import Control
 from tokenflow.diffusion.denoiser import Denoiser, encode_prompts
 from tokenflow.diffusion.models import load_stable_diffusion
 from util import UserError
@@ -28,8 +25,7 @@ def test_branches_are_independent(models):
 
 
 def test_a_controlnet_sees_each_branch_s_own_text(models, tiny_model):
-    controlnet = load_controlnet(str(tiny_model / "controlnet"), models.device, models.dtype)
-    control = Control(controlnet, torch.rand(3, 1, 48, 80))
+    control = Control(models.controlnet(str(tiny_model / "controlnet")), torch.rand(3, 1, 48, 80))
     text, x = encode_prompts(models, ["a red ball", "a green ball"]), randn(3, 4, 6, 10)
     both = Denoiser(models, text, control=control)(x, 300, torch.arange(3))
     for branch in range(2):

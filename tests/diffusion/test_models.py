@@ -4,16 +4,12 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tokenflow.diffusion.conditions import (
-    load_controlnet,
-)
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from util import UserError
 
 
 def test_loading_leaves_the_models_as_diffusers_makes_them(models, tiny_model):
-    controlnet = load_controlnet(str(tiny_model / "controlnet"), models.device, models.dtype)
-    for model in (models.unet, controlnet):
+    for model in (models.unet, models.controlnet(str(tiny_model / "controlnet"))):
         assert {type(processor) for processor in model.attn_processors.values()} == {
             AttnProcessor2_0
         }

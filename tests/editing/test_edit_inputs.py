@@ -5,6 +5,7 @@ import logging
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ import run_tokenflow_controlnet
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 from run_tokenflow_pnp import PnPConfig
-from tests.helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load
+from tests.helpers import (
+    HEIGHT,
+    WIDTH,
+    contents,
+    edit_keys,
+    invert,
+    make_clip,
+    no_model_may_load,
+)
 from tokenflow.diffusion.checkpoints import checkpoint_revision
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
@@ -50,18 +59,7 @@ def place(made, tmp_path, monkeypatch):
 @pytest.fixture
 def keys(tiny_model):
     """A configuration that fits `place`."""
-    return {
-        "data_path": "clip.mp4",
-        "prompt": "a green star",
-        "model_key": str(tiny_model),
-        "n_inversion_steps": 10,
-        "n_timesteps": 5,
-        "n_frames": 5,
-        "H": HEIGHT,
-        "W": WIDTH,
-        "batch_size": 3,
-        "device": "cpu",
-    }
+    return edit_keys(Path(), tiny_model, H=HEIGHT, W=WIDTH)
 
 
 @pytest.fixture

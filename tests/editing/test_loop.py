@@ -1,6 +1,7 @@
 """The denoising loop on the tiny model, whole, against a loop-written float64 reference."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig, steps_from
 from tests import reference
-from tests.helpers import HEIGHT, WIDTH, invert, make_clip
+from tests.helpers import HEIGHT, WIDTH, edit_keys, invert, make_clip
 from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
@@ -22,11 +23,7 @@ from util import UserError
 
 N_FRAMES = 7  # of 48x80: latents of 6x10, token grids of 6x10, 3x5, 2x3 and 1x2
 STEPS = 5
-PROMPT, SOURCE_PROMPT = "a green star", "a disc on a wall"
-
-
-def randn_like(x, seed):
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+SOURCE_PROMPT = "a disc on a wall"
 
 
 def relative_error(found, expected):
@@ -38,20 +35,9 @@ def make_cache(folder, model, **options):
     clip = make_clip(folder / "clip.mp4", N_FRAMES)
     settings = {"steps": 20, "save_steps": STEPS, "inversion_prompt": SOURCE_PROMPT, **options}
     invert(clip, folder / "latents", model, n_frames=N_FRAMES, **settings)
-    return {
-        "data_path": str(clip),
-        "latents_path": str(folder / "latents"),
-        "output_path": str(folder / "results"),
-        "model_key": str(model),
-        "sd_version": options.get("sd_version", "2.1"),
-        "n_inversion_steps": settings["steps"],
-        "n_timesteps": STEPS,
-        "n_frames": N_FRAMES,
-        "prompt": PROMPT,
-        "negative_prompt": "ugly",
-        "batch_size": 3,  # the last interval is short
-        "device": "cpu",
-    }
+    keys = {"n_inversion_steps": settings["steps"], "n_timesteps": STEPS, "n_frames": N_FRAMES}
+    keys |= {"sd_version": options.get("sd_version", "2.1"), "negative_prompt": "ugly"}
+    return edit_keys(folder, model, **keys)  # its batch_size of 3 leaves a short last interval
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +45,14 @@ def keys(tiny_model, tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("cache"), tiny_model)
 
 
-def pnp(keys, **changes):
-    config = PnPConfig(**{**keys, **changes})
-    session = EditSession(open_inputs(config))
-    return session.edit_latents(run_tokenflow_pnp.plan(session))
+def edit(script, config, keys, **changes):
+    session = EditSession(open_inputs(config(**{**keys, **changes})))
+    return session.edit_latents(script.plan(session))
 
 
-def sdedit(keys, **changes):
-    session = EditSession(open_inputs(SDEditConfig(**{**keys, **changes})))
-    return session.edit_latents(run_tokenflow_sdedit.plan(session))
-
-
-def controlnet(keys, **changes):
-    config = ControlNetConfig(**{**keys, **changes})
-    session = EditSession(open_inputs(config))
-    return session.edit_latents(run_tokenflow_controlnet.plan(session))
+pnp = partial(edit, run_tokenflow_pnp, PnPConfig)
+sdedit = partial(edit, run_tokenflow_sdedit, SDEditConfig)
+controlnet = partial(edit, run_tokenflow_controlnet, ControlNetConfig)
 
 
 # ---------------------------------------------------------------- against the reference

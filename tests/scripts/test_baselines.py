@@ -6,7 +6,7 @@ import pytest
 
 from run_tokenflow_pnp import PnPConfig
 from scripts.table1 import baselines
-from tests.helpers import invert, make_clip
+from tests.helpers import edit_keys, invert, make_clip
 from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
@@ -41,18 +41,7 @@ def config(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("baselines")
     clip = make_clip(folder / "clip.mp4", 5)
     invert(clip, folder / "latents", tiny_model)
-    return PnPConfig(
-        data_path=str(clip),
-        latents_path=str(folder / "latents"),
-        output_path=str(folder / "results"),
-        model_key=str(tiny_model),
-        n_inversion_steps=10,
-        n_timesteps=5,
-        n_frames=5,
-        batch_size=3,
-        device="cpu",
-        prompt="a green star",
-    )
+    return PnPConfig(**edit_keys(folder, tiny_model))
 
 
 def test_the_reconstruction_is_the_vae_s(config):

@@ -16,14 +16,13 @@ from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
     checkpoint_folder,
     checkpoint_revision,
-    controlnet_key_for,
     load_unet_skeleton,
     model_key_for,
     single_model_folder,
 )
-from tokenflow.diffusion.control_settings import ControlSettings
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.diffusion.inversion import InversionTimesteps, inversion_timesteps
+from tokenflow.diffusion.model_names import ControlSettings, control_settings
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch
@@ -155,15 +154,8 @@ def _conditions(
         )
     control = None
     if options.sd_version == "ControlNet":
-        key = controlnet_key_for(options.sd_version, options.control, options.controlnet_key)
-        check_controlnet_fits(checkpoint, key, options.allow_pickle)
-        control = ControlSettings(
-            kind=options.control,
-            key=key,
-            scale=options.controlnet_scale,
-            low=options.canny_low,
-            high=options.canny_high,
-        )
+        control = control_settings(options)
+        check_controlnet_fits(checkpoint, control.key, options.allow_pickle)
     if in_channels == 5 or (control is not None and control.kind == "depth"):
         single_model_folder(options.depth_model, "depth_model", options.allow_pickle)
         return control, options.depth_model

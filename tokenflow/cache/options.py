@@ -16,8 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from tokenflow.diffusion.control_settings import ControlKind
-from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, MODELS
+from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, MODELS, ControlKind
 from tokenflow.storage.images import check_size
 from tokenflow.storage.schema import MAX_COUNT, MAX_SEED, Model, add_arguments, from_arguments
 from tokenflow.storage.video import frame_rate

@@ -33,7 +33,7 @@ import numpy as np
 from pydantic import AllowInfNan, Field
 from torch import Tensor
 
-from tokenflow.diffusion.control_settings import ControlSettings
+from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.storage.images import frame_name, load_frames
 from tokenflow.storage.manifest import (
     FileRecord,

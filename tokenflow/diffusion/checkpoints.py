@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,21 +16,21 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from tokenflow.diffusion.model_names import CONTROLNETS, MODELS
+from tokenflow.diffusion.model_names import MODELS
 from util import MissingFileError, UserError
 
-# The files of a checkpoint: diffusers' folders, safetensors only.
+# The names of a model's weights file, and of its pickled form.
+WEIGHTS = {
+    "diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.bin",
+    "model.safetensors": "pytorch_model.bin",
+}
+# The files of a checkpoint in diffusers' format, by folder.
 PIPELINE_FILES = {
     "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
     "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
     "text_encoder": ("config.json", "model.safetensors"),
     "tokenizer": ("tokenizer_config.json",),
     "scheduler": ("scheduler_config.json",),
-}
-# The names of a model's weights file, and of its pickled form.
-WEIGHTS = {
-    "diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.bin",
-    "model.safetensors": "pytorch_model.bin",
 }
 INDEX = ".index.json"  # suffix of the index of weights in several files
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
@@ -51,22 +51,6 @@ def model_key_for(sd_version: str, model_key: str | None = None) -> str:
     return model_key or MODELS[sd_version]
 
 
-def controlnet_key_for(sd_version: str, control: str, controlnet_key: str | None = None) -> str:
-    """The ControlNet to load: `controlnet_key` where given, else the table's entry.
-
-    Raises:
-        UserError: if no ControlNet of that kind is known for the version.
-    """
-    if controlnet_key:
-        return controlnet_key
-    if (sd_version, control) not in CONTROLNETS:
-        raise UserError(
-            f"no {control} ControlNet is known for sd_version {sd_version}: "
-            "name one with controlnet_key (a hub id or a local folder)"
-        )
-    return CONTROLNETS[sd_version, control]
-
-
 def checkpoint_folder(key: str, allow_pickle: bool = False) -> Path:
     """The local folder of a whole Stable Diffusion checkpoint, fetched from the hub if need be.
 
@@ -79,32 +63,14 @@ def checkpoint_folder(key: str, allow_pickle: bool = False) -> Path:
             checkpoint, or it cannot be reached and no copy is cached.
         UserError: if one of its files is damaged, or a part's weights are pickled only.
     """
-    patterns = [f"{part}/*.json" for part in PIPELINE_FILES]
-    patterns += [f"{part}/{name}" for part, names in PIPELINE_FILES.items() for name in names]
-    patterns += [f"{part}/{_shards(name)}" for part, name in _weights_of_parts()]
-    patterns += ["model_index.json", "tokenizer/merges.txt"]
-    folder = _local_or_hub(key, patterns, "model_key")
-    lacking = [
-        f"{part}/{pattern}"
-        for part, name in _weights_of_parts()
-        for pattern in (WEIGHTS[name], _shards(WEIGHTS[name]))
-        if not _is_there(folder / part / name)
-    ]
-    if lacking and allow_pickle and not os.path.isdir(os.path.expanduser(key)):
-        folder = _local_or_hub(key, [*patterns, *lacking], "model_key")
+    extra = ["model_index.json", "tokenizer/merges.txt"]
+    folder = _find(key, "model_key", PIPELINE_FILES, allow_pickle, extra)
     required = dict(PIPELINE_FILES)
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         required["tokenizer"] += ("vocab.json", "merges.txt")
+    where = f"{key}: not a whole Stable Diffusion checkpoint in diffusers' format"
     for part, names in required.items():
-        for name in names:
-            if name in WEIGHTS and not uses_safetensors(folder / part, allow_pickle):
-                continue
-            if not _is_there(folder / part / name):
-                raise MissingFileError(
-                    f"{key}: not a whole Stable Diffusion checkpoint in diffusers' format: "
-                    f"{part}/{name} is missing{_hub_hint(key, name)}"
-                )
-        _check_files(folder / part)
+        _check_part(folder, part, names, allow_pickle, where)
     return folder
 
 
@@ -114,21 +80,10 @@ def single_model_folder(key: str, option: str, allow_pickle: bool = False) -> Pa
     Args:
         option: the option that names it, for errors: controlnet_key or depth_model.
     """
-    patterns = ["*.json", *WEIGHTS, *map(_shards, WEIGHTS)]
-    folder = _local_or_hub(key, patterns, option)
-    if (
-        allow_pickle
-        and not os.path.isdir(os.path.expanduser(key))
-        and not any(folder.glob("*.safetensors"))
-    ):
-        pickled = [pattern for name in WEIGHTS.values() for pattern in (name, _shards(name))]
-        folder = _local_or_hub(key, [*patterns, *pickled], option)
-    if not (folder / "config.json").is_file():
-        raise MissingFileError(f"{key}: config.json is missing from this model's folder")
-    if uses_safetensors(folder, allow_pickle) and not any(folder.glob("*.safetensors")):
-        hint = _hub_hint(key, next(iter(WEIGHTS)))
-        raise MissingFileError(f"{key}: this model's folder has no safetensors weights{hint}")
-    _check_files(folder)
+    folder = _find(key, option, {"": tuple(WEIGHTS)}, allow_pickle)
+    weights = next((name for name in WEIGHTS if _exists(folder / name)), next(iter(WEIGHTS)))
+    where = f"{key}: not a model in diffusers' or transformers' format"
+    _check_part(folder, "", ("config.json", weights), allow_pickle, where)
     return folder
 
 
@@ -137,22 +92,16 @@ def uses_safetensors(folder: Path, allow_pickle: bool = False) -> bool:
 
     Args:
         folder: of one model: a ControlNet's, or a checkpoint's unet/.
-        allow_pickle: whether the user allows pickled weights.
-
-    Returns:
-        False if there are only pickled weights and they are allowed.
 
     Raises:
-        UserError: the weights are pickled only and may not be used, or are of a format that
-            diffusers and transformers do not read; names the file.
+        UserError: the weights are pickled only and not allowed, or are of a format that diffusers
+            and transformers do not read; names the file.
     """
-    if any(folder.glob("*.safetensors")):
-        return True
     pickled = sorted(path for path in folder.glob("*") if path.suffix in PICKLED)
-    if not pickled:
+    if any(folder.glob("*.safetensors")) or not pickled:
         return True
     convert = "convert it (in diffusers: from_pretrained, then save_pretrained)"
-    if not any(_is_there(folder / name) for name in WEIGHTS.values()):
+    if not any(_exists(folder / name) for name in WEIGHTS.values()):
         raise UserError(
             f"{pickled[0]}: no weights in diffusers' format, and pickled ones can run code when "
             f"they are read; {convert}"
@@ -178,7 +127,6 @@ def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **opt
     Args:
         cls: the model's class, which the folder's files do not choose.
         folder: one model's, checked by `single_model_folder` or `checkpoint_folder`.
-        allow_pickle: see `uses_safetensors`.
         options: of from_pretrained.
 
     Raises:
@@ -201,8 +149,7 @@ def check_controlnet_fits(checkpoint: Path, key: str, allow_pickle: bool = False
 
     Args:
         checkpoint: the Stable Diffusion checkpoint's folder.
-        key: hub id or local folder of the ControlNet.
-        allow_pickle: see `checkpoint_folder`.
+        key, allow_pickle: of the ControlNet; see `checkpoint_folder`.
 
     Raises:
         MissingFileError: if the ControlNet cannot be found.
@@ -254,7 +201,14 @@ def for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Modu
     return model.to(device).eval().requires_grad_(False)
 
 
-def _local_or_hub(key: str, patterns: Sequence[str], option: str) -> Path:
+def _find(
+    key: str,
+    option: str,
+    parts: Mapping[str, Sequence[str]],
+    allow_pickle: bool,
+    extra: Sequence[str] = (),
+) -> Path:
+    """A local folder, or one of the hub's files: pickles only if allowed and needed."""
     folder = Path(os.path.expanduser(key))
     if os.path.isdir(folder):
         return folder
@@ -263,8 +217,24 @@ def _local_or_hub(key: str, patterns: Sequence[str], option: str) -> Path:
             f"{key}: a file, but --{option} ({option} in a config) expects a folder in diffusers' "
             "format; convert it (in diffusers: from_single_file, then save_pretrained)"
         )
+    weights = [(part, name) for part, names in parts.items() for name in names if name in WEIGHTS]
+    patterns = [f"{part}/*.json".lstrip("/") for part in parts]
+    patterns += [*extra, *(pattern for each in weights for pattern in _patterns(*each))]
+    folder = _download(key, option, patterns)
+    pickles = [
+        pattern
+        for part, name in weights
+        if not any((folder / part).glob("*.safetensors"))
+        for pattern in _patterns(part, WEIGHTS[name])
+    ]
+    if pickles and allow_pickle:
+        folder = _download(key, option, patterns + pickles)
+    return folder
+
+
+def _download(key: str, option: str, patterns: list[str]) -> Path:
     try:
-        return Path(snapshot_download(key, allow_patterns=list(patterns)))
+        return Path(snapshot_download(key, allow_patterns=patterns))
     except HFValidationError as error:
         raise MissingFileError(
             f"{key}: no such folder, and not a hub id of the form owner/name"
@@ -277,25 +247,13 @@ def _local_or_hub(key: str, patterns: Sequence[str], option: str) -> Path:
         ) from error
 
 
-def _hub_hint(key: str, name: str) -> str:
-    if os.path.isdir(os.path.expanduser(key)) or name not in WEIGHTS:
-        return ""
-    return "; pickled weights, if the hub has only such, are fetched with --allow_pickle"
-
-
-def _weights_of_parts() -> Iterator[tuple[str, str]]:
-    """The parts of a checkpoint that have weights, with the names of their files."""
-    for part, names in PIPELINE_FILES.items():
-        yield from ((part, name) for name in names if name in WEIGHTS)
-
-
-def _shards(name: str) -> str:
-    """The pattern of the files of large weights that have an index."""
+def _patterns(part: str, name: str) -> list[str]:
+    """A weights file, and the files of large weights that have an index."""
     stem, suffix = os.path.splitext(name)
-    return f"{stem}-*{suffix}"
+    return [os.path.join(part, name), os.path.join(part, f"{stem}-*{suffix}")]
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     return path.is_file() or path.with_name(path.name + INDEX).is_file()
 
 
@@ -333,11 +291,19 @@ def _shards_of(index: Path) -> list[str]:
     return names
 
 
-def _check_files(folder: Path) -> None:
-    """Refuses damaged JSON, JSON by which other files or code would be loaded, and weights whose
-    header or length is wrong.
+def _check_part(
+    folder: Path, part: str, names: Sequence[str], allow_pickle: bool, where: str
+) -> None:
+    """Refuses missing files, damaged JSON, JSON by which other files or code would be loaded, and
+    weights whose header or length is wrong.
     """
-    for path in folder.glob("*.json"):
+    safe = uses_safetensors(folder / part, allow_pickle)
+    for name in names:
+        if not _exists(folder / part / name) and (safe or name not in WEIGHTS):
+            hint = "; pickled weights of the hub are fetched with --allow_pickle only"
+            hint = hint if name in WEIGHTS else ""
+            raise MissingFileError(f"{where}: {os.path.join(part, name)} is missing{hint}")
+    for path in (folder / part).glob("*.json"):
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -352,7 +318,7 @@ def _check_files(folder: Path) -> None:
             key = next((key for key in LOADS_OTHERS if _has_key(content, key)), None)
             if key is not None:
                 raise UserError(f"{path}: {key} may load code or files from elsewhere; remove it")
-    for path in folder.glob("*.safetensors"):
+    for path in (folder / part).glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt"):
                 pass

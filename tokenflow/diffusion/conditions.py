@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DPTForDepthEstimation, DPTImageProcessor
 
 from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
-from tokenflow.diffusion.control_settings import ControlSettings
+from tokenflow.diffusion.model_names import ControlSettings
+from tokenflow.diffusion.models import StableDiffusion
 
 
 @dataclass(frozen=True)
@@ -43,56 +44,29 @@ class Control:
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
 
-def load_controlnet(
-    key: str, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
-) -> ControlNetModel:
-    """Loads a ControlNet for inference.
-
-    Args:
-        allow_pickle: see `checkpoint_folder`.
-
-    Raises:
-        MissingFileError: if it cannot be found.
-        UserError: see `load_model`.
-    """
-    folder = single_model_folder(key, "controlnet_key", allow_pickle)
-    model = load_model(ControlNetModel, folder, allow_pickle, torch_dtype=dtype)
-    return for_inference(model, device)
-
-
 def draw_control(
-    controlnet: ControlNetModel,
-    settings: ControlSettings,
-    frames: np.ndarray,
-    depth: Tensor | None,
+    models: StableDiffusion, settings: ControlSettings, frames: np.ndarray, depth: Tensor | None
 ) -> Control:
-    """Computes a ControlNet's condition images from a clip.
+    """Loads a ControlNet and computes its condition images from a clip.
 
     Args:
-        controlnet: the model that `settings.key` names.
         frames: (n, H, W, 3) uint8 RGB.
         depth: (n, 1, H, W) of `estimate_depth`; needed if the settings' kind is depth.
     """
-    if settings.kind == "canny":
-        edges = (canny_edges(frame[None], settings.low, settings.high) for frame in frames)
-        images = torch.cat([edge[:, :1].byte() for edge in edges])  # 0 or 1
-    else:
-        images = depth
-    return Control(controlnet, images, settings.scale)
+    is_canny = settings.kind == "canny"
+    images = canny_edges(frames, settings.low, settings.high) if is_canny else depth
+    return Control(models.controlnet(settings.key), images, settings.scale)
 
 
 def canny_edges(frames: np.ndarray, low: int, high: int) -> Tensor:
-    """Canny edges of a clip, as condition images of a ControlNet.
+    """Canny edges of a clip, (n, 1, H, W) uint8, 0 or 1.
 
     Args:
         frames: (n, H, W, 3) uint8 RGB.
         low, high: the two thresholds of the hysteresis, 0-255.
-
-    Returns:
-        (n, 3, H, W) float32, 0 or 1.
     """
     edges = np.stack([cv2.Canny(frame, low, high) for frame in frames])
-    return torch.from_numpy(edges).float().div(255.0)[:, None].repeat(1, 3, 1, 1)
+    return torch.from_numpy(edges // 255)[:, None]
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenflow.diffusion.conditions import Control, depth_latents, draw_control
-from tokenflow.diffusion.control_settings import ControlSettings
+from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import BETTER_DTYPE, StableDiffusion
 from util import UserError
 
@@ -116,7 +116,7 @@ def make_denoiser(
         models,
         encode_prompts(models, [prompt]),
         depth_channel(models, frames, depth),
-        control and draw_control(models.controlnet(control.key), control, frames, depth),
+        control and draw_control(models, control, frames, depth),
     )
 
 

@@ -1,6 +1,12 @@
-"""The names of the Stable Diffusion checkpoints, ControlNets and depth model that are used."""
+"""The names of the checkpoints, ControlNets and depth model; imports no library of models."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
+
+from tokenflow.storage.schema import Model
+from util import UserError
 
 # The one table of checkpoints. The repositories that the paper and the released code name are
 # gone from the hub; these are the copies that its community keeps.
@@ -25,3 +31,37 @@ CONTROLNETS = {
     ("tiny", "canny"): str(Path(__file__).parents[2] / "models" / "tiny" / "controlnet"),
 }
 DEPTH_ESTIMATOR = "Intel/dpt-large"
+ControlKind = Literal["canny", "depth"]
+
+
+class ControlSettings(Model):
+    """What a ControlNet follows.
+
+    Attributes:
+        key: hub id or folder of the ControlNet.
+        scale: weight of its residuals.
+        low, high: Canny's thresholds.
+    """
+
+    kind: ControlKind
+    key: str
+    scale: float
+    low: int
+    high: int
+
+
+def control_settings(options: Any) -> ControlSettings:
+    """The ControlNet that preprocess.py's options or an edit's config name.
+
+    Raises:
+        UserError: if they name none, and none of that kind is known for the version.
+    """
+    version, kind = options.sd_version, options.control
+    key = options.controlnet_key or CONTROLNETS.get((version, kind))
+    if key is None:
+        raise UserError(
+            f"no {kind} ControlNet is known for sd_version {version}: "
+            "name one with controlnet_key (a hub id or a local folder)"
+        )
+    scale, low, high = options.controlnet_scale, options.canny_low, options.canny_high
+    return ControlSettings(kind=kind, key=key, scale=scale, low=low, high=high)

@@ -10,8 +10,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tokenflow.diffusion.checkpoints import for_inference, load_model
-from tokenflow.diffusion.conditions import load_controlnet
+from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from util import UserError
@@ -36,11 +35,16 @@ class StableDiffusion:
     _controlnets: dict[str, ControlNetModel] = field(default_factory=dict, compare=False)
 
     def controlnet(self, key: str) -> ControlNetModel:
-        """The ControlNet of a hub id or folder, loaded once; raises as `load_controlnet`."""
+        """The ControlNet of a hub id or folder, loaded once.
+
+        Raises:
+            MissingFileError: if it cannot be found.
+            UserError: see `load_model`.
+        """
         if key not in self._controlnets:
-            self._controlnets[key] = load_controlnet(
-                key, self.device, self.dtype, self.allow_pickle
-            )
+            folder = single_model_folder(key, "controlnet_key", self.allow_pickle)
+            model = load_model(ControlNetModel, folder, self.allow_pickle, torch_dtype=self.dtype)
+            self._controlnets[key] = for_inference(model, self.device)
         return self._controlnets[key]
 
     @property
