@@ -13,6 +13,7 @@ import preprocess
 from scripts.shapes.world import random_scene, render_clip
 from tokenflow.cache.options import arguments
 from tokenflow.storage.video import save_video
+from tokenflow.storage.yaml_files import save_yaml
 
 HEIGHT, WIDTH = 48, 80  # latents of 6x10: no square, and odd sizes deeper in the UNet
 
@@ -65,6 +66,13 @@ def edit_keys(folder: Path, model: Path, **changes: object) -> dict:
         "device": "cpu",
         **changes,
     }
+
+
+def edit(script, clip: Path, model: Path, **changes: object) -> Path:
+    """Edit a clip whose cache is in latents/ next to it by a run script; the result's folder."""
+    config = clip.with_suffix(".yaml")
+    save_yaml(config, edit_keys(clip.parent, model, data_path=str(clip), **changes))
+    return script.main(["--config", str(config)])
 
 
 def contents(folder: Path) -> dict[str, int]:

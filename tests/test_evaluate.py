@@ -19,10 +19,19 @@ import evaluate
 import run_tokenflow_sdedit
 from scripts.shapes.metrics import true_motion
 from scripts.shapes.world import random_scene, render_clip
-from tests.helpers import HEIGHT, WIDTH, contents, invert, make_clip, no_model_may_load, save_masks
-from tokenflow.cache.source_cache import SourceCache, open_cache
+from tests.helpers import (
+    HEIGHT,
+    WIDTH,
+    contents,
+    edit,
+    invert,
+    make_clip,
+    no_model_may_load,
+    save_masks,
+)
+from tokenflow.cache.source_cache import open_cache
 from tokenflow.diffusion.vae import psnr
-from tokenflow.editing.results import find_results
+from tokenflow.editing.results import Result, find_results, read_result
 from tokenflow.evaluation import evaluator as evaluators
 from tokenflow.evaluation import inputs as evaluate_inputs
 from tokenflow.evaluation import metrics, motion
@@ -31,6 +40,7 @@ from tokenflow.evaluation.inputs import (
     OtherVideo,
     Source,
     find_truth,
+    open_result,
     open_video,
     read_truth,
 )
@@ -61,31 +71,17 @@ def place(tiny_model, tmp_path_factory):
         save_motion(folder / f"{name}.flow.safetensors", true_motion(rendered))
         save_masks(folder / "masks" / name, rendered.masks)
         invert(clip, folder / "latents", tiny_model, inversion_prompt=SOURCE_PROMPT)
-        config = {
-            "data_path": str(clip),
-            "latents_path": str(folder / "latents"),
-            "output_path": str(folder / "out"),
-            "prompt": PROMPT,
-            "model_key": str(tiny_model),
-            "n_inversion_steps": 10,
-            "n_timesteps": 5,
-            "n_frames": N_FRAMES,
-            "batch_size": 2,
-            "start": 0.4,
-        }
-        path = folder / f"{name}.yaml"
-        save_yaml(path, config)
-        run_tokenflow_sdedit.main(["--config", str(path), "--device", "cpu"])
+        settings = {"prompt": PROMPT, "n_frames": N_FRAMES, "batch_size": 2, "start": 0.4}
+        edit(run_tokenflow_sdedit, clip, tiny_model, **settings)
         if name == "one":
-            other = ["--set", "keyframes=fixed"]
-            run_tokenflow_sdedit.main(["--config", str(path), "--device", "cpu", *other])
+            edit(run_tokenflow_sdedit, clip, tiny_model, **settings, keyframes="fixed")
     return folder
 
 
 @pytest.fixture
 def results(place, tmp_path):
     """A copy of the results that a test may damage."""
-    return Path(shutil.copytree(place / "out", tmp_path / "out"))
+    return Path(shutil.copytree(place / "results", tmp_path / "out"))
 
 
 def first(results: Path) -> Path:
@@ -107,7 +103,7 @@ def scored(place, tmp_path_factory):
     out = tmp_path_factory.mktemp("scores")
     files = [f"--{kind}={out / f'scores.{kind}'}" for kind in ("json", "csv", "markdown")]
     rows = evaluate.main(
-        [str(place / "out"), "--flow", "truth", "--masks", str(place / "masks"),
+        [str(place / "results"), "--flow", "truth", "--masks", str(place / "masks"),
          "--clip_model", JUDGE, "--device", "cpu", *files]
     )  # fmt: skip
     return rows, out
@@ -123,7 +119,7 @@ def test_every_result_has_a_row(scored, place):
     for row in rows:
         assert (row.prompt, row.source_prompt) == (PROMPT, SOURCE_PROMPT)
         assert (row.n_frames, row.height, row.width, row.fps) == (N_FRAMES, HEIGHT, WIDTH, 10.0)
-        assert Path(row.folder).parent == place / "out" / "sdedit" / row.clip
+        assert Path(row.folder).parent == place / "results" / "sdedit" / row.clip
         assert row.video == f"{row.folder}/edited.mp4"
 
 
@@ -198,14 +194,15 @@ def test_the_files_hold_the_rows(scored):
 
 
 def test_a_report_on_standard_output_is_alone_there(place, capsys):
-    rows = evaluate.main([str(first(place / "out")), "--json", "-", *QUICK])
+    rows = evaluate.main([str(first(place / "results")), "--json", "-", *QUICK])
     shown = capsys.readouterr()
     assert json.loads(shown.out) == [row.model_dump() for row in rows]
     assert text_table(rows) in shown.err
 
 
-def test_one_result_is_scored_by_its_folder_and_named_twice_is_one_row(place, capsys):
-    folder = first(place / "out")
+def test_one_result_is_scored_by_its_folder_and_named_twice_is_one_row(place, scored, capsys):
+    before = contents(place)
+    folder = first(place / "results")
     rows = evaluate.main([str(folder), str(folder.parent), *QUICK])
     assert len(rows) == len(list(folder.parent.iterdir()))
     shown = capsys.readouterr().out
@@ -213,7 +210,11 @@ def test_one_result_is_scored_by_its_folder_and_named_twice_is_one_row(place, ca
     assert "Protocol: flow dis; occlusion forward-backward, alpha1 0.01, alpha2 0.5" in shown
     assert "CLIP score" not in shown  # not measured: no column
     assert all(row.clip_score is None and row.psnr_object is None for row in rows)
-    assert all(row.warp_error > 0 for row in rows)
+    assert contents(place) == before  # results are only read
+    by_truth = {row.folder: row for row in scored[0]}
+    for row in rows:
+        assert row.psnr == by_truth[row.folder].psnr
+        assert 0 < row.warp_error != by_truth[row.folder].warp_error
 
 
 def test_flow_and_embeddings_of_a_source_are_computed_once(place, monkeypatch):
@@ -224,7 +225,7 @@ def test_flow_and_embeddings_of_a_source_are_computed_once(place, monkeypatch):
     counted = lambda self, frames: calls.append("clip") or embed(self, frames)  # noqa: E731
     monkeypatch.setattr(metrics.ClipEmbedder, "embed_frames", counted)
     rows = evaluate.main(
-        [str(place / "out"), "--flow", "dis", "--clip_model", JUDGE, "--device", "cpu"]
+        [str(place / "results"), "--flow", "dis", "--clip_model", JUDGE, "--device", "cpu"]
     )
     assert len(rows) == 3  # of two sources
     assert calls.count("flow") == 2
@@ -251,14 +252,6 @@ def test_a_source_of_the_same_name_is_another(place, results, tmp_path):
     fresh = score(moved, Evaluator(protocol))
     assert score(moved) == fresh
     assert fresh.warp_error != first_row.warp_error
-
-
-def test_hidden_and_unfinished_results_are_left_out(results):
-    found = find_results([results])[0]
-    assert len(found) == 3
-    shutil.copytree(found[0], found[0].with_name(f".{found[0].name}.partial"))
-    (found[1] / "run.yaml").unlink()
-    assert find_results([results])[0] == [found[0], found[2]]
 
 
 def test_the_first_frames_of_a_longer_truth_are_used(place):
@@ -291,17 +284,6 @@ def test_truth_that_does_not_fit_is_refused(changes, message, place):
         find_truth(dataclasses.replace(source, **changes), None)
 
 
-def test_the_flow_is_the_one_asked_for(place):
-    folder = first(place / "out")
-    rows = [
-        Evaluator(Protocol(flow=flow, clip_model=None, device="cpu")).score_result(folder)
-        for flow in ("dis", "truth")
-    ]
-    assert rows[0].warp_error != rows[1].warp_error
-    assert rows[0].psnr == rows[1].psnr
-    assert [row.protocol["flow"] for row in rows] == ["dis", "truth"]
-
-
 # ---------------------------------------------------------------- records
 
 
@@ -327,11 +309,7 @@ def test_a_record_without_figures_gives_nulls(results):
         ("run.yaml", {"cache": "nowhere"}, r"no finished cache nowhere; .*where the edit was run"),
         ("run.yaml", {"cache_sha256": "0"}, r"run.yaml: its cache .* was replaced since.*--source"),
         ("config.yaml", {"prompt": 7}, r"config.yaml: prompt: expected text or null, got 7"),
-        (
-            "config.yaml",
-            {"fps": "fast"},
-            r"config.yaml: fps: expected a number or null, got 'fast'",
-        ),
+        ("config.yaml", {"fps": "fast"}, r"config.yaml: fps: expected a number or null, got 'f"),
     ],
 )
 def test_a_malformed_record_is_one_clear_error(file, keys, message, results, monkeypatch):
@@ -339,13 +317,6 @@ def test_a_malformed_record_is_one_clear_error(file, keys, message, results, mon
     change(folder / file, **keys)
     monkeypatch.setattr(Evaluator, "score", no_model_may_load)
     with pytest.raises(UserError, match=message):
-        evaluate.main([str(results), *QUICK])
-
-
-def test_a_record_that_is_no_yaml_is_named(results):
-    path = first(results) / "run.yaml"
-    path.write_text("technique: [")
-    with pytest.raises(UserError, match=rf"{path}: not valid YAML"):
         evaluate.main([str(results), *QUICK])
 
 
@@ -360,21 +331,14 @@ def test_frames_that_do_not_fit_the_source_are_refused(results):
         evaluate.main([str(folder), *QUICK])
 
 
-def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place, tmp_path):
-    folder = shutil.copytree(first(place / "out"), tmp_path / "result")
-    run = load_yaml(folder / "run.yaml")
-    del run["cache_sha256"]  # which is of another prompt
-    save_yaml(folder / "run.yaml", run)
-    opened = evaluate_inputs.open_result(folder, source_prompt="something else")
-    assert opened.source_prompt == SOURCE_PROMPT
-
-    def without_prompt(folder: Path) -> SourceCache:
-        cache = open_cache(folder)
-        manifest = cache.manifest.model_copy(update={"inversion_prompt": ""})
-        return dataclasses.replace(cache, manifest=manifest)
-
-    opened = evaluate_inputs.open_result(folder, without_prompt, "something else")
-    assert opened.source_prompt == "something else"
+def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place, monkeypatch):
+    folder = first(place / "results")
+    assert open_result(folder, "something else").row.source_prompt == SOURCE_PROMPT
+    cache = read_result(folder).cache()
+    manifest = cache.manifest.model_copy(update={"inversion_prompt": ""})
+    without = dataclasses.replace(cache, manifest=manifest)
+    monkeypatch.setattr(Result, "cache", lambda self: without)
+    assert open_result(folder, "something else").row.source_prompt == "something else"
 
 
 def test_one_damaged_result_does_not_lose_the_others(results, tmp_path, capsys):
@@ -392,7 +356,7 @@ def test_one_damaged_result_does_not_lose_the_others(results, tmp_path, capsys):
 
 def test_one_folder_of_masks_is_not_taken_for_several_clips(place):
     with pytest.raises(UserError, match=r"--masks: .*one: holds no folder one/ of masks"):
-        evaluate.main([str(place / "out"), "--masks", str(place / "masks" / "one"), *QUICK])
+        evaluate.main([str(place / "results"), "--masks", str(place / "masks" / "one"), *QUICK])
 
 
 def test_any_video_is_scored(place, tmp_path):
@@ -440,11 +404,7 @@ def odd_clips(tmp_path):
 @pytest.mark.parametrize(
     ("edited", "options", "message"),
     [
-        (
-            "short",
-            [],
-            r"short.mp4: 3, .*long.mp4: 5 from frame 0; .*--n_frames 3 or less",
-        ),
+        ("short", [], r"short.mp4: 3, .*long.mp4: 5 from frame 0; .*--n_frames 3 or less"),
         ("short", ["--n_frames", "4"], r"frames \(of 4 asked for\): .*--n_frames 3"),
         ("long", ["--start", "2"], r"long.mp4: 5, .*long.mp4: 3 from frame 2"),
         ("large", [], r"large.mp4: 64x80, .*long.mp4: 48x80; choose one for both with --H and --W"),
@@ -455,14 +415,6 @@ def test_videos_that_differ_are_refused(edited, options, message, odd_clips):
     words = ["--source", str(odd_clips / "long.mp4"), "--edited", str(odd_clips / f"{edited}.mp4")]
     with pytest.raises(UserError, match=message):
         evaluate.main([*words, *options, *QUICK])
-
-
-def test_videos_that_differ_have_a_common_part(odd_clips):
-    long, short, large = (str(odd_clips / f"{n}.mp4") for n in ("long", "short", "large"))
-    words = ["--source", long, *QUICK]
-    assert evaluate.main([*words, "--edited", short, "--n_frames", "3"])[0].n_frames == 3
-    (row,) = evaluate.main([*words, "--edited", large, "--H", "48", "--W", "80"])
-    assert (row.height, row.width) == (48, 80)
 
 
 def test_a_video_of_one_frame_has_no_error_to_measure(odd_clips):
@@ -483,10 +435,7 @@ def test_a_video_of_one_frame_has_no_error_to_measure(odd_clips):
         (["--edited", "a.mp4"], "--source: is missing; name results, or"),
         (["out", "--prompt", "x"], "--prompt: goes with --source, not with folders of results"),
         (["out", "--n_frames", "2"], "--n_frames: goes with --source"),
-        (
-            ["--source", "a", "--edited", "b", "--n_frames", "0"],
-            "--n_frames: 0, expected at least 1",
-        ),
+        (["--source", "a", "--edited", "b", "--n_frames", "0"], "--n_frames: 0, expected at le"),
         (["--source", "a", "--edited", "b", "--start", "-1"], "--start: -1, expected at least 0"),
         (["--source", "a", "--edited", "b", "--H", "64"], "--H and --W: give both or neither"),
         (["out", "--json", "."], r"--json: \.: is a folder, expected a file"),
@@ -506,20 +455,14 @@ def test_a_bad_command_line_is_refused(words, message):
         (["--flow", "dis", "--flow_weights", "a"], "--flow_weights: goes with --flow raft only"),
         (["--flow", "dis", "--truth", "a"], "--truth: goes with --flow truth only"),
         (["--flow_weights", "gone.safetensors"], "--flow_weights: gone.safetensors: no such file"),
-        (
-            ["--flow", "dis", "--clip_model", "no such/folder"],
-            "--clip_model none leaves the measure out",
-        ),
-        (
-            ["--flow", "dis", "--dino_model", "no such/folder"],
-            "--dino_model none leaves the measure out",
-        ),
+        (["--flow", "dis", "--clip_model", "no such/folder"], "--clip_model none leaves the meas"),
+        (["--flow", "dis", "--dino_model", "no such/folder"], "--dino_model none leaves the meas"),
     ],
 )
 def test_a_protocol_that_cannot_be_kept_is_refused(words, message, place):
     clip = [] if "--clip_model" in words else ["--clip_model", "none"]
     with pytest.raises(UserError, match=message):
-        evaluate.main([str(place / "out"), "--device", "cpu", *clip, *words])
+        evaluate.main([str(place / "results"), "--device", "cpu", *clip, *words])
 
 
 def test_a_missing_prompt_is_refused_before_anything_is_loaded(place, results, monkeypatch):
@@ -538,17 +481,10 @@ def test_folders_without_results_are_refused_before_weights_are_fetched(tmp_path
     monkeypatch.setattr(evaluators, "model_folder", no_model_may_load)
     with pytest.raises(MissingFileError, match="gone: no such folder of results"):
         evaluate.main([str(tmp_path / "gone")])
+    with pytest.raises(UserError, match=r"no finished result; expected a folder with edited.mp4"):
+        evaluate.main([str(tmp_path)])
     with pytest.raises(MissingFileError, match=r"gone.mp4: no such video"):
         evaluate.main(["--source", str(tmp_path / "gone.mp4"), "--edited", "a.mp4"])
-
-
-def test_folders_without_results_are_refused(tmp_path):
-    with pytest.raises(MissingFileError, match="gone: no such folder of results"):
-        evaluate.main([str(tmp_path / "gone"), *QUICK])
-    with pytest.raises(
-        UserError, match=r"no finished result; expected a folder with edited.mp4, config"
-    ):
-        evaluate.main([str(tmp_path), *QUICK])
 
 
 def test_a_bad_input_ends_the_program_with_one_line():
@@ -560,9 +496,3 @@ def test_a_bad_input_ends_the_program_with_one_line():
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --flow_weights: gone.safetensors: no such file\n"
-
-
-def test_scoring_writes_nothing_into_results(place):
-    before = contents(place)
-    evaluate.main([str(first(place / "out")), *QUICK])
-    assert contents(place) == before

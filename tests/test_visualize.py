@@ -6,7 +6,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import run_tokenflow_pnp
@@ -17,6 +16,7 @@ from tests.helpers import (
     HEIGHT,
     WIDTH,
     contents,
+    edit,
     invert,
     make_clip,
     no_model_may_load,
@@ -74,23 +74,8 @@ def place(tiny_model, tmp_path_factory):
     return folder
 
 
-def edit(script, place, model, **changes):
+def edited(script, place, model, **changes):
     """Makes a result; returns its folder and the keyframes of the steps that it took."""
-    settings = {
-        "data_path": str(place / "star.mp4"),
-        "latents_path": str(place / "latents"),
-        "output_path": str(place / "results"),
-        "prompt": "a green star",
-        "model_key": str(model),
-        "n_inversion_steps": 10,
-        "n_timesteps": STEPS,
-        "n_frames": N_FRAMES,
-        "batch_size": INTERVAL,
-        "device": "cpu",
-        **changes,
-    }
-    path = place / "config.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     keyframes = []
     step = loop.tokenflow_step
 
@@ -100,7 +85,7 @@ def edit(script, place, model, **changes):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "tokenflow_step", noted)
-        return script.main(["--config", str(path)]), keyframes
+        return edit(script, place / "star.mp4", model, **changes), keyframes
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +93,11 @@ def edits(place, tiny_model):
     """Results and the keyframes that they were made with."""
     pnp, sdedit = (run_tokenflow_pnp, place, tiny_model), (run_tokenflow_sdedit, place, tiny_model)
     return {
-        "tokenflow": edit(*pnp),
-        "per_frame": edit(*pnp, consistency="none"),
-        "fixed": edit(*pnp, keyframes="fixed"),
-        "sdedit": edit(*sdedit, start=0.6),
-        "released": edit(*sdedit, start=0.6, propagation="released"),
+        "tokenflow": edited(*pnp),
+        "per_frame": edited(*pnp, consistency="none"),
+        "fixed": edited(*pnp, keyframes="fixed"),
+        "sdedit": edited(*sdedit, start=0.6),
+        "released": edited(*sdedit, start=0.6, propagation="released"),
     }
 
 

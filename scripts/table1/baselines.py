@@ -84,12 +84,12 @@ def propagate_rgb(keyframe: np.ndarray, source: np.ndarray, number: int) -> np.n
     frames = np.empty_like(source)
     frames[number] = keyframe
     for step, numbers in ((1, range(number + 1, len(source))), (-1, range(number - 1, -1, -1))):
-        chained = torch.zeros(1, 2, *keyframe.shape[:2])
+        chained = torch.zeros(2, *keyframe.shape[:2])
         for i in numbers:
-            flow = optical_flow(source[i], source[i - step])[None]
-            further = torch.from_numpy(warp(chained.permute(0, 2, 3, 1).numpy(), flow))
-            chained = flow + further.permute(0, 3, 1, 2)
-            frames[i] = warp(keyframe[None], chained)[0].round()
+            flow = optical_flow(source[i], source[i - step])
+            further = torch.from_numpy(warp(chained.permute(1, 2, 0).numpy(), flow))
+            chained = flow + further.permute(2, 0, 1)
+            frames[i] = warp(keyframe, chained).round()
     return frames
 
 

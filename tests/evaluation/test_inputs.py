@@ -33,21 +33,16 @@ def test_masks_are_objects_by_index_resized_by_nearest_neighbour(tmp_path):
     assert read_masks(every_second, find_masks(every_second, tmp_path))[1].all()
 
 
-def test_thin_objects_are_not_averaged_away(tmp_path):
+@pytest.mark.parametrize(("fit", "marked", "kept"), [("stretch", [5], [2]), ("crop", [5], [1])])
+def test_thin_objects_are_not_averaged_away_and_masks_are_cropped_as_frames(
+    fit, marked, kept, tmp_path
+):
     masks = np.zeros((2, 4, 16), np.uint8)
-    masks[:, :, 5] = 1
+    masks[:, :, marked] = 1
     save_masks(tmp_path / "bear", masks)
-    read = read_masks(some_source(), find_masks(some_source(), tmp_path))
-    assert np.array_equal(read[0], np.arange(8)[None].repeat(4, 0) == 2)
-
-
-def test_cropped_frames_have_cropped_masks(tmp_path):
-    masks = np.zeros((2, 4, 16), np.uint8)
-    masks[:, :, 4:8] = 1
-    save_masks(tmp_path / "bear", masks)
-    source = some_source(fit="crop")
+    source = some_source(fit=fit)
     read = read_masks(source, find_masks(source, tmp_path))
-    assert np.array_equal(read[0], np.arange(8)[None].repeat(4, 0) < 4)
+    assert np.array_equal(read[0], np.isin(np.arange(8), kept)[None].repeat(4, 0))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "I;16"])

@@ -84,17 +84,7 @@ def test_rows_by_other_protocols_are_told():
 def test_names_break_no_markdown_and_no_csv():
     hostile = row(method="a|b\n*c* <script>", prompt='say "hi",\nthen | go', psnr=1.0)
     line = markdown_table([hostile]).splitlines()[2]
-    assert line.split() == [
-        r"|",
-        r"a\|b",
-        r"\*c\*",
-        r"\<script>",
-        r"|",
-        r"one",
-        r"|",
-        r"1.00",
-        r"|",
-    ]
+    assert line.split() == ["|", r"a\|b", r"\*c\*", r"\<script>", "|", "one", "|", "1.00", "|"]
     text = rows_as_csv([hostile, row(seconds={"edit": 1.5})])
     first_line, second_line = csv.DictReader(io.StringIO(text, newline=""))
     assert first_line["prompt"] == hostile.prompt
@@ -102,16 +92,12 @@ def test_names_break_no_markdown_and_no_csv():
     assert second_line["seconds_edit"] == "1.5"
 
 
-def test_json_is_of_plain_values():
-    (read,) = json.loads(rows_as_json([row(warp_error=1.0)]))
-    assert read["warp_error"] == 1.0
-    assert read["clip_score"] is None
-    assert set(read) == set(Row.model_fields)
-
-
 def test_rows_survive_saving(tmp_path):
     rows = [row(warp_error=1.0), row(method="B", seconds={"edit": 1.5}, peak_memory_bytes=7)]
     (tmp_path / "rows.json").write_text(rows_as_json(rows))
+    read = json.loads((tmp_path / "rows.json").read_text())[0]
+    assert (read["warp_error"], read["clip_score"]) == (1.0, None)
+    assert set(read) == set(Row.model_fields)
     assert read_rows(tmp_path / "rows.json") == rows
 
 

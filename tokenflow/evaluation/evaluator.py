@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,6 @@ import torchvision
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from tokenflow.cache.source_cache import open_cache
 from tokenflow.diffusion.models import resolve_device
 from tokenflow.diffusion.vae import psnr
 from tokenflow.editing.results import find_results
@@ -44,8 +43,9 @@ from tokenflow.evaluation.motion import (
     ALPHA2,
     FlowModel,
     Motion,
+    Raft,
+    dis_flow,
     find_raft_weights,
-    flow_model,
     motion_by,
     raft_weights_name,
 )
@@ -104,11 +104,12 @@ def check_subject(subject: Subject, protocol: Protocol) -> Subject:
     Raises:
         UserError: it has no prompt, or its ground truth or masks are missing or do not fit.
     """
-    where = subject.folder / "config.yaml" if subject.folder else subject.video
-    if protocol.clip_model and not subject.prompt:
+    row = subject.row
+    if protocol.clip_model and not row.prompt:
         raise UserError(
-            f"{where}: the prompt is missing, which the CLIP score needs: give it by --prompt "
-            "(a result's by its config.yaml), or leave CLIP out: --clip_model none"
+            f"{f'{row.folder}/config.yaml' if row.folder else row.video}: the prompt is missing, "
+            "which the CLIP score needs: give it by --prompt (a result's by its config.yaml), or "
+            "leave CLIP out: --clip_model none"
         )
     if protocol.flow == "truth":
         find_truth(subject.source, protocol.truth)
@@ -139,7 +140,6 @@ class Evaluator:
             for option in ("clip_model", "dino_model")
             if (key := getattr(protocol, option))
         }
-        self._open_cache = lru_cache(open_cache)
         self._source: _SourceScores | None = None
 
     @cached_property
@@ -152,61 +152,49 @@ class Evaluator:
 
     @cached_property
     def flow(self) -> FlowModel:
-        return flow_model(self.protocol.flow, self._weights, self.device)
+        return Raft(self._weights, self.device) if self._weights else dis_flow
 
     @cached_property
     def _weights_name(self) -> str | None:
-        return raft_weights_name(self._weights) if self._weights else None
+        return self._weights and raft_weights_name(self._weights)
 
-    def score_result(self, folder: Path, source_prompt: str | None = None) -> Row:
-        """Score a result's folder; arguments and errors as those of `open_result`."""
-        subject = open_result(folder, self._open_cache, source_prompt)
-        return self.score(check_subject(subject, self.protocol))
+    def score_result(self, folder: Path) -> Row:
+        """Score a result's folder; errors as those of `open_result`."""
+        return self.score(check_subject(open_result(folder), self.protocol))
 
     def score(self, subject: Subject) -> Row:
         """Measure a checked subject."""
         edited = subject.read()
         if edited.shape[:3] != subject.source.shape:
-            raise UserError(f"{subject.video}: its frames changed while they were scored")
+            raise UserError(f"{subject.row.video}: its frames changed while they were scored")
         if self._source is None or not self._source.is_of(subject.source):
             self._source = _SourceScores(self, subject.source)
-        source = self._source
-        n_frames, height, width = subject.source.shape
-        ssim_all, ssim_object, ssim_background = ssim(edited, source.frames, source.masks)
-        masks = source.masks
-        return Row(
-            method=subject.method,
-            clip=subject.source.clip,
-            prompt=subject.prompt,
-            source_prompt=subject.source_prompt,
-            folder=str(subject.folder) if subject.folder else None,
-            video=str(subject.video),
-            n_frames=n_frames,
-            height=height,
-            width=width,
-            fps=subject.fps,
-            protocol=self._protocol_record(height, width),
-            warp_error=warp_error(edited, source.motion),
-            **self._clip_scores(edited, subject, source),
-            psnr=psnr(edited, source.frames),
-            ssim=ssim_all,
-            psnr_background=None if masks is None else psnr(edited, source.frames, ~masks),
-            ssim_background=ssim_background,
-            psnr_object=None if masks is None else psnr(edited, source.frames, masks),
-            ssim_object=ssim_object,
-            dino_distance=self._dino_distance(edited, source),
-            **subject.cost,
-        )
+        source, frames, masks = self._source, self._source.frames, self._source.masks
+        whole, inside, outside = ssim(edited, frames, masks)
+        measures = {
+            "protocol": self._record(subject.row),
+            "warp_error": warp_error(edited, source.motion),
+            "psnr": psnr(edited, frames),
+            "ssim": whole,
+            "ssim_object": inside,
+            "ssim_background": outside,
+        }
+        if masks is not None:
+            measures["psnr_object"] = psnr(edited, frames, masks)
+            measures["psnr_background"] = psnr(edited, frames, ~masks)
+        if self.protocol.clip_model:
+            measures |= self._clip_scores(edited, subject.row, source)
+        if self.protocol.dino_model:
+            measures["dino_distance"] = structure_distance(self.dino(edited), source.keys)
+        return subject.row.model_copy(update=measures)
 
     def _clip_scores(
-        self, edited: np.ndarray, subject: Subject, source: _SourceScores
+        self, edited: np.ndarray, row: Row, source: _SourceScores
     ) -> dict[str, float | None]:
-        if not self.protocol.clip_model:
-            return {}
-        frames, text = self.clip.embed_frames(edited), self.clip.embed_text(subject.prompt)
+        frames, text = self.clip.embed_frames(edited), self.clip.embed_text(row.prompt)
         direction = None
-        if subject.source_prompt:
-            source_text = self.clip.embed_text(subject.source_prompt)
+        if row.source_prompt:
+            source_text = self.clip.embed_text(row.source_prompt)
             direction = clip_directional(frames, source.embeddings, text, source_text)
         return {
             "clip_score": clip_score(frames, text),
@@ -214,21 +202,16 @@ class Evaluator:
             "clip_directional": direction,
         }
 
-    def _dino_distance(self, edited: np.ndarray, source: _SourceScores) -> float | None:
-        if not self.protocol.dino_model:
-            return None
-        return structure_distance(self.dino(edited), source.keys)
-
-    def _protocol_record(self, height: int, width: int) -> dict[str, object]:
-        tested = f"forward-backward, alpha1 {ALPHA1}, alpha2 {ALPHA2}"
+    def _record(self, row: Row) -> dict[str, object]:
+        protocol, tested = self.protocol, f"forward-backward, alpha1 {ALPHA1}, alpha2 {ALPHA2}"
         return {
-            "flow": self.protocol.flow,
+            "flow": protocol.flow,
             "flow_weights": self._weights_name,
-            "occlusion": "ground truth" if self.protocol.flow == "truth" else tested,
-            "resolution": f"{height}x{width}",
-            "mask": MASK_RULE if self.protocol.masks else None,
-            "clip_model": self.protocol.clip_model,
-            "dino_model": self.protocol.dino_model,
+            "occlusion": "ground truth" if protocol.flow == "truth" else tested,
+            "resolution": f"{row.height}x{row.width}",
+            "mask": MASK_RULE if protocol.masks else None,
+            "clip_model": protocol.clip_model,
+            "dino_model": protocol.dino_model,
             "versions": versions() | {"torchvision": str(torchvision.__version__)},
         }
 
@@ -274,8 +257,7 @@ def open_results(
     Raises:
         UserError: a result cannot be scored by the protocol.
     """
-    open_once = lru_cache(open_cache)
-    subjects = [open_result(f, open_once, source_prompt) for f in find_results(paths)[0]]
+    subjects = [open_result(folder, source_prompt) for folder in find_results(paths)[0]]
     clips = sorted({subject.source.clip for subject in subjects})
     if protocol.masks is not None and len(clips) > 1:
         flat = [clip for clip in clips if not Path(protocol.masks, clip).is_dir()]
@@ -291,20 +273,20 @@ def score_all(subjects: Sequence[Subject], evaluator: Evaluator) -> tuple[list[R
         the rows in the subjects' order, and what is wrong with those that could not be scored:
         one damaged frame must not lose hours of other results.
     """
-    order = sorted(range(len(subjects)), key=lambda i: _source_key(subjects[i].source))
+
+    def source_of(i: int) -> tuple:
+        source = subjects[i].source
+        return source.clip, str(source.path), source.shape, source.start, source.stride
+
+    order = sorted(range(len(subjects)), key=source_of)
     rows: dict[int, Row] = {}
     errors = []
     for done, i in enumerate(order, start=1):
         subject = subjects[i]
-        log.info("%d/%d: %s: %s", done, len(order), subject.source.clip, subject.method)
+        log.info("%d/%d: %s: %s", done, len(order), subject.row.clip, subject.row.method)
         try:
             rows[i] = evaluator.score(subject)
         except (UserError, torch.OutOfMemoryError) as error:
             log.error("%s", error)
             errors.append(str(error))
     return [rows[i] for i in sorted(rows)], errors
-
-
-def _source_key(source: Source) -> tuple:
-    """Brings the edits of one source together."""
-    return source.clip, str(source.path), source.shape, source.start, source.stride

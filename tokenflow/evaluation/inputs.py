@@ -4,19 +4,18 @@ and any other program's videos.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 
-from tokenflow.cache.source_cache import SourceCache, open_cache
 from tokenflow.editing.results import frame_files, read_result
 from tokenflow.evaluation.motion import Motion, load_motion, resize_motion, truth_file, truth_shape
+from tokenflow.evaluation.score_table import Row
 from tokenflow.storage.images import load_frames, opened_image
 from tokenflow.storage.schema import Model
 from tokenflow.storage.video import Clip, clip_name, read_clip
@@ -27,60 +26,34 @@ MASK_RULE = "object: not 0; resized by nearest neighbour; pixels pooled over the
 
 @dataclass(frozen=True)
 class Source:
-    """A clip's frames that an edit was made from, and what is known of them on disk.
-
-    Attributes:
-        clip: its name.
-        path: its path, for the ground truth next to it.
-        read: reads the frames, (n, H, W, 3) uint8, resized as they were for the edit.
-        shape: n, H, W.
-        start, stride: which of the clip's frames they are.
-        fit: how they were resized: "stretch" or "crop".
-    """
+    """A clip's frames that an edit was made from, and what is known of them on disk."""
 
     clip: str
-    path: Path
-    read: Callable[[], np.ndarray]
-    shape: tuple[int, int, int]
-    start: int = 0
+    path: Path  # the clip's, for the ground truth next to it
+    read: Callable[[], np.ndarray]  # the frames, (n, H, W, 3) uint8, resized as for the edit
+    shape: tuple[int, int, int]  # n, H, W
+    start: int = 0  # which of the clip's frames they are
     stride: int = 1
-    fit: str = "stretch"
+    fit: str = "stretch"  # how they were resized, or "crop"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An edited video to be scored against its source.
+    """An edited video to be scored against its source."""
 
-    Attributes:
-        read: reads the edited frames, (n, H, W, 3) uint8.
-        cost: the fields of a row that say what the edit took.
-    """
-
-    method: str
+    row: Row  # without measures and protocol
     source: Source
-    read: Callable[[], np.ndarray]
-    video: Path
-    fps: float
-    prompt: str | None
-    source_prompt: str | None
-    folder: Path | None = None
-    cost: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[], np.ndarray]  # the edited frames, (n, H, W, 3) uint8
 
 
 # ---------------------------------------------------------------------------------------------
 # Results
 
 
-OpenCache = Callable[[Path], SourceCache]
-
-
-def open_result(
-    folder: Path, open_cache: OpenCache = open_cache, source_prompt: str | None = None
-) -> Subject:
+def open_result(folder: Path, source_prompt: str | None = None) -> Subject:
     """Read a result's records and check that its frames fit its source's; decodes one frame.
 
     Args:
-        open_cache: opens a cache's folder; results of one cache may share what it opened.
         source_prompt: what the source shows, where the inversion prompt does not say it.
 
     Raises:
@@ -88,7 +61,7 @@ def open_result(
     """
     result = read_result(folder)
     try:
-        cache = result.cache(open_cache)
+        cache = result.cache()
     except UserError as error:
         instead = "or score its edited.mp4 by --source and --edited"
         raise type(error)(f"{error}; {instead}") from error
@@ -103,30 +76,33 @@ def open_result(
             f"has {manifest.n_frames} of {manifest.height}x{manifest.width}"
         )
     inversion, peak = manifest.seconds.get("inversion"), result.run.get("peak_memory_bytes")
-    return Subject(
+    source = Source(
+        clip=manifest.clip,
+        path=Path(result.config.get("data_path") or manifest.clip),
+        read=partial(cache.frames, n_frames),
+        shape=(n_frames, height, width),
+        start=manifest.frame_start,
+        stride=manifest.frame_stride,
+        fit=manifest.fit,
+    )
+    row = Row(
         method=result.method,
-        source=Source(
-            clip=manifest.clip,
-            path=Path(result.config.get("data_path") or manifest.clip),
-            read=partial(cache.frames, n_frames),
-            shape=(n_frames, height, width),
-            start=manifest.frame_start,
-            stride=manifest.frame_stride,
-            fit=manifest.fit,
-        ),
-        read=partial(load_frames, folder / "frames", n_frames),
-        video=folder / "edited.mp4",
-        fps=float(result.config.get("fps") or cache.fps),
+        clip=manifest.clip,
         prompt=result.prompt,
         source_prompt=manifest.inversion_prompt or source_prompt,
-        folder=folder,
-        cost={
-            "seconds": result.run.get("seconds"),
-            "seconds_per_frame": result.seconds_per_frame,
-            "inversion_seconds_per_frame": inversion and inversion / manifest.n_frames,
-            "peak_memory_bytes": peak and int(peak),
-        },
+        folder=str(folder),
+        video=str(folder / "edited.mp4"),
+        n_frames=n_frames,
+        height=height,
+        width=width,
+        fps=float(result.config.get("fps") or cache.fps),
+        protocol={},
+        seconds=result.run.get("seconds"),
+        seconds_per_frame=result.seconds_per_frame,
+        inversion_seconds_per_frame=inversion and inversion / manifest.n_frames,
+        peak_memory_bytes=peak and int(peak),
     )
+    return Subject(row, source, partial(load_frames, folder / "frames", n_frames))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -166,11 +142,10 @@ def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
     clips = [_read(source, n_frames, start, size), _read(edited, n_frames, 0, size)]
     (n, *frame_size), (n_edited, *edited_size) = (clip.frames.shape[:3] for clip in clips)
     if frame_size != edited_size:
-        sizes = [f"{path}: {h}x{w}" for path, (h, w) in
-                 ((edited, edited_size), (source, frame_size))]  # fmt: skip
+        (h, w), (h_edited, w_edited) = frame_size, edited_size
         raise UserError(
-            f"frames of different sizes (HxW): {', '.join(sizes)}; choose one for both with --H "
-            "and --W"
+            f"frames of different sizes (HxW): {edited}: {h_edited}x{w_edited}, {source}: {h}x{w}; "
+            "choose one for both with --H and --W"
         )
     if n != n_edited:
         asked = f" (of {n_frames} asked for)" if n_frames else ""
@@ -179,15 +154,21 @@ def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
             f"{start}; score a common part with --n_frames {min(n, n_edited)} or less, after "
             "--start FRAME of the source"
         )
-    return Subject(
+    row = Row(
         method=other.method or clip_name(edited),
-        source=Source(clip_name(source), source, lambda: clips[0].frames, (n, *frame_size), start),
-        read=lambda: clips[1].frames,
-        video=edited,
-        fps=float(clips[1].fps),
+        clip=clip_name(source),
         prompt=other.prompt,
         source_prompt=source_prompt,
+        folder=None,
+        video=str(edited),
+        n_frames=n,
+        height=frame_size[0],
+        width=frame_size[1],
+        fps=float(clips[1].fps),
+        protocol={},
     )
+    original = Source(row.clip, source, lambda: clips[0].frames, (n, *frame_size), start)
+    return Subject(row, original, lambda: clips[1].frames)
 
 
 def _read(path: Path, n_frames: int | None, start: int, size: tuple[int, int] | None) -> Clip:

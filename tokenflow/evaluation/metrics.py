@@ -53,8 +53,7 @@ def warp_error(frames: np.ndarray, motion: Motion) -> float | None:
         visible = motion.visible[p].numpy()
         if not visible.any():
             continue
-        warped = warp(frames[p : p + 1], motion.flow[p : p + 1])[0]
-        difference = (warped - frames[p + 1])[visible]
+        difference = (warp(frames[p], motion.flow[p]) - frames[p + 1])[visible]
         errors.append(np.square(difference, dtype=np.float64).mean() / 255.0**2)
     return 1e3 * float(np.mean(errors)) if errors else None
 
@@ -72,18 +71,11 @@ def ssim(
         Values in [-1, 1]; the second is None without a mask or where it is empty, the third where
         it is not given or leaves nothing.
     """
-    sums, counts = np.zeros(2), np.zeros(2)  # of the other pixels, of the mask's
-    for i, pair in enumerate(zip(frames, source, strict=True)):
-        similarity = ssim_map(*pair)
-        inside = np.zeros(similarity.shape, bool) if mask is None else mask[i]
-        for k, where in enumerate((~inside, inside)):
-            sums[k] += similarity[where].sum()
-            counts[k] += where.sum()
-    whole = float(sums.sum() / counts.sum())
+    maps = np.stack([ssim_map(*pair) for pair in zip(frames, source, strict=True)])
     if mask is None:
-        return whole, None, None
-    outside, inside = (float(s / c) if c else None for s, c in zip(sums, counts, strict=True))
-    return whole, inside, outside
+        return float(maps.mean()), None, None
+    parts = (float(maps[where].mean()) if where.any() else None for where in (mask, ~mask))
+    return float(maps.mean()), *parts
 
 
 def ssim_map(frame: np.ndarray, source: np.ndarray) -> np.ndarray:

@@ -29,7 +29,6 @@ from util import MissingFileError, UserError, load_tensors, save_tensors, sha256
 log = logging.getLogger("tokenflow")
 
 ALPHA1, ALPHA2 = 0.01, 0.5  # of the occlusion test; Sundaram et al. 2010
-METHODS = ("raft", "dis")
 RAFT_WEIGHTS = Raft_Large_Weights.C_T_SKHT_V2
 RAFT_UPDATES = 20  # as many as RAFT's published demo makes
 RAFT_LEAST_SIDE = 128  # its correlation pyramid has no fewer cells
@@ -62,45 +61,35 @@ class Motion:
 # Warping and occlusion
 
 
-def warp(frames: np.ndarray, flow: Tensor) -> np.ndarray:
-    """Look frames up where a backward flow points to: out(x) = frame(x + flow(x)).
+def warp(image: np.ndarray, flow: Tensor) -> np.ndarray:
+    """Look an image up where a backward flow points to: out(x) = image(x + flow(x)).
 
     Bilinear, with the border's pixels repeated beyond it. OpenCV's remap, not grid_sample: it takes
     pixels, so that a flow of whole pixels gives the very values.
 
     Args:
-        frames: (m, H, W, 3), of any number type.
-        flow: (m, 2, H, W), pixels right and down.
+        image: (H, W, c), of any number type.
+        flow: (2, H, W), pixels right and down.
 
     Returns:
-        (m, H, W, 3) float32, on the frames' own scale.
+        (H, W, c) float32, on the image's own scale.
     """
-    return np.stack([_look_up(f, u.float().numpy()) for f, u in zip(frames, flow, strict=True)])
-
-
-def _look_up(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """`warp` of one (H, W, c) image by a (2, H, W) flow."""
     rows, columns = np.mgrid[: flow.shape[1], : flow.shape[2]].astype(np.float32)
-    return cv2.remap(
-        np.ascontiguousarray(image, np.float32),
-        columns + flow[0],
-        rows + flow[1],
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
+    dx, dy = flow.float().numpy()
+    image = np.ascontiguousarray(image, np.float32)
+    border = cv2.BORDER_REPLICATE
+    return cv2.remap(image, columns + dx, rows + dy, cv2.INTER_LINEAR, borderMode=border)
 
 
-def consistent(
-    there: Tensor, back: Tensor, alpha1: float = ALPHA1, alpha2: float = ALPHA2
-) -> Tensor:
+def consistent(there: Tensor, back: Tensor) -> Tensor:
     """Which pixels are seen in the other frame too: following the flow there and back returns.
 
-    |f + b(x + f)|^2 < alpha1 (|f|^2 + |b(x + f)|^2) + alpha2, and x + f within the frame, whose
+    |f + b(x + f)|^2 < ALPHA1 (|f|^2 + |b(x + f)|^2) + ALPHA2, and x + f within the frame, whose
     edges are half a pixel beyond the outermost pixels' centres.
 
     Args:
-        there: (2, H, W), f: from this frame to the other, in pixels.
-        back: (2, H, W), b: from the other frame to this one.
+        there, back: f, from this frame to the other, and b, from the other to this one, (2, H, W)
+            in pixels.
 
     Returns:
         (H, W) bool.
@@ -108,10 +97,9 @@ def consistent(
     Source: Sundaram, Brox, Keutzer, ECCV 2010.
     """
     height, width = there.shape[1:]
-    returning = torch.from_numpy(_look_up(back.permute(1, 2, 0).numpy(), there.numpy()))
-    returning = returning.permute(2, 0, 1)  # (2, H, W)
+    returning = torch.from_numpy(warp(back.permute(1, 2, 0).numpy(), there)).permute(2, 0, 1)
     lengths = there.square().sum(0) + returning.square().sum(0)
-    returns = (there + returning).square().sum(0) < alpha1 * lengths + alpha2
+    returns = (there + returning).square().sum(0) < ALPHA1 * lengths + ALPHA2
     x = torch.arange(width) + there[0]
     y = torch.arange(height)[:, None] + there[1]
     inside = (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
@@ -120,24 +108,6 @@ def consistent(
 
 # ---------------------------------------------------------------------------------------------
 # Estimates
-
-
-def flow_model(method: str, weights: Path | None, device: torch.device) -> FlowModel:
-    """Load a flow estimator.
-
-    Args:
-        method: "raft" or "dis".
-        weights: RAFT's, as in `find_raft_weights`; not used by DIS.
-        device: RAFT's; DIS runs on the CPU.
-
-    Raises:
-        UserError: the method is unknown, or its weights are missing or damaged.
-    """
-    if method == "dis":
-        return _dis
-    if method == "raft":
-        return Raft(find_raft_weights(weights), device)
-    raise UserError(f"flow: expected one of {', '.join(METHODS)}; got {method!r}")
 
 
 def motion_by(model: FlowModel, frames: np.ndarray) -> Motion:
@@ -155,7 +125,8 @@ def motion_by(model: FlowModel, frames: np.ndarray) -> Motion:
     return Motion(flow, visible)
 
 
-def _dis(source: np.ndarray, target: np.ndarray) -> Tensor:
+def dis_flow(source: np.ndarray, target: np.ndarray) -> Tensor:
+    """OpenCV's DIS on the CPU, a FlowModel. Raises: UserError if the frames are too small."""
     if min(source.shape[:2]) < DIS_LEAST_SIDE:
         size = "x".join(map(str, source.shape[:2]))
         raise UserError(f"--flow dis: frames of {size} (HxW); it needs {DIS_LEAST_SIDE} a side")
@@ -163,7 +134,7 @@ def _dis(source: np.ndarray, target: np.ndarray) -> Tensor:
 
 
 class Raft:
-    """torchvision's RAFT-large (Teed and Deng 2020), in float32.
+    """torchvision's RAFT-large (Teed and Deng 2020) in float32, a FlowModel.
 
     Args:
         weights: of `find_raft_weights`.
@@ -178,9 +149,8 @@ class Raft:
             model.load_state_dict(_load_raft(weights))
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()[:120]
-            raise UserError(f"{weights}: not weights of torchvision's RAFT-large: {reason}") from (
-                error
-            )
+            message = f"{weights}: not weights of torchvision's RAFT-large: {reason}"
+            raise UserError(message) from error
         self.model, self.device = for_inference(model, device), device
 
     @torch.inference_mode()
@@ -188,8 +158,7 @@ class Raft:
         height, width = source.shape[:2]
         pair = torch.from_numpy(np.stack([source, target])).permute(0, 3, 1, 2)
         pair = pair.to(self.device).float() / 127.5 - 1.0  # (2, 3, H, W) in [-1, 1]
-        top, bottom = _padding(height)
-        left, right = _padding(width)
+        (top, bottom), (left, right) = _padding(height), _padding(width)
         pair = F.pad(pair, (left, right, top, bottom), mode="replicate")
         flow = self.model(pair[:1], pair[1:], num_flow_updates=RAFT_UPDATES)[-1][0]
         return flow[:, top : top + height, left : left + width].cpu()
@@ -299,13 +268,11 @@ def load_motion(path: str | Path) -> Motion:
 
 
 def resize_motion(motion: Motion, size: tuple[int, int]) -> Motion:
-    """The same motion for frames stretched to (height, width); flow is scaled with them.
+    """The same motion for frames stretched to (height, width): each pixel takes the nearest one's.
 
-    Each pixel takes the nearest one's: between two objects there is no motion in between.
+    Between two objects there is no motion in between.
     """
     old = motion.flow.shape[2:]
-    if tuple(old) == tuple(size):
-        return motion
     scale = torch.tensor([size[1] / old[1], size[0] / old[0]])[:, None, None]
     flow = F.interpolate(motion.flow, size, mode="nearest-exact") * scale
     visible = F.interpolate(motion.visible[:, None].float(), size, mode="nearest-exact")

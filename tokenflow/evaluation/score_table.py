@@ -7,9 +7,10 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
@@ -43,25 +44,6 @@ class Column:
         return "-" if value is None else f"{value / self.scale:.{self.digits}f}"
 
 
-COLUMNS = {
-    "warp_error": Column("warp error", "x1e-3", 2, "low"),
-    "clip_score": Column("CLIP score", "", 3, "high"),
-    "clip_frame": Column("CLIP frame", "", 3, "high"),
-    "clip_directional": Column("CLIP direction", "", 3, "high"),
-    "psnr": Column("PSNR", "dB", 2, ""),
-    "ssim": Column("SSIM", "", 3, ""),
-    "psnr_background": Column("PSNR background", "dB", 2, "high"),
-    "ssim_background": Column("SSIM background", "", 3, "high"),
-    "psnr_object": Column("PSNR object", "dB", 2, ""),
-    "ssim_object": Column("SSIM object", "", 3, ""),
-    "dino_distance": Column("DINO distance", "", 4, "low"),
-    "seconds_per_frame": Column("edit", "s/frame", 2, "low"),
-    "inversion_seconds_per_frame": Column("inversion", "s/frame", 2, "low"),
-    "peak_memory_bytes": Column("peak memory", "GiB", 2, "low", 2**30),
-}
-TEXTS = ("method", "clip", "prompt")  # headings of columns that hold no numbers
-
-
 class Row(Model):
     """One edited video's scores, and the protocol by which they were measured; None: not measured.
 
@@ -79,39 +61,38 @@ class Row(Model):
     width: int
     fps: float
     protocol: dict[str, Any]
-    warp_error: float | None = None
-    clip_score: float | None = None
-    clip_frame: float | None = None
-    clip_directional: float | None = None
-    psnr: float | None = None
-    ssim: float | None = None
-    psnr_background: float | None = None
-    ssim_background: float | None = None
-    psnr_object: float | None = None
-    ssim_object: float | None = None
-    dino_distance: float | None = None
+    warp_error: Annotated[float | None, Column("warp error", "x1e-3", 2, "low")] = None
+    clip_score: Annotated[float | None, Column("CLIP score", "", 3, "high")] = None
+    clip_frame: Annotated[float | None, Column("CLIP frame", "", 3, "high")] = None
+    clip_directional: Annotated[float | None, Column("CLIP direction", "", 3, "high")] = None
+    psnr: Annotated[float | None, Column("PSNR", "dB", 2, "")] = None
+    ssim: Annotated[float | None, Column("SSIM", "", 3, "")] = None
+    psnr_background: Annotated[float | None, Column("PSNR background", "dB", 2, "high")] = None
+    ssim_background: Annotated[float | None, Column("SSIM background", "", 3, "high")] = None
+    psnr_object: Annotated[float | None, Column("PSNR object", "dB", 2, "")] = None
+    ssim_object: Annotated[float | None, Column("SSIM object", "", 3, "")] = None
+    dino_distance: Annotated[float | None, Column("DINO distance", "", 4, "low")] = None
     seconds: dict[str, float | None] | None = None
-    seconds_per_frame: float | None = None
-    inversion_seconds_per_frame: float | None = None
-    peak_memory_bytes: int | None = None
+    seconds_per_frame: Annotated[float | None, Column("edit", "s/frame", 2, "low")] = None
+    inversion_seconds_per_frame: Annotated[
+        float | None, Column("inversion", "s/frame", 2, "low")
+    ] = None
+    peak_memory_bytes: Annotated[int | None, Column("peak memory", "GiB", 2, "low", 2**30)] = None
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The means of one method's rows.
+COLUMNS = {name: column for name, field in Row.model_fields.items()
+           for column in field.metadata if isinstance(column, Column)}  # fmt: skip
+TEXTS = ("method", "clip", "prompt")  # headings of columns that hold no numbers
 
-    Attributes:
-        rows: how many there are.
-        clips: of how many clips.
-        means: of each measure over the rows that have it; None where none has.
-        counts: how many rows have it.
-    """
+
+class Summary(NamedTuple):
+    """The means of one method's rows."""
 
     method: str
-    rows: int
-    clips: int
-    means: dict[str, float | None]
-    counts: dict[str, int]
+    rows: int  # how many there are
+    clips: int  # of how many clips
+    means: dict[str, float | None]  # of each measure over the rows that have it, if any has
+    counts: dict[str, int]  # how many rows have it
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
@@ -121,15 +102,9 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
         own = [row for row in rows if row.method == method]
         values = {name: [v for row in own if (v := getattr(row, name)) is not None]
                   for name in COLUMNS}  # fmt: skip
-        summaries.append(
-            Summary(
-                method,
-                rows=len(own),
-                clips=len({row.clip for row in own}),
-                means={n: float(np.mean(v)) if v else None for n, v in values.items()},
-                counts={n: len(v) for n, v in values.items()},
-            )
-        )
+        means = {name: float(np.mean(v)) if v else None for name, v in values.items()}
+        counts = {name: len(v) for name, v in values.items()}
+        summaries.append(Summary(method, len(own), len({row.clip for row in own}), means, counts))
     return summaries
 
 
@@ -199,27 +174,19 @@ def protocols(rows: Sequence[Row]) -> list[str]:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """[1, 2, 3, 5] as "1-3, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in ends)
 
 
 def _protocol_line(row: Row) -> str:
     p = row.protocol
-    parts = [
-        f"flow {p['flow']}" + (f", {p['flow_weights']}" if p["flow_weights"] else ""),
-        f"occlusion {p['occlusion']}",
-        f"{p['resolution']} (HxW), {row.n_frames} frames",
-        f"masks: {p['mask'] or 'none'}",
-        f"CLIP {p['clip_model'] or 'none'}",
-        f"DINO {p['dino_model'] or 'none'}",
-        _versions(row),
-    ]
-    return "; ".join(parts)
+    weights = f", {p['flow_weights']}" if p["flow_weights"] else ""
+    return (
+        f"flow {p['flow']}{weights}; occlusion {p['occlusion']}; {p['resolution']} (HxW), "
+        f"{row.n_frames} frames; masks: {p['mask'] or 'none'}; CLIP {p['clip_model'] or 'none'}; "
+        f"DINO {p['dino_model'] or 'none'}; {_versions(row)}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,20 +200,17 @@ def rows_as_json(rows: Sequence[Row]) -> str:
 
 def rows_as_csv(rows: Sequence[Row]) -> str:
     """The rows; each stage's seconds and each part of the protocol in a column of its own."""
-    plain = [_flat(row) for row in rows]
-    names = list(dict.fromkeys(name for line in plain for name in line))
+    lines = []
+    for row in rows:
+        protocol = {**row.protocol, "versions": _versions(row)}
+        line = row.model_dump(exclude={"protocol", "seconds"})
+        line |= {f"protocol_{key}": value for key, value in protocol.items()}
+        lines.append(line | {f"seconds_{stage}": s for stage, s in (row.seconds or {}).items()})
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, names, restval="")
+    writer = csv.DictWriter(file, dict.fromkeys(name for line in lines for name in line))
     writer.writeheader()
-    writer.writerows(plain)
+    writer.writerows(lines)
     return file.getvalue()
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    protocol = {**row.protocol, "versions": _versions(row)}
-    values = row.model_dump(exclude={"protocol", "seconds"})
-    values |= {f"protocol_{key}": value for key, value in protocol.items()}
-    return values | {f"seconds_{stage}": s for stage, s in (row.seconds or {}).items()}
 
 
 def _versions(row: Row) -> str:
