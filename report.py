@@ -27,20 +27,12 @@ log = logging.getLogger("tokenflow")
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="+", type=Path, help="folders that hold results")
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        type=Path,
-        action="extend",
-        default=[],
-        metavar="ROWS",
-        help="what evaluate.py --json wrote",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("report"), help="the folder to write (default: report)"
-    )
-    parser.add_argument("--title", default="TokenFlow results", help="the page's title")
+    add = parser.add_argument
+    add("results", nargs="+", type=Path, help="folders that hold results")
+    add("--metrics", nargs="+", type=Path, action="extend", default=[], metavar="ROWS",
+        help="what evaluate.py --json wrote")  # fmt: skip
+    add("--out", type=Path, default=Path("report"), help="the folder to write (default: report)")
+    add("--title", default="TokenFlow results", help="the page's title")
     return parser.parse_args(argv)
 
 

@@ -12,11 +12,11 @@ import re
 import reprlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import av
@@ -41,13 +41,12 @@ POSTER_SIDE = 640
 NEAR = 3  # a link may climb so many folders from the report; farther files are only named
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """The results of one clip, and the caches that they were made from, where these still are."""
 
     name: str
-    results: tuple[Result, ...]
-    caches: tuple[SourceCache, ...]
+    results: Sequence[Result]
+    caches: Sequence[SourceCache]
 
 
 def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
@@ -107,19 +106,17 @@ def group_results(results: Iterable[Result]) -> list[Group]:
     """Put together the results of the same frames of the same source, in the clips' order."""
     groups: dict[tuple, tuple[list[Result], dict[str, SourceCache]]] = {}
     for result in results:
-        cache = cache_of(result)
-        if cache is None:
-            key = (result.folder.parent.name, plain(result.run.get("cache")))
-        else:
+        key = (result.folder.parent.name, plain(result.run.get("cache")))
+        if cache := cache_of(result):
             m = cache.manifest
             key = (m.clip, m.source_sha256, m.frame_start, m.frame_stride)
         members, caches = groups.setdefault(key, ([], {}))
         members.append(result)
-        if cache is not None:
+        if cache:
             caches.setdefault(os.path.realpath(cache.folder), cache)
     return [
-        Group(str(key[0]), tuple(members), tuple(caches.values()))
-        for key, (members, caches) in sorted(groups.items(), key=lambda item: str(item[0]))
+        Group(key[0], groups[key][0], list(groups[key][1].values()))
+        for key in sorted(groups, key=str)
     ]
 
 
@@ -163,25 +160,21 @@ class Media:
         self.folder.mkdir()
         self._numbers = itertools.count(1)
 
-    def add(self, path: Path, name: str) -> dict[str, Any]:
-        """Add a video: a hard link where the file system allows one, else a copy."""
-        target = self._target(name)
-        try:
-            os.link(os.path.realpath(path), target)
-        except OSError:
-            shutil.copyfile(path, target)
-        return self._finish(target)
+    def add(self, video: Path | tuple[np.ndarray, Fraction], name: str) -> dict[str, Any]:
+        """Add a video and its poster; returns what the page says of it.
 
-    def encode(self, frames: np.ndarray, fps: Fraction, name: str) -> dict[str, Any]:
-        """Write a video of (n, H, W, 3) uint8 frames."""
-        target = self._target(name)
-        save_video(target, frames, fps)
-        return self._finish(target)
-
-    def _target(self, name: str) -> Path:
-        return self.folder / f"{next(self._numbers):04d}-{slug(name)}.mp4"
-
-    def _finish(self, path: Path) -> dict[str, Any]:
+        Args:
+            video: a file, hard-linked where the file system allows it, else copied; or frames,
+                (n, H, W, 3) uint8, and their rate.
+        """
+        path = self.folder / f"{next(self._numbers):04d}-{slug(name)}.mp4"
+        if not isinstance(video, Path):
+            save_video(path, *video)
+        else:
+            try:
+                os.link(os.path.realpath(video), path)
+            except OSError:
+                shutil.copyfile(video, path)
         n_frames, fps, width, height = probe_video(path)
         image = Image.fromarray(read_clip(path, 1, size=(height, width)).frames[0])
         image.thumbnail((POSTER_SIDE, POSTER_SIDE))
@@ -203,15 +196,14 @@ def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
             return cache.frames(min(longest, cache.manifest.n_frames)), cache.fps
         except UserError as error:
             log.warning("%s", error)
-    for result in group.results:
-        path = result.folder / "side_by_side.mp4"
-        if path.is_file():
-            try:
-                n_frames, fps, width, height = probe_video(path)
-                both = read_clip(path, n_frames, size=(height, width)).frames
-                return both[:, :, : width // 4 * 2], fps
-            except UserError as error:
-                log.warning("%s", error)
+    both_files = (result.folder / "side_by_side.mp4" for result in group.results)
+    for path in filter(Path.is_file, both_files):
+        try:
+            n_frames, fps, width, height = probe_video(path)
+            both = read_clip(path, n_frames, size=(height, width)).frames
+            return both[:, :, : width // 4 * 2], fps
+        except UserError as error:
+            log.warning("%s", error)
     return None
 
 
@@ -259,22 +251,21 @@ def page_data(
 def clip_data(group: Group, rows: Mapping[str, Row], media: Media, out: Path) -> dict[str, Any]:
     """What the page shows of a clip; adds its videos to the media."""
     name, results = group.name, group.results
-    source, notes = source_frames(group), []
-    if source is None:
-        notes.append("The source is missing: its cache is no longer there.")
-    references = []
-    if source is not None:
-        video = media.encode(*source, f"{name}-source")
+    references, notes = [], []
+    if source := source_frames(group):
+        video = media.add(source, f"{name}-source")
         references.append({"label": "Source", "video": video, "facts": []})
+    else:
+        notes.append("The source is missing: its cache is no longer there.")
     for cache in group.caches:
-        path = cache.folder / "inverted.mp4"
+        path, m = cache.folder / "inverted.mp4", cache.manifest
         if path.is_file():
-            several = f" ({cache.manifest.sd_version})" if len(group.caches) > 1 else ""
+            label = "Reconstruction" + (f" ({m.sd_version})" if len(group.caches) > 1 else "")
+            psnr = {"PSNR": m.psnr, "PSNR of the VAE alone": m.vae_psnr}
+            facts = [(name, f"{db:.2f} dB") for name, db in psnr.items() if math.isfinite(db)]
             video = media.add(path, f"{name}-reconstruction")
-            label = f"Reconstruction{several}"
-            facts = _reconstruction_facts(cache)
             references.append({"label": label, "video": video, "facts": facts})
-    if source is not None and len(references) < 2:
+    if source and len(references) < 2:
         notes.append("The reconstruction is missing: its cache is no longer there.")
 
     differing = differing_settings([result.config for result in results])
@@ -297,25 +288,15 @@ def clip_data(group: Group, rows: Mapping[str, Row], media: Media, out: Path) ->
     }
 
 
-def _reconstruction_facts(cache: SourceCache) -> list[tuple[str, str]]:
-    both = (("PSNR", cache.manifest.psnr), ("PSNR of the VAE alone", cache.manifest.vae_psnr))
-    return [(name, f"{value:.2f} dB") for name, value in both if math.isfinite(value)]
-
-
 def edit_data(
-    result: Result,
-    row: Row | None,
-    differing: Sequence[str],
-    media: Media,
-    out: Path,
+    result: Result, row: Row | None, differing: Sequence[str], media: Media, out: Path
 ) -> dict[str, Any]:
     """What the page shows of a result; adds its video to the media."""
     settings = [(plain(key), plain(value)) for key, value in result.config.items()]
     name = f"{result.folder.parent.name}-{result.prompt or ''}"
-    video = media.add(result.folder / "edited.mp4", name)
     return {
         "label": row.method if row else result.method,
-        "video": video,
+        "video": media.add(result.folder / "edited.mp4", name),
         "prompt": result.prompt or "",
         "differing": [(key, value) for key, value in settings if key in differing],
         "metrics": metrics_of(result, row),
