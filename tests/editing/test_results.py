@@ -1,8 +1,10 @@
 """Folders of results: how a result is named."""
 
+from pathlib import Path
+
 import pytest
 
-from tokenflow.editing.results import method_name
+from tokenflow.editing.results import Result
 
 
 @pytest.mark.parametrize(
@@ -29,4 +31,4 @@ from tokenflow.editing.results import method_name
     ],
 )
 def test_a_method_is_named_by_what_it_is(technique, config, name):
-    assert method_name(config, {"technique": technique}) == name
+    assert Result(Path(), config, {"technique": technique}).method == name

@@ -25,7 +25,7 @@ from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig
 from tests.editing.test_loop import relative_error
-from tests.helpers import HEIGHT, WIDTH, contents, make_clip
+from tests.helpers import HEIGHT, WIDTH, contents, edit_keys, make_clip
 from tokenflow.cache import build
 from tokenflow.cache.options import arguments
 from tokenflow.cache.source_cache import open_cache, read_manifest
@@ -73,21 +73,21 @@ def succeed(size, work, folder):
 
 
 def options(clip, folder, model, **changes):
-    settings = {
-        "data_path": clip,
-        "save_dir": folder,
-        "model_key": model,
-        "n_frames": N_FRAMES,
-        "H": HEIGHT,
-        "W": WIDTH,
-        "steps": 4 * STEPS,
-        "save_steps": STEPS,
-        "interval": 2,
-        "device": "cpu",
-        "inversion_prompt": "a disc on a wall",
-        "batch_size": 2,
-    }
-    return preprocess.parse_args(arguments(settings | changes))
+    return {
+        "data_path": clip, "save_dir": folder, "model_key": model, "n_frames": N_FRAMES,
+        "H": HEIGHT, "W": WIDTH, "steps": 4 * STEPS, "save_steps": STEPS, "interval": 2,
+        "device": "cpu", "inversion_prompt": "a disc on a wall", "batch_size": 2, **changes,
+    }  # fmt: skip
+
+
+def build_cache(*args, group=SINGLE_PROCESS, **changes):
+    argv = arguments(options(*args, **changes))
+    return preprocess.preprocess(preprocess.parse_args(argv), group=group)
+
+
+def assert_same_latents(folders, name="edited_latents.safetensors"):
+    one, other = (load_tensors(folder / name)["latents"] for folder in folders)
+    assert relative_error(one, other.double()) < SAME, name
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,8 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(clip, tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    return preprocess.preprocess(options(clip, folder, tiny_model))
+def cache(clip, tiny_model):
+    return build_cache(clip, clip.parent / "latents", tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -107,20 +106,10 @@ def models(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def keys(clip, cache, tiny_model, tmp_path_factory):
-    return {
-        "data_path": str(clip),
-        "latents_path": str(cache.parents[3]),
-        "output_path": str(tmp_path_factory.mktemp("results")),
-        "model_key": str(tiny_model),
-        "n_inversion_steps": 4 * STEPS,
-        "n_timesteps": STEPS,
-        "n_frames": N_FRAMES,
-        "prompt": "a green star",
-        "negative_prompt": "ugly",
-        "batch_size": 2,  # three keyframes
-        "device": "cpu",
-    }
+def keys(clip, cache, tiny_model):
+    steps = {"n_inversion_steps": 4 * STEPS, "n_timesteps": STEPS, "n_frames": N_FRAMES}
+    # three keyframes
+    return edit_keys(clip.parent, tiny_model, **steps, negative_prompt="ugly", batch_size=2)
 
 
 # ---------------------------------------------------------------- edits
@@ -203,14 +192,6 @@ def test_an_edit_of_several_processes_is_that_of_one(keys, models, alone, tmp_pa
         assert found[0]["forwards"] > session.image_forwards
 
 
-def test_the_edits_differ(alone):
-    """So that what is tested above is not one edit again and again."""
-    names = [name for name in QUICK[2] if EDITS[name].get("technique") != "sdedit"]
-    different = [name for name in names if name != "live"]
-    for a, b in itertools.combinations(different, 2):
-        assert relative_error(alone(a)[1], alone(b)[1].double()) > 1e-4, f"{a} = {b}"
-
-
 def test_a_result_is_written_once_and_then_found(keys, tmp_path):
     config = PnPConfig(**{**keys, "output_path": str(tmp_path / "several")})
 
@@ -224,8 +205,7 @@ def test_a_result_is_written_once_and_then_found(keys, tmp_path):
     succeed(2, work, tmp_path / "processes")
     (folder,) = (tmp_path / "several").glob("pnp/*/*")
     single = run_tokenflow_pnp.edit(PnPConfig(**{**keys, "output_path": str(tmp_path / "one")}))
-    latents = [load_tensors(f / "edited_latents.safetensors")["latents"] for f in (folder, single)]
-    assert relative_error(latents[0], latents[1].double()) < SAME
+    assert_same_latents((folder, single))
     frames = [load_frames(f / "frames", N_FRAMES).astype(int) for f in (folder, single)]
     assert np.abs(frames[0] - frames[1]).max() <= 1
     run, run_of_one = (load_yaml(f / "run.yaml") for f in (folder, single))
@@ -247,17 +227,17 @@ def test_a_result_is_written_once_and_then_found(keys, tmp_path):
 def test_a_cache_of_several_processes_is_that_of_one(clip, tiny_model, tmp_path, size, changes):
     if "sd_version" in changes:
         changes = {**changes, "control": "canny", "controlnet_key": tiny_model / "controlnet"}
-    args = options(clip, tmp_path / "several", tiny_model, **changes)
+    args = clip, tmp_path / "several", tiny_model
 
     def work(group):
-        folder = preprocess.preprocess(args, group=group)
+        folder = build_cache(*args, **changes, group=group)
         before = contents(folder)
-        assert preprocess.preprocess(args, group=group) == folder  # and finds it made
+        assert build_cache(*args, **changes, group=group) == folder  # and finds it made
         assert contents(folder) == before
         return {}
 
     succeed(size, work, tmp_path / "processes")
-    single = preprocess.preprocess(options(clip, tmp_path / "one", tiny_model, **changes))
+    single = build_cache(clip, tmp_path / "one", tiny_model, **changes)
     several = tmp_path / "several" / single.relative_to(tmp_path / "one")
     assert set(contents(several)) == set(contents(single))
     names = sorted(single.rglob("*.safetensors"))
@@ -295,27 +275,26 @@ def dies_at(call, number):
 
 def test_a_cache_that_two_processes_began_is_gone_on_with_by_three(clip, tiny_model, tmp_path):
     changes = {"inversion_tol": 0.001, "inversion_iters": 3}
-    args = options(clip, tmp_path / "several", tiny_model, **changes)
+    args = clip, tmp_path / "several", tiny_model
 
     def begin(group):
         if group.is_main:  # after the clean latents and those of a timestep
             build.save_tensors = dies_at(build.save_tensors, 3)
         with pytest.raises(UserError, match="another process of this run has ended"):
-            preprocess.preprocess(args, group=group)
+            build_cache(*args, **changes, group=group)
         return {}
 
     def go_on(group):
         build.encode_frames = None  # which is behind
-        preprocess.preprocess(args, group=group)
+        build_cache(*args, **changes, group=group)
         return {}
 
     assert in_processes(2, begin, tmp_path / "two")[0] == [9, 0]
     succeed(3, go_on, tmp_path / "three")
-    single = preprocess.preprocess(options(clip, tmp_path / "one", tiny_model, **changes))
+    single = build_cache(clip, tmp_path / "one", tiny_model, **changes)
     several = tmp_path / "several" / single.relative_to(tmp_path / "one")
     for path in single.rglob("latents/*.safetensors"):
-        found = load_tensors(several / path.relative_to(single))["latents"]
-        assert relative_error(found, load_tensors(path)["latents"].double()) < SAME, path
+        assert_same_latents((several, single), path.relative_to(single))
     assert read_manifest(several).image_forwards == read_manifest(single).image_forwards
 
 
@@ -338,8 +317,7 @@ def test_an_edit_that_two_processes_began_is_gone_on_with_by_three(keys, tmp_pat
     succeed(3, go_on, tmp_path / "three")
     (folder,) = (tmp_path / "several").glob("pnp/*/*")
     single = run_tokenflow_pnp.edit(PnPConfig(**{**settings, "output_path": str(tmp_path / "one")}))
-    latents = [load_tensors(f / "edited_latents.safetensors")["latents"] for f in (folder, single)]
-    assert relative_error(latents[0], latents[1].double()) < SAME
+    assert_same_latents((folder, single))
     runs = [load_yaml(f / "run.yaml") for f in (folder, single)]
     assert runs[0]["image_forwards"] == runs[1]["image_forwards"]
 
@@ -514,10 +492,8 @@ def launch(processes, script, *words):
 
 @slow
 def test_the_command_line(clip, tiny_model, keys, tmp_path):
-    small = {"data_path": clip, "save_dir": tmp_path / "latents", "model_key": tiny_model}
-    small |= {"n_frames": N_FRAMES, "H": HEIGHT, "W": WIDTH, "interval": 2, "device": "cpu"}
-    small |= {"steps": 4 * STEPS, "save_steps": STEPS, "inversion_prompt": "a disc on a wall"}
-    done = launch(2, "preprocess.py", *arguments(small))
+    small = arguments(options(clip, tmp_path / "latents", tiny_model))
+    done = launch(2, "preprocess.py", *small)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cache: ") == 1
     assert done.stderr.count("reconstruction: ") == 1
@@ -530,8 +506,7 @@ def test_the_command_line(clip, tiny_model, keys, tmp_path):
     folder = Path(done.stdout.removeprefix("result: ").strip())
     assert load_yaml(folder / "run.yaml")["processes"] == 2
     single = run_tokenflow_pnp.edit(PnPConfig(**{**config, "output_path": str(tmp_path / "one")}))
-    latents = [load_tensors(f / "edited_latents.safetensors")["latents"] for f in (folder, single)]
-    assert relative_error(latents[0], latents[1].double()) < SAME
+    assert_same_latents((folder, single))
     # The error is printed once.
     done = launch(2, "run_tokenflow_pnp.py", *words, "--set", "n_frames=0")
     assert done.returncode != 0

@@ -31,39 +31,21 @@ def unet_batch_size(
         size: (H, W) of the frames.
         most: upper bound of the choice.
     """
-    models = denoiser.models
-    t = models.schedule.timesteps(1)[0]
+    t = denoiser.models.schedule.timesteps(1)[0]
 
-    def evaluate(m: int) -> None:
-        denoiser(_blank(models, size, m), t, torch.zeros(m, dtype=torch.long))
+    def evaluate(latents: Tensor) -> None:
+        denoiser(latents, t, torch.zeros(len(latents), dtype=torch.long))
 
-    return _chosen(batch_size, evaluate, models.device, most)
+    return _chosen(batch_size, evaluate, denoiser.models, size, most)
 
 
 def vae_batch_size(batch_size: int | None, models: StableDiffusion, size: tuple[int, int]) -> int:
     """The VAE's batch size; its activations are far larger. Args: see `unet_batch_size`."""
 
-    def decode(m: int) -> None:
-        decode_latents(models, _blank(models, size, m), m)
+    def decode(latents: Tensor) -> None:
+        decode_latents(models, latents, len(latents))
 
-    return _chosen(batch_size, decode, models.device, MOST_VAE)
-
-
-def _blank(models: StableDiffusion, size: tuple[int, int], m: int) -> Tensor:
-    grid = (side // models.vae_factor for side in size)
-    return torch.zeros(m, models.vae.config.latent_channels, *grid)
-
-
-def _chosen(
-    batch_size: int | None, forward: Callable[[int], None], device: torch.device, most: int
-) -> int:
-    if batch_size is not None:
-        return batch_size
-    if device.type != "cuda":
-        return min(ON_CPU, most)
-    found = min(_measured(forward, device), most)
-    log.info("%s: %d images at once", forward.__name__, found)
-    return found
+    return _chosen(batch_size, decode, models, size, MOST_VAE)
 
 
 def fitting_batch_size(one: int, two: int, free: int) -> int:
@@ -81,20 +63,32 @@ def fitting_batch_size(one: int, two: int, free: int) -> int:
 
 
 @torch.inference_mode()
-def _measured(forward: Callable[[int], None], device: torch.device) -> int:
-    """`fitting_batch_size` by forwards of one and of two images; 1 if two do not fit."""
-    taken = []
+def _chosen(
+    batch_size: int | None,
+    forward: Callable[[Tensor], None],
+    models: StableDiffusion,
+    size: tuple[int, int],
+    most: int,
+) -> int:
+    device, taken = models.device, []
+    if batch_size is not None:
+        return batch_size
+    if device.type != "cuda":
+        return min(ON_CPU, most)
+    grid = (side // models.vae_factor for side in size)
+    images = torch.zeros(2, models.vae.config.latent_channels, *grid)
     for m in (1, 2):
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            forward(m)
+            forward(images[:m])
         except torch.OutOfMemoryError:
             if m == 1:
                 raise
             return 1
         taken.append(torch.cuda.max_memory_allocated(device) - before)
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return fitting_batch_size(*taken, free)
+    found = min(fitting_batch_size(*taken, torch.cuda.mem_get_info(device)[0]), most)
+    log.info("%s: %d images at once", forward.__name__, found)
+    return found

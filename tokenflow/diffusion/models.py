@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
@@ -81,27 +82,22 @@ def resolve_device(name: str, group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
             name = f"cuda:{group.local_rank}"
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(_unknown_device(name)) from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(_unknown_device(name))
-    if device.type == "mps" and not torch.backends.mps.is_available():
+        found = {
+            "cpu": 1,
+            "cuda": torch.cuda.device_count(),
+            "mps": int(torch.backends.mps.is_available()),
+        }[device.type]
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"device: {name} is unknown, expected auto, cpu, cuda or cuda:N") from error
+    if (device.index or 0) >= found:
         raise UserError(
-            f"device: {name} was asked for, but this machine has none; use --device cpu"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device: {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA "
-            "devices on this machine; use --device cpu, or install a CUDA build of torch"
+            f"device: {name} was asked for, but torch sees {found} {device.type.upper()} devices "
+            "on this machine; use --device cpu, or install a build of torch for it"
         )
     return device
-
-
-def _unknown_device(name: str) -> str:
-    return f"device: {name} is unknown, expected auto, cpu, cuda or cuda:N"
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -123,20 +119,22 @@ def load_stable_diffusion(
     Raises:
         UserError: see `load_model`.
     """
-    options = {"torch_dtype": dtype, "allow_pickle": allow_pickle}
-    text_encoder = load_model(CLIPTextModel, folder / "text_encoder", **options)
-    vae = load_model(AutoencoderKL, folder / "vae", **options)
-    unet = load_model(UNet2DConditionModel, folder / "unet", **options)
+
+    def load(cls: type[nn.Module], part: str) -> nn.Module:
+        model = load_model(cls, folder / part, allow_pickle, torch_dtype=dtype)
+        return for_inference(model, device)
+
     # channels_last makes the VAE's convolutions faster on every device, and is recommended for the
     # UNet's in half precision on GPUs (not measured here). It gains nothing for a UNet on the CPU.
-    vae = vae.to(memory_format=torch.channels_last)
+    vae = load(AutoencoderKL, "vae").to(memory_format=torch.channels_last)
+    unet = load(UNet2DConditionModel, "unet")
     if device.type == "cuda":
         unet = unet.to(memory_format=torch.channels_last)
     return StableDiffusion(
         tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-        text_encoder=for_inference(text_encoder, device),
-        vae=for_inference(vae, device),
-        unet=for_inference(unet, device),
+        text_encoder=load(CLIPTextModel, "text_encoder"),
+        vae=vae,
+        unet=unet,
         schedule=NoiseSchedule.of_checkpoint(folder),
         device=device,
         dtype=dtype,

@@ -27,14 +27,11 @@ def layer_sizes(
 
 def grid_of_block(unet: UNet2DConditionModel, name: str, grid: tuple[int, int]) -> tuple[int, int]:
     """The grid at a module of the UNet; each level halves the one above, rounding up."""
-    levels = len(unet.config.block_out_channels)
     block, index = name.split(".")[:2]
-    level = levels - 1  # mid_block
+    level = len(unet.config.block_out_channels) - 1  # mid_block
     if block == "down_blocks":
         level = int(index)
     elif block == "up_blocks":
-        level = levels - 1 - int(index)
-    h, w = grid
-    for _ in range(level):
-        h, w = (h + 1) // 2, (w + 1) // 2
+        level -= int(index)
+    h, w = (-(-side // 2**level) for side in grid)
     return h, w

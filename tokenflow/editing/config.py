@@ -188,26 +188,16 @@ def read_config(
         UserError: if the command line, the file or one of its values is wrong.
     """
     parser = ArgumentParser(description=about)
-    add = parser.add_argument
-    add(
-        "--config",
-        "--config_path",
-        default=ROOT / default,
-        help=f"YAML file (default: {default})",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one key of the file; any number of times",
-    )
-    add("--device", help="auto, cpu, cuda or cuda:N; the same as --set device=...")
-    for flag in ("allow_pickle", "verify"):
-        text = cls.model_fields[flag].description
-        add(f"--{flag}", action="store_true", help=f"{text}; the same as --set {flag}=true")
+    add, flags = parser.add_argument, ("device", "allow_pickle", "verify")
+    text = f"YAML file (default: {default})"
+    add("--config", "--config_path", default=ROOT / default, help=text)
+    text = "override one key of the file; any number of times"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    for key in flags:
+        text = f"{cls.model_fields[key].description}; the same as --set {key}=..."
+        value = {} if key == "device" else {"action": "store_const", "const": "true"}
+        add(f"--{key}", help=text, **value)
     add("--overwrite", action="store_true", help="replace a finished result")
     args = parser.parse_args(argv)
-    overrides = args.set + ([f"device={args.device}"] if args.device else [])
-    overrides += [f"{flag}=true" for flag in ("allow_pickle", "verify") if getattr(args, flag)]
-    return load_config(cls, args.config, overrides), args.overwrite
+    overrides = [f"{key}={getattr(args, key)}" for key in flags if getattr(args, key)]
+    return load_config(cls, args.config, args.set + overrides), args.overwrite

@@ -24,14 +24,16 @@ from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.video import clip_name, resolve_clip, source_sha256
-from util import (
-    MissingFileError,
-    UserError,
-    check_path,
-    check_writable,
-)
+from util import MissingFileError, UserError, check_path, check_writable
 
 log = logging.getLogger("tokenflow")
+
+# Options of preprocess.py that a manifest has under their own names, and that tell an inversion
+# from others of the clip and model.
+MADE_WITH = (
+    "steps", "frame_start", "frame_stride", "fit", "inversion_prompt", "inversion_iters",
+    "inversion_tol", "dtype", "depth_model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,8 @@ def _find_cache(config: EditConfig, checkpoint: Path) -> SourceCache:
         "frame_start": config.frame_start,
         "frame_stride": config.frame_stride,
     }
-    cache = find_cache(
-        clip_folder(config.latents_path, config.sd_version, clip_name(config.data_path)),
-        wanted,
-        config.n_frames,
-        partial(remedy, config),
-        config.verify,
-    )
+    folder = clip_folder(config.latents_path, config.sd_version, clip_name(config.data_path))
+    cache = find_cache(folder, wanted, config.n_frames, partial(remedy, config), config.verify)
     if source is None:
         log.warning(
             "data_path: %s is not there to compare; using the frames of %s",
@@ -140,16 +137,9 @@ def remedy(config: EditConfig, manifest: Manifest | None) -> str:
     Args:
         manifest: of a cache that does not fit; what the config leaves open is taken from it.
     """
-    settings = {
-        "save_dir": config.latents_path,
-        "n_frames": config.n_frames,
-        "save_steps": config.n_timesteps,
-        "steps": config.n_inversion_steps,
-        "frame_start": config.frame_start,
-        "frame_stride": config.frame_stride,
-        "H": config.H,
-        "W": config.W,
-    }
+    settings = config.model_dump(include={"n_frames", "frame_start", "frame_stride", "H", "W"})
+    settings |= {"save_dir": config.latents_path, "save_steps": config.n_timesteps}
+    settings["steps"] = config.n_inversion_steps
     found = {} if manifest is None else _made_with(manifest)
     settings = found | {key: value for key, value in settings.items() if value is not None}
     if config.n_inversion_steps is None:  # a number near the usual one that preprocess.py takes
@@ -167,31 +157,16 @@ def features_remedy(config: EditConfig, manifest: Manifest) -> str:
     Args:
         manifest: the cache's. Its inversion is not made again.
     """
-    settings = _made_with(manifest) | {
-        "save_dir": config.latents_path,
-        "n_frames": manifest.frames_asked,
-        "save_steps": manifest.save_steps,
-        "recon_steps": manifest.recon_steps,
-    }
+    settings = _made_with(manifest) | manifest.model_dump(include={"save_steps", "recon_steps"})
+    settings |= {"save_dir": config.latents_path, "n_frames": manifest.frames_asked}
     return f"run: {_command_for(config, settings)}"
 
 
 def _made_with(manifest: Manifest) -> dict[str, object]:
     """The options that tell an inversion from others of the clip and model; None: left out."""
     control = manifest.control
-    settings = {
-        "steps": manifest.steps,
-        "frame_start": manifest.frame_start,
-        "frame_stride": manifest.frame_stride,
-        "H": manifest.height,
-        "W": manifest.width,
-        "fit": manifest.fit,
-        "inversion_prompt": manifest.inversion_prompt or None,
-        "inversion_iters": manifest.inversion_iters,
-        "inversion_tol": manifest.inversion_tol or None,
-        "dtype": manifest.dtype,
-        "depth_model": manifest.depth_model,
-    }
+    settings = {name: getattr(manifest, name) or None for name in MADE_WITH}
+    settings |= {"H": manifest.height, "W": manifest.width}
     if control is not None:
         settings |= {
             "control": control.kind,
@@ -205,11 +180,7 @@ def _made_with(manifest: Manifest) -> dict[str, object]:
 
 def _command_for(config: EditConfig, settings: dict[str, object]) -> str:
     """The command for the clip, model and features of a config, with these settings."""
-    of_config = {
-        "data_path": config.data_path,
-        "sd_version": config.sd_version,
-        "model_key": config.model_key,
-    }
+    of_config = {key: getattr(config, key) for key in ("data_path", "sd_version", "model_key")}
     features = {
         option: getattr(config, key)
         for key, option in FEATURE_OPTIONS.items()

@@ -58,6 +58,12 @@ CONSISTENCY = {
     "none": "per frame",
     "first_frame": "first frame",
 }
+# What the name of a method says of its settings, in order.
+MARKS = {
+    ("propagation", "released"): "released",
+    ("blend", "linear"): "linear blend",
+    ("correspondence", "flow"): "optical flow",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -182,8 +188,21 @@ class Result:
 
     @property
     def method(self) -> str:
-        """What made it, as people call it."""
-        return method_name(self.config, self.run)
+        """What made it, as people call it: "PnP, TokenFlow (released)"."""
+        technique = str(self.run.get("technique") or "unknown")
+        if technique in BASELINES:
+            return BASELINES[technique]
+        consistency = str(self.config.get("consistency", "tokenflow"))
+        bound = self.config.get("max_keyframes")
+        marks = [mark for key, mark in MARKS.items() if self.config.get(key[0]) == key[1]]
+        if consistency == "tokenflow":
+            kind = "fixed keyframes" if self.config.get("keyframes") == "fixed" else "TokenFlow"
+            marks += [f"{bound} keyframes at once"] if bound else []
+        else:
+            kind = CONSISTENCY.get(consistency, consistency)
+            marks = [mark for mark in marks if mark == "released"]
+        name = f"{TECHNIQUES.get(technique, technique)}, {kind}"
+        return f"{name} ({', '.join(marks)})" if marks else name
 
     @property
     def seconds_per_frame(self) -> float | None:
@@ -227,29 +246,6 @@ class Result:
 def frame_files(folder: Path) -> list[Path]:
     """The images of a result's frames, in order."""
     return sorted((folder / "frames").glob("[0-9]*.png"))
-
-
-def method_name(config: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """A short name for people of what made a result: "PnP, TokenFlow (released)".
-
-    Args:
-        config, run: a result's config.yaml and run.yaml.
-    """
-    technique = str(run.get("technique") or "unknown")
-    if technique in BASELINES:
-        return BASELINES[technique]
-    consistency = str(config.get("consistency", "tokenflow"))
-    marks = ["released"] if config.get("propagation") == "released" else []
-    if consistency == "tokenflow":
-        kind = "fixed keyframes" if config.get("keyframes") == "fixed" else "TokenFlow"
-        marks += ["linear blend"] if config.get("blend") == "linear" else []
-        marks += ["optical flow"] if config.get("correspondence") == "flow" else []
-        bound = config.get("max_keyframes")
-        marks += [f"{bound} keyframes at once"] if bound else []
-    else:
-        kind = CONSISTENCY.get(consistency, consistency)
-    name = f"{TECHNIQUES.get(technique, technique)}, {kind}"
-    return f"{name} ({', '.join(marks)})" if marks else name
 
 
 def find_results(roots: Sequence[Path]) -> tuple[list[Path], list[Path]]:
