@@ -180,27 +180,17 @@ def nearest_tokens(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Te
 
 
 @dataclass(frozen=True)
-class Correspondence:
-    """For each token of m frames, its counterpart in the frame's two neighbours: (m, L) int64."""
-
-    previous: Tensor
-    next: Tensor
-
-
-@dataclass(frozen=True)
 class Neighbours:
-    """The two keyframes that each of m frames is propagated from, and their weights.
+    """The two keyframes i- and i+ that each of m frames is propagated from, and their weights.
 
-    `previous` and `next` are indices 0..k-1 into the keyframes; a frame with one neighbour has it
-    as both.
+    `which` are indices 0..k-1 into the keyframes; a frame with one neighbour has it as both.
     """
 
-    previous: Tensor  # (m,) int64
-    next: Tensor  # (m,) int64
-    weight: Tensor  # (m,) float32 in [0, 1], of `next`; `previous` has the rest
+    which: Tensor  # (m, 2) int64, i- and i+
+    weight: Tensor  # (m,) float32 in [0, 1], of i+; i- has the rest
 
     def to(self, device: torch.device) -> Neighbours:
-        return Neighbours(*(x.to(device) for x in (self.previous, self.next, self.weight)))
+        return Neighbours(self.which.to(device), self.weight.to(device))
 
 
 def neighbours(frames: Tensor, keyframes: Tensor, weighting: str = "sigmoid") -> Neighbours:
@@ -221,7 +211,8 @@ def neighbours(frames: Tensor, keyframes: Tensor, weighting: str = "sigmoid") ->
     weight = before_distance / (before_distance + after_distance).clamp(min=1.0)
     if weighting == "sigmoid":
         weight = torch.sigmoid(weight)
-    return Neighbours(previous, next_, torch.where(previous == next_, 1.0, weight))
+    weight = torch.where(previous == next_, 1.0, weight)
+    return Neighbours(torch.stack([previous, next_], dim=1), weight)
 
 
 def blend(previous: Tensor, next_: Tensor, weight: Tensor) -> Tensor:
@@ -229,24 +220,23 @@ def blend(previous: Tensor, next_: Tensor, weight: Tensor) -> Tensor:
     return torch.lerp(previous, next_, weight.to(previous)[:, None, None])
 
 
-def propagate(base: Tensor, where: Correspondence, near: Neighbours) -> Tensor:
+def propagate(base: Tensor, where: Tensor, near: Neighbours) -> Tensor:
     """The output tokens (B, m, L, c) of frames, from the keyframes' output tokens (Eq. 6).
 
     F(T_base, i, p) = w_i * T_base[i+][gamma+(p)] + (1 - w_i) * T_base[i-][gamma-(p)].
 
     Args:
         base: T_base, (B, k, L, c).
-        where: gamma+- of m frames.
-        near: i+- and w_i of m frames.
+        where: gamma- and gamma+ of m frames, (m, 2, L) int64.
+        near: i-, i+ and w_i of m frames.
     """
-    n_tokens = base.shape[2]
     rows = base.flatten(1, 2)  # (B, k * L, c)
-
-    def gather(keyframes: Tensor, index: Tensor) -> Tensor:
-        chosen = keyframes[:, None] * n_tokens + index  # (m, L)
-        return rows.index_select(1, chosen.flatten()).unflatten(1, index.shape)
-
-    return blend(gather(near.previous, where.previous), gather(near.next, where.next), near.weight)
+    chosen = near.which[..., None] * base.shape[2] + where  # (m, 2, L)
+    previous, next_ = (
+        rows.index_select(1, index.flatten()).unflatten(1, index.shape)  # (B, m, L, c)
+        for index in chosen.unbind(dim=1)
+    )
+    return blend(previous, next_, near.weight)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,7 +327,7 @@ class TokenFlowContext:
     features: Tensor | None = None  # of the last source pass, (m, C, h, w)
     source_base: dict[str, Tensor] = field(default_factory=dict)  # outputs of SOURCE, (1, k, L, c)
     base: dict[str, Tensor] = field(default_factory=dict)  # T_base of EXTENDED, (B, k, L, c)
-    matches: dict[str, Correspondence] = field(default_factory=dict)  # gamma+- of MATCH
+    matches: dict[str, Tensor] = field(default_factory=dict)  # gamma-+ of MATCH, (m, 2, L)
     matched_tokens: dict[str, Tensor] = field(default_factory=dict)  # phi of MATCH, (m, L, c)
 
 
@@ -387,9 +377,8 @@ class TokenFlowAttention:
         if context.keep_matched_tokens:
             context.matched_tokens[self.layer] = tokens
         if context.nearest is not None:
-            which = torch.stack([near.previous, near.next], dim=1)  # (m, 2)
-            found = context.nearest(tokens, context.tokens[self.layer], which)  # (m, 2, L)
-            context.matches[self.layer] = Correspondence(found[:, 0], found[:, 1])
+            matches = context.nearest(tokens, context.tokens[self.layer], near.which)
+            context.matches[self.layer] = matches  # (m, 2, L)
         if context.propagate_source:
             base, where = context.source_base[self.layer], context.matches[self.layer]
             return propagate(base, where, near)[0]
@@ -477,4 +466,5 @@ def released_neighbours(frames: Tensor, interval: int) -> Neighbours:
     own_distance = (frames - (own * interval + interval // 2)).abs().float()
     previous_distance = (frames - (previous * interval + interval // 2)).abs().float()
     weight = torch.sigmoid(previous_distance / (own_distance + previous_distance).clamp(min=1.0))
-    return Neighbours(previous, own, torch.where(previous == own, 1.0, weight))
+    weight = torch.where(previous == own, 1.0, weight)
+    return Neighbours(torch.stack([previous, own], dim=1), weight)

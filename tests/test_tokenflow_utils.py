@@ -14,7 +14,6 @@ from tokenflow.ops import nearest
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
-    Correspondence,
     Pass,
     TokenFlowContext,
     attend,
@@ -78,8 +77,9 @@ def test_keyframe_schedule_is_a_function_of_its_arguments():
 def weights_by_keyframe(near, i):
     """{keyframe: weight} of frame i, however the two are ordered."""
     weight = float(near.weight[i])
-    found = {int(near.previous[i]): 1.0 - weight}
-    found[int(near.next[i])] = found.get(int(near.next[i]), 0.0) + weight
+    previous, next_ = near.which[i].tolist()
+    found = {previous: 1.0 - weight}
+    found[next_] = found.get(next_, 0.0) + weight
     return {keyframe: w for keyframe, w in found.items() if w != 0.0}
 
 
@@ -135,10 +135,7 @@ def test_propagation_matches_the_reference(mode):
     else:
         near = released_neighbours(frames, interval)
         mixes = [reference.released_neighbours(i, interval) for i in range(n_frames)]
-    which = torch.stack([near.previous, near.next], dim=1)
-    nearest = nearest_tokens(source, source_keyframes, which)
-    where = Correspondence(nearest[:, 0], nearest[:, 1])
-    found = propagate(base, where, near)
+    found = propagate(base, nearest_tokens(source, source_keyframes, near.which), near)
     for i, mix in enumerate(mixes):
         expected = reference.propagate(
             source[i].double(), source_keyframes.double(), base.double(), mix

@@ -25,7 +25,6 @@ from tokenflow.editing.loop import EditPlan, EditSession, plan_steps
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
-    Correspondence,
     Neighbours,
     neighbours,
     propagate,
@@ -74,8 +73,9 @@ class _ThreeBranchAttention:
             alone = query[0], key[0], value[0]
         else:
             keyframe_tokens, base = state.kept[self.layer]
-            keyframes = (state.near.previous, state.near.next)
-            where = Correspondence(*(most_similar(source, keyframe_tokens[k]) for k in keyframes))
+            keyframes = state.near.which.unbind(dim=1)
+            where = [most_similar(source, keyframe_tokens[k]) for k in keyframes]
+            where = torch.stack(where, dim=1)  # (m, 2, L)
             edited = propagate(base, where, state.near)
             alone = attn.to_q(source), attn.to_k(source), attn.to_v(source)
         alone = attn.to_out[0](explicit_attention(*alone, attn.heads))  # a frame by itself

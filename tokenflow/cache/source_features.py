@@ -43,7 +43,7 @@ from tokenflow.storage.manifest import (
     refuse_unexpected_files,
 )
 from tokenflow.storage.schema import Model
-from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, Correspondence, TokenFlowContext
+from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, TokenFlowContext
 from util import UserError
 
 FORMAT = 2
@@ -297,7 +297,7 @@ class CachedSource:
         found = self._next(t, frames)
         layers = [name.removeprefix("next/") for name in found if name.startswith("next/")]
         self.context.matches = {
-            layer: Correspondence(found[f"previous/{layer}"].long(), found[f"next/{layer}"].long())
+            layer: torch.stack([found[f"previous/{layer}"], found[f"next/{layer}"]], dim=1).long()
             for layer in layers
         }
         self.context.features = found.get("features")

@@ -173,9 +173,8 @@ def _record_step(
         live.load_chunk(t, frames)
         found = {}
         for layer, match in context.matches.items():
-            dtype = index_dtype(match.next.shape[1])
-            found[f"previous/{layer}"] = match.previous.to("cpu", dtype)
-            found[f"next/{layer}"] = match.next.to("cpu", dtype)
+            both = match.to("cpu", index_dtype(match.shape[2]))  # (m, 2, L)
+            found[f"previous/{layer}"], found[f"next/{layer}"] = both.unbind(dim=1)
         if context.inject_features and context.features is not None:
             found["features"] = context.features.cpu()
         for layer, tokens in context.matched_tokens.items():

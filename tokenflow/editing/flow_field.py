@@ -13,7 +13,7 @@ from tokenflow.cache.source_pass import LiveSource
 from tokenflow.diffusion.conditions import optical_flow
 from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.diffusion.unet_layers import layer_sizes
-from tokenflow_utils import Correspondence, TokenFlowContext
+from tokenflow_utils import TokenFlowContext
 
 
 class FlowSource(LiveSource):
@@ -50,19 +50,12 @@ class FlowSource(LiveSource):
 
     def load_chunk(self, t: int, frames: Tensor) -> None:
         """Fills `matches` of frames (m,), and `features` if they are needed."""
-        near, device = self.context.neighbours, self.denoiser.models.device
-        previous, following = (
-            [self._pair(*pair) for pair in zip(frames, self._keyframes[which.cpu()], strict=True)]
-            for which in (near.previous, near.next)
-        )
-        by_grid = {
-            grid: Correspondence(
-                torch.stack([tokens[grid] for tokens in previous]).to(device),
-                torch.stack([tokens[grid] for tokens in following]).to(device),
-            )
-            for grid in set(self.grids.values())
-        }
-        self.context.matches = {layer: by_grid[grid] for layer, grid in self.grids.items()}
+        device, found = self.denoiser.models.device, {}
+        pairs = list(zip(frames, self._keyframes[self.context.neighbours.which.cpu()], strict=True))
+        for grid in set(self.grids.values()):
+            tokens = [self._pair(i, kf)[grid] for i, both in pairs for kf in both]
+            found[grid] = torch.stack(tokens).unflatten(0, (-1, 2)).to(device)  # (m, 2, L)
+        self.context.matches = {layer: found[grid] for layer, grid in self.grids.items()}
         if self.context.inject_features:
             super().load_chunk(t, frames)
 

@@ -227,8 +227,8 @@ def rebuilt_from_keyframe(denoiser: Denoiser, start: Tensor, timesteps: Sequence
     """
     models = denoiser.models
     schedule, frame, keyframe = models.schedule, start[:1], start[1:]
-    only = torch.zeros(1, dtype=torch.long, device=models.device)
-    near = Neighbours(previous=only, next=only, weight=torch.ones(1, device=models.device))
+    which = torch.zeros(1, 2, dtype=torch.long, device=models.device)
+    near = Neighbours(which, weight=torch.ones(1, device=models.device))
     context = TokenFlowContext(propagate_source=True, neighbours=near)
     steps = list(zip(timesteps, [*timesteps[1:], CLEAN], strict=True))
     with tokenflow_patch(models.unet, context):
