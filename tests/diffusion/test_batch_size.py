@@ -33,15 +33,13 @@ MIB = 2**20
     ],
 )
 def test_as_many_as_fit(one, two, free, expected):
-    found = fitting_batch_size(one * MIB, two * MIB, free * MIB)
-    assert found == expected
+    assert fitting_batch_size(one, two, free) == expected
 
 
 def test_the_chosen_number_fits_and_one_more_does_not():
-    one, two, free = 700 * MIB, 1100 * MIB, 9000 * MIB
+    one, two, free = 700, 1100, 9000
     m = fitting_batch_size(one, two, free)
-    taken = lambda m: one + (m - 1) * (two - one)  # noqa: E731
-    assert taken(m) <= SHARE * free < taken(m + 1)
+    assert one + (m - 1) * (two - one) <= SHARE * free < one + m * (two - one)
 
 
 def test_a_number_is_taken_as_it_is_and_a_cpu_is_not_measured():

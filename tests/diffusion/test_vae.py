@@ -26,19 +26,16 @@ def test_psnr_of_a_known_error():
     assert psnr(frames + 5, frames) == pytest.approx(20 * np.log10(255 / 5))
 
 
-@pytest.mark.parametrize("shape", [(3, 40, 50, 3), (6000, 3), (1, 1)])
-def test_psnr_summed_in_pieces_is_that_of_the_whole(shape, monkeypatch):
-    monkeypatch.setattr(vae, "_VALUES_AT_ONCE", 1000)
+def test_psnr_summed_in_pieces_is_that_of_the_whole():
     rng = np.random.default_rng(0)
-    a, b = (rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
+    a, b = (rng.integers(0, 256, (3, 40, 50, 3), dtype=np.uint8) for _ in range(2))
     expected = 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
     assert psnr(a, b) == pytest.approx(expected, rel=1e-12)
+    assert psnr(a, b, np.ones((3, 40, 50), bool)) == psnr(a, b)
     error = vae.SquaredError()
     for part in (slice(0, 1), slice(1, None)):
         error.add(a[part], b[part])
     assert error.psnr == psnr(a, b)
-    with pytest.raises(ValueError, match="not the same"):
-        psnr(a, b[:, :1] if shape != (1, 1) else b[:0])
 
 
 def test_the_vae_s_memory_layout_changes_rounding_only(tiny_model):

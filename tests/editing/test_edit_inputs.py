@@ -213,22 +213,29 @@ def test_without_a_cache_the_command_that_makes_it_is_named(place, keys, techniq
 def test_a_cache_without_its_manifest_is_none(place, keys, cache):
     (cache / "manifest.yaml").unlink()
     said = r"only a cache that lacks its manifest \(nframes_.*\) for this clip.*--overwrite"
-    message = refused(place, said, keys, error=MissingFileError)
-    run_the_command_in(message)
+    run_the_command_in(refused(place, said, keys, error=MissingFileError))
     open_inputs(PnPConfig(**keys))
 
 
-def test_a_cache_of_another_number_of_steps_is_named(place, keys):
-    keys["n_inversion_steps"] = 20
-    message = refused(
-        place,
-        r"steps_20: no cache for this clip \(there is sd_2\.1/clip/steps_10/nframes_5-.*"
-        r"n_inversion_steps 10\)",
-        keys,
-        error=UserError,
-    )
-    run_the_command_in(message)
-    open_inputs(PnPConfig(**keys))
+OTHER_STEPS = r"steps_20: no cache .*\(there is sd_2\.1/clip/steps_10/nframes_5-.*steps 10\)"
+OTHER_TIMESTEPS = r"n_timesteps: 2 needs latents .* does not hold \(it was made with save_steps 5\)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_inversion_steps": 20}, OTHER_STEPS),
+        ({"H": 64, "W": 64}, "H: 64, but .*nframes_5-.* holds frames of 48"),
+        ({"W": 64}, "W: 64, but .*nframes_5-.* holds frames of 80"),
+        ({"n_timesteps": 2}, OTHER_TIMESTEPS),  # 501 and 1
+    ],
+    ids=str,
+)
+def test_a_cache_that_does_not_fit_is_refused_with_the_command_that_mends(
+    place, keys, changes, said
+):
+    run_the_command_in(refused(place, said, keys | changes))
+    open_inputs(PnPConfig(**keys | changes))
 
 
 def test_a_cache_of_another_model_is_refused(place, keys, tiny_model, tiny_v_model):
@@ -254,20 +261,6 @@ def test_a_model_that_differs_in_its_settings_alone_is_another(place, keys, tiny
     refused(place, "another model", {**keys, "model_key": str(copy)})
 
 
-def test_a_cache_of_another_size_is_refused(place, keys):
-    keys |= {"H": 64, "W": 64}
-    run_the_command_in(refused(place, "H: 64, but .*nframes_5-.* holds frames of 48", keys))
-    open_inputs(PnPConfig(**keys))
-    refused(place, "W: 80, but .*nframes_5-.* holds frames of 64", {**keys, "W": WIDTH})
-
-
-def test_timesteps_that_the_cache_does_not_hold_are_named(place, keys):
-    keys["n_timesteps"] = 2  # 501 and 1
-    expected = r"n_timesteps: 2 needs latents .* does not hold \(it was made with save_steps 5\)"
-    run_the_command_in(refused(place, expected, keys))
-    open_inputs(PnPConfig(**keys))
-
-
 def test_steps_for_which_no_cache_can_be_made_are_refused(place, keys):
     """Where preprocess.py would refuse the command too, it must not be named."""
     keys["n_timesteps"] = 3
@@ -275,15 +268,7 @@ def test_steps_for_which_no_cache_can_be_made_are_refused(place, keys):
     assert "preprocess.py" not in message
 
 
-def damage_missing(path):
-    path.unlink()
-
-
-def damage_cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def damage_one_bit(path):
+def flip(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -293,9 +278,9 @@ def damage_one_bit(path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (damage_missing, "is missing"),
-        (damage_cut, r"\d+ bytes, the manifest says \d+"),
-        (damage_one_bit, "checksum"),
+        (Path.unlink, "is missing"),
+        (lambda path: path.write_bytes(b"cut"), r"\d+ bytes, the manifest says \d+"),
+        (flip, "checksum"),
     ],
 )
 def test_a_damaged_cache_is_refused(place, keys, cache, name, damage, said):

@@ -69,25 +69,16 @@ def _pieces(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
-_VALUES_AT_ONCE = 2**20  # compared in one step
-
-
 class SquaredError:
-    """The squared error of uint8 frames, summed exactly in chunks."""
+    """The squared error of uint8 frames, summed exactly."""
 
     def __init__(self) -> None:
         self.total = self.count = 0
 
     def add(self, frames: np.ndarray, reference: np.ndarray) -> None:
-        """Adds two uint8 arrays of one shape."""
-        if frames.shape != reference.shape:
-            raise ValueError(f"shapes {frames.shape} and {reference.shape} are not the same")
-        # Bounds the memory of the int32 copies, also for a list of pixels.
-        rows = max(1, _VALUES_AT_ONCE // max(1, frames[:1].size))
-        for first in range(0, len(frames), rows):
-            part = slice(first, first + rows)
-            difference = frames[part].astype(np.int32) - reference[part]
-            self.total += int(np.square(difference).sum(dtype=np.int64))
+        """Adds two uint8 arrays of one shape, frame by frame to bound memory."""
+        for frame, other in zip(frames, reference, strict=True):
+            self.total += int(np.square(frame.astype(np.int32) - other).sum(dtype=np.int64))
         self.count += frames.size
 
     @property
@@ -104,6 +95,7 @@ def psnr(frames: np.ndarray, reference: np.ndarray, mask: np.ndarray | None = No
         mask: bool, the pixels that count, (n, H, W); by default all.
     """
     error = SquaredError()
-    inside = ... if mask is None else mask
-    error.add(frames[inside], reference[inside])
+    if mask is not None:  # one long frame
+        frames, reference = frames[mask][None], reference[mask][None]
+    error.add(frames, reference)
     return error.psnr if error.count else None

@@ -49,11 +49,7 @@ class ProcessGroup:
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
-        values = [value]
-        if self.size > 1:
-            with _one_line_errors():
-                dist.broadcast_object_list(values, src=0)
-        return values[0]
+        return self.all_gather(value)[0]
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every process's value, in the order of their ranks."""

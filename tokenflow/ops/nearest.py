@@ -36,11 +36,14 @@ LONG_PRODUCT = 128  # channels
 FEW_KEYS = 128
 
 
-def nearest_tokens(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Tensor:
+@torch.library.custom_op("tokenflow::nearest_tokens", mutates_args=())
+def nearest_tokens(
+    tokens: torch.Tensor, keyframe_tokens: torch.Tensor, which: torch.Tensor
+) -> torch.Tensor:
     """For each token of each frame, the most similar token (cosine) of each of its keyframes.
 
-    A custom operator of PyTorch (`tokenflow::nearest_tokens`): torch.compile keeps it as one node,
-    and `FlopCounterMode` counts its product. It has no gradient.
+    A custom operator of PyTorch: torch.compile keeps it as one node, and `FlopCounterMode` counts
+    its product. It has no gradient.
 
     Args:
         tokens: (m, L, c), of any floating dtype; similarities are summed in float32.
@@ -51,29 +54,14 @@ def nearest_tokens(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Te
     Returns:
         (m, j, L) int64 in 0..L'-1; of equally similar tokens, the first.
 
-    Raises:
-        ValueError: if the shapes do not fit each other.
-
     Source: Eq. 5.
     """
-    if tokens.shape[-1] != keyframe_tokens.shape[-1] or len(which) != len(tokens):
-        raise ValueError(
-            f"tokens {tuple(tokens.shape)}, keyframe_tokens {tuple(keyframe_tokens.shape)} and "
-            f"which {tuple(which.shape)}, expected (m, L, c), (k, L', c) and (m, j)"
-        )
-    return torch.ops.tokenflow.nearest_tokens(tokens, keyframe_tokens, which)
-
-
-@torch.library.custom_op("tokenflow::nearest_tokens", mutates_args=())
-def _nearest_tokens(
-    tokens: torch.Tensor, keyframe_tokens: torch.Tensor, which: torch.Tensor
-) -> torch.Tensor:
     if tokens.device.type == "cuda" and _triton_works(tokens.device, tokens.dtype):
         return _nearest_tokens_triton(tokens, keyframe_tokens, which)
     return nearest_tokens_pytorch(tokens, keyframe_tokens, which)
 
 
-@_nearest_tokens.register_fake
+@nearest_tokens.register_fake
 def _(tokens: Tensor, keyframe_tokens: Tensor, which: Tensor) -> Tensor:
     return which.new_empty((*which.shape, tokens.shape[1]))
 
