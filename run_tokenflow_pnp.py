@@ -5,7 +5,6 @@ python run_tokenflow_pnp.py --set data_path=clip.mp4 --set prompt="a marble scul
 
 from __future__ import annotations
 
-from diffusers import UNet2DConditionModel
 from pydantic import Field
 
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
@@ -37,20 +36,15 @@ class PnPConfig(EditConfig):
 
 def check(inputs: EditInputs) -> None:
     """Refuses a checkpoint whose UNet lacks a layer that PnP injects into."""
-    missing = missing_injection_layers(load_unet_skeleton(inputs.checkpoint))
+    unet = load_unet_skeleton(inputs.checkpoint)
+    missing = sorted(set(ATTENTION_LAYERS) - set(self_attention_layers(unet)))
+    if FEATURE_LAYER not in dict(unet.named_modules()):
+        missing.append(FEATURE_LAYER)
     if missing:
         raise UserError(
             f"{inputs.checkpoint}: its UNet has no {missing[0]} ({len(missing)} of the layers that "
             "PnP injects into are missing); use a checkpoint with Stable Diffusion's blocks"
         )
-
-
-def missing_injection_layers(unet: UNet2DConditionModel) -> list[str]:
-    """The layers that PnP injects into and this UNet lacks; it may be on the meta device."""
-    missing = sorted(set(ATTENTION_LAYERS) - set(self_attention_layers(unet)))
-    if FEATURE_LAYER not in dict(unet.named_modules()):
-        missing.append(FEATURE_LAYER)
-    return missing
 
 
 def plan(session: EditSession) -> EditPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -38,35 +39,31 @@ class FlowSource(LiveSource):
         grid = tuple(size // factor for size in frames.shape[1:3])
         sizes = layer_sizes(denoiser.models.unet, grid)
         self.grids = {layer: (h, w) for layer, (h, w, _) in sizes.items()}
-        self.frames = frames
-        self._keyframes: Tensor | None = None
-        self._tokens: dict[tuple[int, int], dict[tuple[int, int], Tensor]] = {}
+        self.frames, self.keyframes = frames, torch.empty(0)
+        self.pair = cache(self._pair)
 
     def load_keyframes(self, t: int, frames: Tensor) -> None:
         """Fills `tokens` and `features` of the keyframes (k,) if they are needed."""
-        self._keyframes = frames
+        self.keyframes = frames
         if self.context.inject_attention or self.context.inject_features:
             super().load_keyframes(t, frames)
 
     def load_chunk(self, t: int, frames: Tensor) -> None:
         """Fills `matches` of frames (m,), and `features` if they are needed."""
         device, found = self.denoiser.models.device, {}
-        pairs = list(zip(frames, self._keyframes[self.context.neighbours.which.cpu()], strict=True))
+        keyframes = self.keyframes[self.context.neighbours.which.cpu()].tolist()  # (m, 2)
+        pairs = [(i, kf) for i, both in zip(frames.tolist(), keyframes, strict=True) for kf in both]
         for grid in set(self.grids.values()):
-            tokens = [self._pair(i, kf)[grid] for i, both in pairs for kf in both]
-            found[grid] = torch.stack(tokens).unflatten(0, (-1, 2)).to(device)  # (m, 2, L)
+            tokens = torch.stack([self.pair(*pair)[grid] for pair in pairs])
+            found[grid] = tokens.unflatten(0, (-1, 2)).to(device)  # (m, 2, L)
         self.context.matches = {layer: found[grid] for layer, grid in self.grids.items()}
         if self.context.inject_features:
             super().load_chunk(t, frames)
 
-    def _pair(self, frame: Tensor, keyframe: Tensor) -> dict[tuple[int, int], Tensor]:
+    def _pair(self, frame: int, keyframe: int) -> dict[tuple[int, int], Tensor]:
         """The tokens of a keyframe that a frame's tokens move to, (L,) for each grid."""
-        pair = int(frame), int(keyframe)
-        if pair not in self._tokens:
-            flow = optical_flow(self.frames[pair[0]], self.frames[pair[1]])[None]
-            grids = set(self.grids.values())
-            self._tokens[pair] = {grid: flow_tokens(flow, grid)[0] for grid in grids}
-        return self._tokens[pair]
+        flow = optical_flow(self.frames[frame], self.frames[keyframe])[None]
+        return {grid: flow_tokens(flow, grid)[0] for grid in set(self.grids.values())}
 
 
 def flow_tokens(flow: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -23,11 +23,11 @@ class Window:
 
     Attributes:
         queries: a range of 0..k-1.
-        seen: (s,) int64 indices in 0..k-1, or None: all keyframes.
+        seen: (s,) int64 indices in 0..k-1, or their range.
     """
 
     queries: slice
-    seen: Tensor | None = None
+    seen: Tensor | slice
 
 
 def keyframe_windows(
@@ -50,7 +50,7 @@ def keyframe_windows(
     """
     everyone = slice(0, n_keyframes)
     if max_keyframes is None or max_keyframes >= n_keyframes:
-        return [Window(queries) for queries in _split(everyone, at_once)]
+        return [Window(queries, everyone) for queries in _split(everyone, at_once)]
     n_anchors = max(1, max_keyframes // 4)
     anchors = torch.linspace(0, n_keyframes - 1, n_anchors + 2)[1:-1].round().long()
     span = max_keyframes - n_anchors
@@ -85,7 +85,8 @@ class WindowedAttention:
             first = max(window.queries.start, own.start)
             stop = min(window.queries.stop, own.stop)
             if first < stop:
-                seen = window.seen if window.seen is None else window.seen.to(device)
+                seen = window.seen
+                seen = seen.to(device) if isinstance(seen, Tensor) else seen
                 self.windows.append(Window(slice(first, stop), seen))
 
     def __call__(
@@ -96,10 +97,7 @@ class WindowedAttention:
         outputs = []
         for window in self.windows:
             query = to_heads(attn, attn.to_q, query_tokens[:, window.queries])
-            if window.seen is None:
-                output = extended_attention(query, key, value)
-            else:
-                output = extended_attention(query, key[:, window.seen], value[:, window.seen])
+            output = extended_attention(query, key[:, window.seen], value[:, window.seen])
             outputs.append(from_heads(attn, output))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.shard.gather(output, dim=1)
