@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,7 +20,7 @@ from scripts.shapes.world import random_scene, render
 from util import MissingFileError, atomic_file
 
 SIZE = 256  # of the pictures; their latents are 32x32
-CHUNK = 512  # pictures per file
+AT_ONCE = 64  # pictures that a process renders before it asks for more
 HELD_OUT = 1_000_000  # the first seed of scenes that nothing is trained on
 
 
@@ -38,64 +40,46 @@ def world_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def render_pictures(folder: Path, count: int, sizes: Sequence[int]) -> int:
-    """Render pictures 0, 1, ... `count` - 1 in each size to `folder`, in files of CHUNK.
+def render_pictures(folder: Path, count: int, sizes: Sequence[int]) -> list[int]:
+    """Render pictures 0, 1, ... `count` - 1 in each size, to a file for each.
 
     Returns:
-        The number of files that were missing and are made.
+        The sizes that were missing.
     """
-    tasks = [
-        (path, first, min(CHUNK, count - first), size)
-        for size in sizes
-        for first, path in _files(folder, count, size)
-        if not path.exists()
-    ]
-    if tasks:
-        processes = min(len(tasks), os.cpu_count() or 1)
+    missing = [size for size in sizes if not _file(folder, count, size).exists()]
+    if missing:
+        processes = min(os.cpu_count() or 1, math.ceil(count / AT_ONCE))
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            for _ in tqdm(pool.imap_unordered(_render_file, tasks), "pictures", total=len(tasks)):
-                pass
-    return len(tasks)
+            for size in missing:
+                work = pool.imap(partial(_pixels, size=size), range(count), AT_ONCE)
+                with atomic_file(_file(folder, count, size)) as path:
+                    frames = np.lib.format.open_memmap(path, "w+", np.uint8, (count, size, size, 3))
+                    for number, frame in enumerate(tqdm(work, f"pictures at {size}", count)):
+                        frames[number] = frame
+                    frames.flush()
+    return missing
 
 
-def _render_file(task: tuple[Path, int, int, int]) -> None:
-    path, first, count, size = task
-    with atomic_file(path) as temporary:
-        np.save(temporary, np.stack([picture(first + i, size)[0] for i in range(count)]))
+def _pixels(seed: int, size: int) -> np.ndarray:
+    return picture(seed, size)[0]
 
 
-def _files(folder: Path, count: int, size: int) -> Iterator[tuple[int, Path]]:
-    for first in range(0, count, CHUNK):
-        yield first, folder / f"{size}_{first:06d}_{min(CHUNK, count - first)}.npy"
+def _file(folder: Path, count: int, size: int) -> Path:
+    return folder / f"{size}_{count}.npy"
 
 
-class Pictures:
-    """The rendered pictures of one size, read as they are needed; uint8 (size, size, 3) each.
+def open_pictures(folder: Path, count: int, size: int) -> np.ndarray:
+    """The rendered pictures, read as they are needed; (count, size, size, 3) uint8.
 
     Raises:
         MissingFileError: they are not rendered.
     """
-
-    def __init__(self, folder: Path, count: int, size: int = SIZE) -> None:
-        self.size = size
-        self.count = count
-        files = [path for _, path in _files(folder, count, size)]
-        for path in files:
-            if not path.exists():
-                raise MissingFileError(
-                    f"{path}: missing; run `python -m scripts.tiny_model.train pictures` first"
-                )
-        self.chunks = [np.load(path, mmap_mode="r") for path in files]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return self.chunks[number // CHUNK][number % CHUNK]
-
-    def captions(self) -> list[str]:
-        """The caption of every picture."""
-        return [random_scene(seed).caption for seed in range(self.count)]
+    path = _file(folder, count, size)
+    if not path.exists():
+        raise MissingFileError(
+            f"{path}: missing; run `python -m scripts.tiny_model.train pictures` first"
+        )
+    return np.load(path, mmap_mode="r")
 
 
 def held_out_pictures(count: int) -> tuple[np.ndarray, list[str]]:
@@ -115,7 +99,7 @@ def to_frames(pixels: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_sheet(path: Path, frames: np.ndarray, columns: int) -> None:
+def save_sheet(path: Path, frames: np.ndarray, columns: int = 8) -> None:
     """Write (n, H, W, 3) uint8 frames as a PNG of rows of `columns`, of which n is a multiple."""
     rows = [np.concatenate(list(row), axis=1) for row in np.split(frames, len(frames) // columns)]
     with atomic_file(path) as temporary:

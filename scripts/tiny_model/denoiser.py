@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
     ControlNetModel,
+    DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from scripts.shapes.pictures import (
     HELD_OUT,
@@ -27,9 +30,14 @@ from scripts.shapes.pictures import (
 )
 from scripts.shapes.world import random_scene
 from scripts.tiny_model.autoencoder import load_vae, picture_latents
-from scripts.tiny_model.make_random import unet_blocks
-from scripts.tiny_model.model_files import ddim_scheduler, model_index, save_weights, write_json
-from scripts.tiny_model.settings import WIDTH, Training, text_config
+from scripts.tiny_model.model_files import (
+    NETWORKS,
+    ddim_scheduler,
+    make_unet,
+    save_weights,
+    write_model_index,
+)
+from scripts.tiny_model.settings import Training
 from tokenflow.diffusion.conditions import canny_edges
 from util import sha256_file
 
@@ -45,25 +53,14 @@ MEAN_SHIFT = 0.1
 
 CANNY_LOW, CANNY_HIGH = 100, 200  # as edits have them by default
 
-UNET = {
-    "sample_size": SIZE // 8,
-    "block_out_channels": (32, 64, 128, 128),
-    "attention_head_dim": (1, 2, 4, 4),  # diffusers' name for the number of heads
-    "cross_attention_dim": WIDTH,
-    "norm_num_groups": 8,
-    "use_linear_projection": True,
-}
-
-HINT_CHANNELS = (8, 16, 32, 64)  # of the ControlNet's embedding of its picture
-
 
 class TextToNoise(nn.Module):
     """The UNet and the text encoder, which are trained together."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, training: Training) -> None:
         super().__init__()
-        self.text_encoder = CLIPTextModel(text_config(tokenizer, layers=2))
-        self.unet = unet_blocks(UNET, in_channels=4)
+        self.text_encoder = CLIPTextModel(training.text_config())
+        self.unet = make_unet("trained")
 
     def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         return self.unet(latents, timesteps, self.text_encoder(tokens)[0]).sample
@@ -72,7 +69,7 @@ class TextToNoise(nn.Module):
 def train_unet(training: Training) -> None:
     """Train the UNet and its text encoder, at half the size first, where a step is cheap."""
     torch.manual_seed(training.seed)
-    model = TextToNoise(training.tokenizer).to(training.device)
+    model = TextToNoise(training).to(training.device)
     model.unet.to(memory_format=torch.channels_last)
     inputs = training.hashes("vae")
     for name, size in (("unet_small", SIZE // 2), ("unet", SIZE)):
@@ -89,8 +86,8 @@ def train_unet(training: Training) -> None:
     save_weights(training.model / "unet", averaged.unet, torch.float16)
     save_weights(training.model / "text_encoder", averaged.text_encoder, torch.float16)
     training.write_tokenizer(training.model / "tokenizer")
-    ddim_scheduler("base").save_pretrained(training.model / "scheduler")
-    write_json(training.model / "model_index.json", model_index("base"))
+    ddim_scheduler().save_pretrained(training.model / "scheduler")
+    write_model_index(training.model)
 
 
 def _noise_loss(batches: NoisyLatents, model: TextToNoise, generator: torch.Generator) -> Tensor:
@@ -108,61 +105,61 @@ class NoisyLatents:
         self, training: Training, size: int, batch_size: int, noisier: bool = False
     ) -> None:
         self.latents = picture_latents(training, size).to(training.device)
-        captions = [random_scene(seed).caption for seed in range(len(self.latents))]
-        self.tokens = training.tokens([*captions, ""]).to(training.device)
-        self.alphas_squared = ddim_scheduler("base").alphas_cumprod.to(training.device)
+        self.tokens = training.tokens([*training.captions(), ""])
+        self.alphas_squared = ddim_scheduler().alphas_cumprod.to(training.device)
         self.batch_size = batch_size
         self.noisier = noisier
-        self.device = training.device
 
     def draw(self, generator: torch.Generator) -> Batch:
-        count = (self.batch_size,)
+        count, device = (self.batch_size,), self.latents.device
         numbers = torch.randint(len(self.latents), count, generator=generator)
         timesteps = torch.randint(len(self.alphas_squared), count, generator=generator)
         if self.noisier:
             other = torch.randint(len(self.alphas_squared), count, generator=generator)
             timesteps = timesteps.maximum(other)
         has_text = torch.rand(count, generator=generator) >= NO_TEXT
+        captions = numbers.where(has_text, len(self.latents))
         noise = torch.randn(*count, *self.latents.shape[1:], generator=generator)
         noise += MEAN_SHIFT * torch.randn(*count, 4, 1, 1, generator=generator)
-        noise = noise.to(self.device)
-        timesteps = timesteps.to(self.device)
+        noise, timesteps = noise.to(device), timesteps.to(device)
         alpha_squared = self.alphas_squared[timesteps].view(-1, 1, 1, 1)
-        clean = self.latents[numbers.to(self.device)].float()
+        clean = self.latents[numbers.to(device)].float()
         noisy = alpha_squared.sqrt() * clean + (1 - alpha_squared).sqrt() * noise
-        captions = numbers.where(has_text, len(self.latents))
-        return Batch(
-            numbers=numbers,
-            noisy=noisy.contiguous(memory_format=torch.channels_last),
-            timesteps=timesteps,
-            tokens=self.tokens[captions.to(self.device)],
-            noise=noise,
-            snr=alpha_squared / (1 - alpha_squared),
-        )
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        snr = alpha_squared / (1 - alpha_squared)
+        return Batch(numbers, noisy, timesteps, self.tokens[captions.to(device)], noise, snr)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of `NoisyLatents`.
+    """One batch of `NoisyLatents`."""
 
-    numbers: (b,) of the pictures.
-    noisy, noise: (b, 4, h, w).
-    timesteps: (b,).
-    tokens: (b, MAX_TOKENS), of no text where the caption was dropped.
-    snr: (b, 1, 1, 1), alpha_t^2 / sigma_t^2.
-    """
-
-    numbers: Tensor
-    noisy: Tensor
-    timesteps: Tensor
-    tokens: Tensor
-    noise: Tensor
-    snr: Tensor
+    numbers: Tensor  # (b,) of the pictures
+    noisy: Tensor  # (b, 4, h, w)
+    timesteps: Tensor  # (b,)
+    tokens: Tensor  # (b, MAX_TOKENS), of no text where the caption was dropped
+    noise: Tensor  # (b, 4, h, w)
+    snr: Tensor  # (b, 1, 1, 1), alpha_t^2 / sigma_t^2
 
     def loss(self, predicted: Tensor) -> Tensor:
         """The mean squared error of predicted noise, with Min-SNR weights."""
         weight = self.snr.clamp(max=MIN_SNR) / self.snr
         return (weight * (predicted.float() - self.noise).square()).mean()
+
+
+def draw_pictures(
+    pipe: DiffusionPipeline, captions: Sequence[str], generator: torch.Generator, **options: Any
+) -> np.ndarray:
+    """What a pipeline draws of captions, (n, H, W, 3) uint8."""
+    pipe.set_progress_bar_config(disable=True)
+    frames = pipe(list(captions), generator=generator, output_type="np", **options).images
+    return (frames * 255).round().astype(np.uint8)
+
+
+def _sheet_options(training: Training) -> dict[str, Any]:
+    generator = torch.Generator(training.device).manual_seed(0)
+    steps = training.budget.sheet_steps
+    return {"generator": generator, "num_inference_steps": steps, "guidance_scale": 5.0}
 
 
 def _text_sheet(training: Training, model: TextToNoise, size: int, path: Path) -> None:
@@ -173,21 +170,14 @@ def _text_sheet(training: Training, model: TextToNoise, size: int, path: Path) -
         text_encoder=model.text_encoder,
         tokenizer=training.tokenizer,
         unet=model.unet,
-        scheduler=ddim_scheduler("base"),
+        scheduler=ddim_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator(training.device).manual_seed(0)
-    frames = pipe(captions, size, size, generator=generator, **_sheet_options(training)).images
-    save_sheet(path, (frames * 255).round().astype(np.uint8), columns=8)
+    options = {"height": size, "width": size, **_sheet_options(training)}
+    save_sheet(path, draw_pictures(pipe, captions, **options))
     path.with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
-
-
-def _sheet_options(training: Training) -> dict:
-    steps = training.budget.sheet_steps
-    return {"num_inference_steps": steps, "guidance_scale": 5.0, "output_type": "np"}
 
 
 class EdgesToNoise(nn.Module):
@@ -200,7 +190,7 @@ class EdgesToNoise(nn.Module):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.controlnet = ControlNetModel.from_unet(
-            unet, conditioning_embedding_out_channels=HINT_CHANNELS
+            unet, conditioning_embedding_out_channels=NETWORKS["trained"]["hint_channels"]
         )
         embedding = self.controlnet.controlnet_cond_embedding
         for conv in (embedding.conv_in, *embedding.blocks, embedding.conv_out):
@@ -224,9 +214,9 @@ class EdgesToNoise(nn.Module):
 
 
 def train_controlnet(training: Training) -> None:
-    unet = UNet2DConditionModel.from_pretrained(training.trained("unet")).float()
+    unet = UNet2DConditionModel.from_pretrained(training.trained("unet").parent).float()
     unet = unet.to(training.device, memory_format=torch.channels_last).requires_grad_(False)
-    text_encoder = CLIPTextModel.from_pretrained(training.trained("text_encoder"))
+    text_encoder = CLIPTextModel.from_pretrained(training.trained("text_encoder").parent)
     text_encoder = text_encoder.float().to(training.device)
     pictures = training.pictures()
     # Edges tell most where the noise hides what they outline.
@@ -235,7 +225,7 @@ def train_controlnet(training: Training) -> None:
 
     def loss(model: EdgesToNoise, generator: torch.Generator) -> Tensor:
         batch = batches.draw(generator)
-        edges = edges_of(np.stack([pictures[number] for number in batch.numbers.tolist()]))
+        edges = edges_of(np.asarray(pictures[batch.numbers.numpy()]))
         with torch.no_grad():
             text = text_encoder(batch.tokens)[0]
         return batch.loss(model(batch, text, edges.to(training.device)))
@@ -249,11 +239,8 @@ def train_controlnet(training: Training) -> None:
             safety_checker=None,
             torch_dtype=torch.float32,
         ).to(training.device)
-        pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator(training.device).manual_seed(0)
-        drawn = pipe(captions, image=edges, generator=generator, **_sheet_options(training)).images
-        drawn = (drawn * 255).round().astype(np.uint8)
-        save_sheet(path, np.concatenate([to_frames(2 * edges - 1), drawn]), columns=8)
+        drawn = draw_pictures(pipe, captions, image=edges, **_sheet_options(training))
+        save_sheet(path, np.concatenate([to_frames(2 * edges - 1), drawn]))
 
     torch.manual_seed(training.seed)
     model = EdgesToNoise(unet).to(training.device)

@@ -11,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
 from scripts.shapes.pictures import held_out_pictures, save_sheet
 from scripts.shapes.world import random_scene
-from scripts.tiny_model.model_files import save_weights
-from scripts.tiny_model.settings import WIDTH, Training, text_config
+from scripts.tiny_model.model_files import NETWORKS, save_weights
+from scripts.tiny_model.settings import Training
 
 log = logging.getLogger("tokenflow")
 
-JUDGE_SIZE, PATCH = (64, 8)  # of the pictures that the judge sees, and of what it cuts them into
+VISION = NETWORKS["judge"]
+JUDGE_SIZE = VISION["image_size"]  # of the pictures that the judge sees
+PATCH = VISION["patch_size"]  # of what it cuts them into
 
 GROUPS = 4  # of look-alikes in a batch of the judge's training
 
@@ -35,16 +37,16 @@ def train_judge(training: Training) -> None:
         image_std=[0.5] * 3,
     )
     pictures = training.pictures()
+    bounds = range(0, len(pictures), 512)
     pixels = torch.cat(
         [
-            _judge_pixels(processor, chunk).half()
-            for chunk in tqdm(pictures.chunks, f"pictures at {JUDGE_SIZE}")
+            _judge_pixels(processor, np.array(pictures[first : first + 512])).half()
+            for first in tqdm(bounds, f"pictures at {JUDGE_SIZE}")
         ]
     )
-    captions = pictures.captions()
+    captions = training.captions()
     tokens = training.tokens(captions)
-    caption_numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    labels = torch.tensor([caption_numbers[caption] for caption in captions])
+    labels = torch.from_numpy(np.unique(captions, return_inverse=True)[1])
     groups = _look_alikes(len(pictures))
 
     def loss(model: CLIPModel, generator: torch.Generator) -> Tensor:
@@ -54,39 +56,24 @@ def train_judge(training: Training) -> None:
         batch = _shifted(batch.flip(-1).where(mirrored, batch), generator)
         batch = batch + 0.05 * torch.randn(batch.shape, generator=generator)
         similarity = model(
-            input_ids=tokens[numbers].to(training.device), pixel_values=batch.to(training.device)
+            input_ids=tokens[numbers], pixel_values=batch.to(training.device)
         ).logits_per_image.float()
         same = (labels[numbers][:, None] == labels[numbers]).float().to(training.device)
         target = same / same.sum(dim=1, keepdim=True)
         return 0.5 * (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target))
 
     torch.manual_seed(training.seed)
-    judge = training.train(
-        "judge",
-        CLIPModel(_judge_config(training.tokenizer)).to(training.device),
-        loss,
-        _JudgeSheet(training, processor),
-        training.hashes(),
+    config = CLIPConfig(
+        text_config=training.text_config().to_dict(),
+        vision_config=CLIPVisionConfig(**VISION).to_dict(),
+        projection_dim=VISION["projection_dim"],
     )
+    model = CLIPModel(config).to(training.device)
+    sheet = _JudgeSheet(training, processor)
+    judge = training.train("judge", model, loss, sheet, training.hashes())
     save_weights(training.model / "judge", judge, torch.float16)
     processor.save_pretrained(training.model / "judge")
     training.write_tokenizer(training.model / "judge")
-
-
-def _judge_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=JUDGE_SIZE,
-        patch_size=PATCH,
-        projection_dim=WIDTH,
-    )
-    text = text_config(tokenizer, layers=2)
-    return CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH
-    )
 
 
 class _JudgeSheet:
@@ -101,8 +88,7 @@ class _JudgeSheet:
     def __call__(self, model: CLIPModel, path: Path) -> None:
         choices = sorted(set(self.captions))
         similarity = model(
-            input_ids=self.training.tokens(choices).to(self.training.device),
-            pixel_values=self.pixels,
+            input_ids=self.training.tokens(choices), pixel_values=self.pixels
         ).logits_per_image
         found = [choices[best] for best in similarity.argmax(dim=1).tolist()]
         right = sum(map(str.__eq__, found, self.captions))
@@ -111,7 +97,7 @@ class _JudgeSheet:
             100 * right / len(found),
             len(choices),
         )
-        save_sheet(path, self.frames[:16], columns=8)
+        save_sheet(path, self.frames[:16])
         path.with_suffix(".txt").write_text("\n".join(found[:16]) + "\n", encoding="utf-8")
 
 

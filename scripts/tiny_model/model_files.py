@@ -1,4 +1,4 @@
-"""Writes a checkpoint's folder in diffusers' format: weights, scheduler, tokenizer and index."""
+"""The small models' networks, and their folders in diffusers' format."""
 
 from __future__ import annotations
 
@@ -10,28 +10,54 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextModel, PreTrainedModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
+from tokenflow.storage.yaml_files import load_yaml
 from util import atomic_file
 
-MAX_TOKENS = 77
+NETWORKS = load_yaml(Path(__file__).with_name("networks.yaml"))
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def ddim_scheduler(kind: str) -> DDIMScheduler:
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        steps_offset=1,
-        timestep_spacing="leading",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        prediction_type="v_prediction" if kind == "v_prediction" else "epsilon",
+def make_unet(architecture: str, in_channels: int = 4) -> UNet2DConditionModel:
+    """A UNet of Stable Diffusion's blocks, as PyTorch initialises it."""
+    sizes = NETWORKS["all"]["unet"] | NETWORKS[architecture]["unet"]
+    return UNet2DConditionModel(in_channels=in_channels, **sizes).eval()
+
+
+def make_vae(architecture: str) -> AutoencoderKL:
+    """A VAE with factor 8 that carries what comes in through all layers but the last.
+
+    The convolutions that change the grid or the channels are nearly the identity and the residual
+    branches weak: from PyTorch's own weights, colours take training thousands of steps to find.
+    """
+    vae = AutoencoderKL(**NETWORKS["all"]["vae"] | NETWORKS[architecture]["vae"]).eval()
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if name.endswith(("conv2.weight", "to_out.0.weight")):
+                parameter *= 0.1
+            elif name.endswith(("conv_in.weight", "conv.weight", "shortcut.weight")):
+                parameter *= 0.3
+                parameter += torch.nn.init.dirac_(torch.empty_like(parameter))
+    return vae
+
+
+def text_config(architecture: str, vocabulary: dict[str, int], max_tokens: int) -> CLIPTextConfig:
+    """The text encoder's configuration for `bpe_vocabulary`'s tokens."""
+    return CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        max_position_embeddings=max_tokens,
+        bos_token_id=vocabulary[START],
+        eos_token_id=vocabulary[END],
+        pad_token_id=vocabulary[END],
+        **NETWORKS["all"]["text"] | NETWORKS[architecture]["text"],
     )
+
+
+def ddim_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    return DDIMScheduler(prediction_type=prediction_type, **NETWORKS["scheduler"])
 
 
 def bpe_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -45,7 +71,8 @@ def bpe_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str
     Returns:
         The token numbers, and the merges in order of precedence.
     """
-    letters = list(_byte_symbols().values())
+    others = map(chr, itertools.count(0x100))  # stand for the bytes that are not printable
+    letters = [c if c.isprintable() and c != " " else next(others) for c in map(chr, range(256))]
     segmented = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges = []
     while pairs := Counter(pair for parts in segmented for pair in itertools.pairwise(parts)):
@@ -63,16 +90,6 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
         else:
             merged.append(part)
     return merged
-
-
-def _byte_symbols() -> dict[int, str]:
-    """The printable character that stands for each byte in a byte-level BPE vocabulary.
-
-    Printable Latin-1 characters stand for themselves, the other bytes for those from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
 
 
 def save_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -95,44 +112,24 @@ def save_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> No
 
 
 def write_tokenizer(
-    folder: Path,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    max_tokens: int = MAX_TOKENS,
+    folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], max_tokens: int
 ) -> None:
     """Write CLIP's kind of tokenizer, of `bpe_vocabulary`'s tokens, as transformers reads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "vocab.json", vocabulary)
+    _write_json(folder / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *map(" ".join, merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "special_tokens_map.json", special)
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, **special}
-    write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "tokenizer_config.json", config)
 
 
-def model_index(kind: str) -> dict:
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if kind == "depth":
-        del index["safety_checker"], index["requires_safety_checker"]
-        index |= {
-            "_class_name": "StableDiffusionDepth2ImgPipeline",
-            "depth_estimator": ["transformers", "DPTForDepthEstimation"],
-            "feature_extractor": ["transformers", "DPTImageProcessor"],
-        }
-    return index
+def write_model_index(folder: Path, takes_depth: bool = False) -> None:
+    index = NETWORKS["depth_model_index" if takes_depth else "model_index"]
+    index = {"_diffusers_version": diffusers.__version__, **index}
+    _write_json(folder / "model_index.json", index)
 
 
-def write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -7,17 +7,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from tokenflow.storage.schema import Model
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
-from util import UserError, load_tensors, save_tensors
+from util import UserError, atomic_file, load_tensors, save_tensors
 
 log = logging.getLogger("tokenflow")
 
@@ -26,8 +27,7 @@ Loss = Callable[[nn.Module, torch.Generator], Tensor]
 Sheet = Callable[[nn.Module, Path], None]
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Model):
     """How one part is trained.
 
     The learning rate rises linearly over `warmup` steps and falls to zero along a cosine. A run may
@@ -35,15 +35,11 @@ class Recipe:
     no other change.
     """
 
-    steps: int
-    batch_size: int
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
     learning_rate: float
-    warmup: int = 200
+    warmup: int = Field(200, ge=1)
     weight_decay: float = 0.01
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.warmup) < 1:
-            raise ValueError(f"steps, batch_size and warmup: expected at least 1, got {self}")
 
     def learning_rate_at(self, step: int) -> float:
         """Of step 0, 1, ... `steps` - 1."""
@@ -100,19 +96,21 @@ def train(
     if first >= recipe.steps:
         log.info("%s: %d steps are done already", name, first)
         return run.averaged
-    saved, recent = time.monotonic(), 0.0
+    saved = time.monotonic()
     bar = tqdm(range(first, recipe.steps), name, initial=first, total=recipe.steps, unit="step")
     for step in bar:
         value = run.step(step, loss, dtype)
         done, last = step + 1, step + 1 == recipe.steps
         saves = time.monotonic() - saved > SAVE_SECONDS or last
         logs = done % 20 == 0 or last
-        if logs or saves:
-            current = run.finite(value, name, step)
+        if (logs or saves) and not value.isfinite():
+            raise UserError(
+                f"{name}: the loss is {value.item()} at step {step}; remove {folder} and train "
+                "it with a lower learning rate"
+            )
         if logs:
-            recent = current if recent == 0 else 0.9 * recent + 0.1 * current
-            bar.set_postfix(loss=f"{recent:.4f}")
-            run.log(done, current)
+            bar.set_postfix(loss=f"{value.item():.4f}")
+            run.losses.append([done, value.item(), recipe.learning_rate_at(step), time.time()])
         if saves:
             run.save(done)
             saved = time.monotonic()
@@ -127,13 +125,15 @@ class _Run:
     Attributes:
         known: what state.safetensors depends on: the recipe, the seed and the inputs.
         averaged: the model with the moving average of its weights.
+        losses: rows of log.csv: step, loss, learning rate and time.
     """
 
     def __init__(
         self, folder: Path, recipe: Recipe, seed: int, inputs: Mapping[str, str], model: nn.Module
     ) -> None:
         self.folder, self.recipe, self.seed, self.model = folder, recipe, seed, model
-        self.known = {**asdict(recipe), "seed": seed, **inputs}
+        self.known = {**recipe.model_dump(), "seed": seed, **inputs}
+        self.losses: list[list[float]] = []
         self.average = AveragedModel(
             model, multi_avg_fn=lambda means, news, n: torch._foreach_lerp_(
                 means, news, average_share(int(n))
@@ -170,37 +170,22 @@ class _Run:
         self.average.update_parameters(self.model)
         return value
 
-    def finite(self, loss: Tensor, name: str, step: int) -> float:
-        """The value of a step's loss.
-
-        Raises:
-            UserError: if it is not finite.
-        """
-        if not loss.isfinite():
-            raise UserError(
-                f"{name}: the loss is {loss.item()} at step {step}; remove {self.folder} and train "
-                "it with a lower learning rate"
-            )
-        return loss.item()
-
     def resume(self) -> int:
         """Reads the folder's state if there is one; returns the number of steps done."""
-        known = self.known
-        path = self.folder / "state.safetensors"
+        path, recipe = self.folder / "state.safetensors", self.folder / "recipe.yaml"
         if not path.exists():
-            save_yaml(self.folder / "recipe.yaml", known)
-            self._shorten_log(0)
+            save_yaml(recipe, self.known)
             return 0
-        before = load_yaml(self.folder / "recipe.yaml")
-        changed = [key for key in known if key != "steps" and known[key] != before.get(key)]
+        before = load_yaml(recipe)
+        changed = [k for k, v in self.known.items() if k != "steps" and v != before.get(k)]
         if changed:
             raise UserError(
                 f"{self.folder}: was trained with another {', '.join(changed)}; "
                 "remove the folder to start again"
             )
-        known["steps"] = max(known["steps"], before["steps"])
-        save_yaml(self.folder / "recipe.yaml", known)
+        save_yaml(recipe, self.known | {"steps": max(self.recipe.steps, before["steps"])})
         tensors = load_tensors(path)
+        self.losses = tensors["losses"].tolist()
         self.model.load_state_dict(_part(tensors, "model."))
         self.average.load_state_dict(_part(tensors, "average."))
         state = self.optimizer.state_dict()
@@ -214,36 +199,25 @@ class _Run:
                 # In the layout of the parameter (channels last, say), which files do not keep and
                 # the fused optimiser takes for granted.
                 moments[name] = torch.empty_like(parameter).copy_(moments[name])
-        self._shorten_log(int(tensors["step"]))
         return int(tensors["step"])
 
     def save(self, done: int) -> None:
-        tensors = {"step": torch.tensor(done)}
+        with (
+            atomic_file(self.folder / "log.csv") as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
+            rows = csv.writer(file)
+            rows.writerow(["step", "loss", "learning_rate", "time"])
+            rows.writerows([f"{s:.0f}", f"{v:.5f}", f"{r:.3g}", f"{t:.0f}"]
+                           for s, v, r, t in self.losses)  # fmt: skip
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        tensors = {"step": torch.tensor(done), "losses": losses}
         tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
         # Clones: safetensors takes no two tensors in one memory.
         save_tensors(self.folder / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
-
-    def _shorten_log(self, last: int) -> None:
-        """Drop what was logged after the state was saved."""
-        path = self.folder / "log.csv"
-        if path.exists():
-            head, *rows = path.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if int(row.partition(",")[0]) <= last]
-            if kept != rows:
-                path.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
-
-    def log(self, step: int, loss: float) -> None:
-        path = self.folder / "log.csv"
-        is_new = not path.exists()
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow(["step", "loss", "learning_rate", "time"])
-            rate = f"{self.optimizer.param_groups[0]['lr']:.3g}"
-            writer.writerow([step, f"{loss:.5f}", rate, f"{time.time():.0f}"])
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

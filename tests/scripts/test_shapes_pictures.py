@@ -7,7 +7,7 @@ import torch
 
 from scripts.shapes import pictures as shapes_pictures
 from scripts.shapes.pictures import (
-    Pictures,
+    open_pictures,
     picture,
     render_pictures,
     save_sheet,
@@ -18,26 +18,14 @@ from scripts.shapes.world import random_scene
 from util import MissingFileError
 
 
-def test_pictures_are_those_of_their_numbers_in_whatever_file_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes_pictures, "CHUNK", 4)
-    # One process: the monkeypatch would not reach others.
-    monkeypatch.setattr(shapes_pictures.os, "cpu_count", lambda: 1)
-    assert render_pictures(tmp_path, 10, (32, 16)) == 6
-    assert render_pictures(tmp_path, 10, (32, 16)) == 0
-    assert len(list(tmp_path.iterdir())) == 6
+def test_pictures_are_rendered_once_and_are_those_of_their_numbers(tmp_path):
+    assert render_pictures(tmp_path, 5, (32, 16)) == [32, 16]
+    assert render_pictures(tmp_path, 5, (32, 16)) == []
     for size in (16, 32):
-        pictures = Pictures(tmp_path, 10, size)
-        assert len(pictures) == len(pictures.captions()) == 10
-        for number, caption in enumerate(pictures.captions()):
-            expected, told = picture(number, size)
-            assert np.array_equal(pictures[number], expected)
-            assert caption == told
-
-
-def test_missing_pictures_are_named(tmp_path):
-    render_pictures(tmp_path, 2, (16,))
-    with pytest.raises(MissingFileError, match=r"32_000000_2\.npy: missing; run `.*train pictures"):
-        Pictures(tmp_path, 2, 32)
+        expected = np.stack([picture(number, size)[0] for number in range(5)])
+        assert np.array_equal(open_pictures(tmp_path, 5, size), expected)
+    with pytest.raises(MissingFileError, match=r"32_6\.npy: missing; run `.*train pictures"):
+        open_pictures(tmp_path, 6, 32)
 
 
 def test_the_world_s_version_changes_with_what_it_shows_and_says(monkeypatch):
