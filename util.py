@@ -84,6 +84,17 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """The `type` of an option that is a whole number not below a bound."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"expected at least {low}, got {value}")
+        return value
+
+    return number
+
+
 def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
     """Run a script's main(None) and leave: user errors become one line and exit status 2.
 

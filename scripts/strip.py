@@ -14,22 +14,20 @@ import numpy as np
 from tokenflow.figures.drawing import DPI, picture_grid, png
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.video import read_clip
-from util import ArgumentParser, UserError, command_line, setup_logging
+from util import ArgumentParser, at_least, command_line, setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script."""
     setup_logging()
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="the PNG to write")
-    parser.add_argument("rows", nargs="+", type=_row, metavar="LABEL=CLIP", help="one row each")
-    parser.add_argument("--n_frames", type=int, default=16, help="of these first (default: 16)")
-    parser.add_argument("--columns", type=int, default=6, help="frames per row (default: 6)")
-    parser.add_argument("--size", type=int, default=96, help="frames' side in pixels (default: 96)")
+    add, positive = parser.add_argument, at_least(1)
+    add("out", type=Path, help="the PNG to write")
+    add("rows", nargs="+", type=_row, metavar="LABEL=CLIP", help="one row each")
+    add("--n_frames", type=positive, default=16, help="of these first (default: 16)")
+    add("--columns", type=positive, default=6, help="frames per row (default: 6)")
+    add("--size", type=positive, default=96, help="frames' side in pixels (default: 96)")
     args = parser.parse_args(argv)
-    for name in ("n_frames", "columns", "size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
     check_report_path(args.out, "OUT.png")
     rows = []
     for _, path in args.rows:

@@ -33,6 +33,7 @@ from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import (
     ArgumentParser,
     UserError,
+    at_least,
     check_writable,
     command_line,
     setup_logging,
@@ -138,7 +139,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="replace the list's prompts; {clip} stands for the clip's name")  # fmt: skip
     add("--technique", nargs="+", metavar="NAME", choices=list(VARIANTS),
         help=f"replace the list's techniques: {', '.join(VARIANTS)}")  # fmt: skip
-    add("--jobs", type=int, metavar="N",
+    add("--jobs", type=at_least(1), metavar="N",
         help="jobs at a time (default: one on each GPU, else one on each machine)")  # fmt: skip
     add("--verify", action="store_true", help="check all checksums of finished work")
     add("--only", nargs="+", default=[], metavar="KEY",
@@ -146,10 +147,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--run", metavar="NAME", help="a name for this run in the summary")
     add("--summary", action="store_true", help="run no job; print the last summary")
     add("--quiet", action="store_true", help="do not print the summary")
-    args = parser.parse_args(argv)
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs: expected at least 1, got {args.jobs}")
-    return args
+    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

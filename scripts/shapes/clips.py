@@ -24,7 +24,7 @@ from tokenflow.evaluation.motion import save_motion, truth_file
 from tokenflow.storage.images import save_frames
 from tokenflow.storage.work_dir import atomic_dir
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
-from util import ArgumentParser, UserError, check_writable, command_line
+from util import ArgumentParser, UserError, at_least, check_writable, command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,13 +76,11 @@ def clips_list(clips: Sequence[dict], masks: Path) -> dict:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to; must not be there yet")
-    parser.add_argument("--clips", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"of the first (default: {SEED})")
+    parser.add_argument("--clips", type=at_least(1), default=10, help="how many (default: 10)")
+    parser.add_argument(
+        "--seed", type=at_least(HELD_OUT), default=SEED, help=f"of the first (default: {SEED})"
+    )
     args = parser.parse_args(argv)
-    if args.clips < 1:
-        raise UserError(f"--clips: expected at least 1, got {args.clips}")
-    if args.seed < HELD_OUT:
-        raise UserError(f"--seed: expected at least {HELD_OUT}, got {args.seed}: trained on")
     if args.folder.exists():
         raise UserError(f"{args.folder}: exists already; remove it or name another")
     check_writable(args.folder.parent, "folder")

@@ -4,6 +4,7 @@ and by the judge.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import cv2
@@ -27,6 +28,7 @@ from tokenflow.evaluation.motion import Motion
 from util import MissingFileError
 
 LEAST_CHROMA = 20  # of a pixel with a hue, of 255: its distance from the grey of its brightness
+ATTRIBUTES = ("fill", "color", "shape", "background")
 RIM = 6  # pixels along a frame's edges that are background
 
 
@@ -156,14 +158,8 @@ class Judge:
             )
         self.processor = CLIPImageProcessor.from_pretrained(folder)
         self.model = CLIPModel.from_pretrained(folder).float().to(device).eval()
-        self.choices = [
-            (fill, color, shape, background)
-            for fill in FILLS
-            for color in COLORS
-            for shape in SHAPES
-            for background in BACKGROUNDS
-            if background != color
-        ]
+        every = itertools.product(FILLS, COLORS, SHAPES, BACKGROUNDS)
+        self.choices = [choice for choice in every if choice[1] != choice[3]]
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         captions = [caption_of([choice[:3]], choice[3]) for choice in self.choices]
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenflow.storage.video import save_video
-from util import ArgumentParser, UserError, check_writable, command_line
+from util import ArgumentParser, UserError, at_least, check_writable, command_line
 
 SHAPES = ("circle", "square", "triangle", "star", "ring")
 FILLS = ("plain", "striped", "dotted", "checkered")
@@ -212,14 +212,8 @@ def render_clip(scene: Scene, n_frames: int, size: int | tuple[int, int]) -> Sha
     Args:
         n_frames: at least 1.
         size: the side of square frames, or (height, width); in pixels, at least 16.
-
-    Raises:
-        UserError: n_frames or a side is too small.
     """
     size = (size, size) if isinstance(size, int) else size
-    for name, value, low in (("frames", n_frames, 1), ("size", min(size), 16)):
-        if value < low:
-            raise UserError(f"{name}: expected at least {low}, got {value}")
     times = tuple(np.linspace(0, 1, n_frames).tolist())
     frames, masks = zip(*(render(scene, time, size) for time in times), strict=True)
     return ShapesClip(scene, times, np.stack(frames), np.stack(masks))
@@ -394,19 +388,16 @@ def _layer_at(scene: Scene, time: float, y: np.ndarray, x: np.ndarray) -> np.nda
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", metavar="OUT.mp4", type=Path, help="video to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--objects", type=int, choices=(1, 2), help="(default: drawn too)")
-    parser.add_argument("--frames", type=int, default=SAMPLE_FRAMES)
-    parser.add_argument("--size", type=int, default=256, help="height and width, even")
-    parser.add_argument("--fps", type=int, default=10)
+    add = parser.add_argument
+    add("path", metavar="OUT.mp4", type=Path, help="video to write")
+    add("--seed", type=at_least(0), default=0)
+    add("--objects", type=int, choices=(1, 2), help="(default: drawn too)")
+    add("--frames", type=at_least(1), default=SAMPLE_FRAMES)
+    add("--size", type=at_least(16), default=256, help="height and width, even")
+    add("--fps", type=at_least(1), default=10)
     args = parser.parse_args(argv)
     if args.size % 2:
         raise UserError(f"--size: video needs an even size, got {args.size}")
-    if args.fps < 1:
-        raise UserError(f"--fps: expected at least 1, got {args.fps}")
-    if args.seed < 0:
-        raise UserError(f"--seed: expected at least 0, got {args.seed}")
     if args.path.suffix != ".mp4":
         raise UserError(f"{args.path}: expected a name that ends with .mp4")
     check_writable(args.path.parent, "OUT.mp4")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.figures.drawing import png
 from tokenflow.storage.reports import check_report_path, write_report, write_reports
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip
-from util import ArgumentParser, UserError, command_line, setup_logging
+from util import ArgumentParser, UserError, at_least, command_line, setup_logging
 
 CLIPS = tuple(f"data/{name}.mp4" for name in SAMPLES)
 SAMPLING_STEPS = FAST["save_steps"]  # of an edit
@@ -49,8 +50,7 @@ FAST_LABEL = f"K <= {FAST['inversion_iters']}"
 PLAIN, ITERATED, STOPPED = "plain DDIM", "K evaluations, 50 steps", "early stop, 50 steps"
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """An inversion; each of its reconstructions is a row of the table."""
 
     family: str
@@ -69,26 +69,30 @@ class Row:
     family: str
     label: str
     recon_steps: int
-    forwards: float  # image-forwards a frame, of the inversion and the reconstruction
-    inversion_forwards: float
+    forwards: float  # image-forwards a frame
     psnr: float  # against the VAE's decoding, dB
-    seconds: float  # of the inversion and the reconstruction; on the CPU, of processor time
-    inversion_seconds: float
+    seconds: float  # on the CPU, of processor time
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} (--fast)" if self.label == FAST_LABEL else self.label
 
 
 def settings() -> list[Setting]:
     """All that is measured; --fast comes right before what the released code does."""
-    how = FAST["steps"], SAMPLING_STEPS
-    stopped = [
-        Setting(STOPPED, f"K <= {k}", how[0], k, FAST["inversion_tol"], how[1:])
-        for k in (5, 2, FAST["inversion_iters"])
+    steps, recon_steps = FAST["steps"], (SAMPLING_STEPS,)
+    tolerance = FAST["inversion_tol"]
+    return [
+        *(
+            Setting(STOPPED, f"K <= {k}", steps, k, tolerance, recon_steps)
+            for k in (5, 2, FAST["inversion_iters"])
+        ),
+        *(
+            Setting(PLAIN, f"{n} steps", n, 1, 0.0, tuple(dict.fromkeys((n, SAMPLING_STEPS))))
+            for n in (500, 50, 100, 250, 1000)
+        ),
+        *(Setting(ITERATED, f"K = {k}", steps, k, 0.0, recon_steps) for k in (1, 2, 3, 4, 5)),
     ]
-    plain = [
-        Setting(PLAIN, f"{n} steps", n, 1, 0.0, tuple(dict.fromkeys((n, SAMPLING_STEPS))))
-        for n in (500, 50, 100, 250, 1000)
-    ]
-    iterated = [Setting(ITERATED, f"K = {k}", how[0], k, 0.0, how[1:]) for k in (1, 2, 3, 4, 5)]
-    return [*stopped, *plain, *iterated]
 
 
 @torch.inference_mode()
@@ -108,29 +112,17 @@ def measure(models: StableDiffusion, clip: str, frames: np.ndarray, setting: Set
     for t, latents in invert(denoiser, clean, ascending, *how):
         if t in starts:
             starts[t] = latents
-    inversion_seconds = clock() - begun
-    inversion_forwards = denoiser.image_forwards
+    inversion = clock() - begun, denoiser.image_forwards
 
     rows = []
     for n in setting.recon_steps:
         begun, before = clock(), denoiser.image_forwards
         timesteps = inversion_timesteps(models.schedule, setting.steps, n, n).reconstruction
         latents = reconstruct(denoiser, starts[timesteps[0]], timesteps, BATCH)
-        seconds = clock() - begun
-        forwards = inversion_forwards + denoiser.image_forwards - before
-        rows.append(
-            Row(
-                clip=clip,
-                family=setting.family,
-                label=setting.label,
-                recon_steps=n,
-                forwards=forwards / len(frames),
-                inversion_forwards=inversion_forwards / len(frames),
-                psnr=psnr(decode_latents(models, latents), decoding),
-                seconds=inversion_seconds + seconds,
-                inversion_seconds=inversion_seconds,
-            )
-        )
+        seconds = inversion[0] + clock() - begun
+        forwards = (inversion[1] + denoiser.image_forwards - before) / len(frames)
+        quality = psnr(decode_latents(models, latents), decoding)
+        rows.append(Row(clip, setting.family, setting.label, n, forwards, quality, seconds))
     return rows
 
 
@@ -138,15 +130,14 @@ def measure(models: StableDiffusion, clip: str, frames: np.ndarray, setting: Set
 
 
 def means(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one setting over all clips as one, in the order of the first clip's."""
+    """The rows of one setting over all clips as one; each family by its forwards."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row.family, row.label, row.recon_steps), []).append(row)
-    numbers = ("forwards", "inversion_forwards", "psnr", "seconds", "inversion_seconds")
     found = []
-    for (family, label, recon_steps), group in groups.items():
-        mean = {name: statistics.mean(getattr(row, name) for row in group) for name in numbers}
-        found.append(Row("all", family, label, recon_steps, **mean))
+    for key, group in groups.items():
+        numbers = [(row.forwards, row.psnr, row.seconds) for row in group]
+        found.append(Row("all", *key, *map(statistics.mean, zip(*numbers, strict=True))))
     order = (PLAIN, ITERATED, STOPPED)
     return sorted(found, key=lambda row: (order.index(row.family), row.forwards))
 
@@ -160,66 +151,37 @@ def time_ratios(rows: Sequence[Row]) -> list[float]:
 
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table of rows."""
-    return tabulate(
-        [
-            (
-                f"{row.family}: {_name(row)}",
-                f"{row.recon_steps} steps",
-                f"{row.forwards:.1f}",
-                f"{row.psnr:.1f} dB",
-                f"{row.seconds:.1f}",
-            )
-            for row in rows
-        ],
-        ["inversion", "reconstruction", "image-forwards a frame", "PSNR to the VAE's", "seconds"],
-        "pipe",
-        disable_numparse=True,
-    )
-
-
-def _name(row: Row) -> str:
-    return f"{row.label} (--fast)" if row.label == FAST_LABEL else row.label
-
-
-FAMILIES = (  # of settings, a line for each
-    f"{PLAIN}, as many steps to reconstruct",
-    f"{PLAIN}, 50 steps to reconstruct",
-    ITERATED,
-    STOPPED,
-)
+    head = ["inversion", "reconstruction", "image-forwards a frame", "PSNR to the VAE's", "seconds"]
+    cells = [
+        (f"{row.family}: {row.name}", f"{row.recon_steps} steps",
+         f"{row.forwards:.1f}", f"{row.psnr:.1f} dB", f"{row.seconds:.1f}")
+        for row in rows
+    ]  # fmt: skip
+    return tabulate(cells, head, "pipe", disable_numparse=True)
 
 
 def curve(rows: Sequence[Row]) -> Figure:
     """The picture of `means`: PSNR over image-forwards (logarithmic), a line for each family."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        line = row.family
+        if line == PLAIN:
+            steps = "as many" if row.label == f"{row.recon_steps} steps" else SAMPLING_STEPS
+            line = f"{PLAIN}, {steps} steps to reconstruct"
+        lines.setdefault(line, []).append(row)
     figure = Figure((9, 5.6), layout="constrained")
     axis = figure.subplots()
-    for family in FAMILIES:
-        own = [row for row in rows if _of(row, family)]
-        (line,) = axis.semilogx(
-            [row.forwards for row in own], [row.psnr for row in own], "o-", label=family
-        )
-        for row in own:
-            axis.annotate(
-                _name(row),
-                (row.forwards, row.psnr),
-                (5, -12),
-                textcoords="offset points",
-                color=line.get_color(),
-                fontsize="small",
-            )
+    for label, own in lines.items():
+        points = [(row.forwards, row.psnr) for row in own]
+        (line,) = axis.semilogx(*zip(*points, strict=True), "o-", label=label)
+        style = {"color": line.get_color(), "fontsize": "small", "textcoords": "offset points"}
+        for row, point in zip(own, points, strict=True):
+            axis.annotate(row.name, point, (5, -12), **style)
     axis.set_xlabel("image-forwards a frame, inversion and reconstruction")
     axis.set_ylabel("PSNR against the VAE's own decoding, dB")
     axis.grid(True)
     axis.legend()
     return figure
-
-
-def _of(row: Row, family: str) -> bool:
-    if row.family != PLAIN:
-        return row.family == family
-    same = row.label == f"{row.recon_steps} steps"
-    first = f"{PLAIN}, as many steps to reconstruct"
-    return family == first if same else family == f"{PLAIN}, 50 steps to reconstruct"
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -231,7 +193,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("clips", nargs="*", default=CLIPS, help="videos or folders (default: those of data/)")
     add("--model", help="hub id or local folder (default: the small trained one)")
-    add("--frames", type=int, default=1, help="of each clip, evenly spaced (default: 1)")
+    add("--frames", type=at_least(1), default=1, help="of each clip, evenly spaced (default: 1)")
     add("--only", nargs="+", choices=[setting.label for setting in settings()], metavar="SETTING",
         help="the settings to measure, such as '500 steps' or 'K <= 3' (default: all)")  # fmt: skip
     add("--size", type=int, default=256, help="side of the square frames (default: 256)")
@@ -239,8 +201,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="where the rows go, and come from if they are there")
     add("--plot", type=Path, help="where the curve goes, a PNG; -: to stdout")
     args = parser.parse_args(argv)
-    if args.frames < 1 or args.size < 8 or args.size % 8:
-        raise UserError("--frames: expected at least 1, and --size: a multiple of 8")
+    if args.size < 8 or args.size % 8:
+        raise UserError(f"--size: {args.size}: expected a multiple of 8")
     for option in ("json", "plot"):
         if getattr(args, option):
             check_report_path(getattr(args, option), f"--{option}")
@@ -271,12 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for source in sources:
         clip = read_clip(source, 1000, size=(args.size, args.size)).frames
         chosen = np.linspace(0, len(clip) - 1, args.frames + 2)[1:-1].round().astype(int)
+        name = clip_name(source)
         for setting in settings():
-            name = clip_name(source)
-            if args.only and setting.label not in args.only:
-                continue
-            if any((r.clip, r.family, r.label) == (name, setting.family, setting.label)
-                   for r in rows):  # fmt: skip
+            known = {row.label for row in rows if row.clip == name}
+            if setting.label in known or (args.only and setting.label not in args.only):
                 continue
             rows += measure(models, name, clip[chosen], setting)
             if args.json:

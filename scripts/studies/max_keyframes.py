@@ -15,7 +15,7 @@ from tabulate import tabulate
 from scripts.batch.engine import run_jobs
 from scripts.table1 import table1
 from tokenflow.evaluation.evaluator import Evaluator
-from util import ArgumentParser, UserError, command_line, setup_logging
+from util import ArgumentParser, UserError, at_least, command_line, setup_logging
 
 PNP = next(method for method in table1.METHODS if method.name == "PnP, TokenFlow")
 SHOWN = {"warp_error": "warp error x1e-3", "clip_score": "CLIP score"}
@@ -24,11 +24,10 @@ SHOWN = {"warp_error": "warp error x1e-3", "clip_score": "CLIP score"}
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("clips", type=Path, help="a list of clips as scripts/table1.sh takes it")
-    parser.add_argument("--interval", type=int, default=1, help="frames per keyframe (default: 1)")
-    parser.add_argument("--bounds", type=int, nargs="+", required=True, help="of max_keyframes")
+    add = parser.add_argument
+    add("--interval", type=at_least(1), default=1, help="frames per keyframe (default: 1)")
+    add("--bounds", type=at_least(2), nargs="+", required=True, help="of max_keyframes")
     args = parser.parse_args(argv)
-    if args.interval < 1 or min(args.bounds) < 2:
-        raise UserError("--interval: expected at least 1; --bounds: expected at least 2")
     setup_logging()
     settings = {"batch_size": args.interval}
     variants = [

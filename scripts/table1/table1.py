@@ -27,6 +27,7 @@ from tokenflow.evaluation.score_table import (
     Row,
     Summary,
     aligned,
+    order_verdict,
     protocols,
     read_rows,
     rows_as_json,
@@ -37,6 +38,7 @@ from tokenflow.storage.schema import parse
 from util import (
     ArgumentParser,
     UserError,
+    at_least,
     check_writable,
     command_line,
     setup_logging,
@@ -165,13 +167,11 @@ def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:
     errors = {(row.method, (row.clip, row.prompt)): row.warp_error for row in rows}
     edits = {(row.clip, row.prompt) for row in rows}
     shared = [e for e in edits if all(errors.get((name, e)) is not None for name in ORDER)]
-    asked = f"The paper's order, {' < '.join(ORDER)}"
     if not shared:
-        return None, f"{asked}: not measured, no clip has them all"
+        return None, f"The paper's order, {' < '.join(ORDER)}: not measured, no clip has them all"
     means = {name: float(np.mean([errors[name, e] for e in shared])) for name in ORDER}
-    found = sorted(ORDER, key=means.get)
-    held = "holds" if found == list(ORDER) else f"does not hold, but {' < '.join(found)}"
-    return found == list(ORDER), f"{asked}: {held} (means of {len(shared)} clips)"
+    holds, told = order_verdict(means, ORDER)
+    return holds, f"{told} (means of {len(shared)} clips)"
 
 
 def settings_line(path: Path, given: ClipList) -> str:
@@ -194,7 +194,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     names = [method.name for method in METHODS]
     add("clips", type=Path, metavar="CLIPS_YAML", help="see configs/table1_davis.yaml")
-    add("--jobs", type=int, metavar="N",
+    add("--jobs", type=at_least(1), metavar="N",
         help="how many edits run at once (default: one on each GPU, else one)")  # fmt: skip
     add("--methods", nargs="+", metavar="NAME", default=names,
         help=f"some of {', '.join(names)} (default: all)")  # fmt: skip
@@ -205,8 +205,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write all rows there, as evaluate.py does")
     add("--markdown", type=Path, metavar="FILE", help="write the table there")
     args = parser.parse_args(argv)
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs: expected at least 1, got {args.jobs}")
     for name in args.methods:
         if name not in names:
             raise UserError(f"--methods: expected some of {', '.join(names)}; got {name}")

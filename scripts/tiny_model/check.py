@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -31,6 +31,7 @@ import preprocess
 import run_tokenflow_pnp as pnp
 from scripts.demo import inversion_options
 from scripts.shapes.metrics import (
+    ATTRIBUTES,
     Judge,
     attributes,
     background_psnr,
@@ -48,6 +49,7 @@ from scripts.shapes.world import (
     render,
     render_clip,
 )
+from scripts.tiny_model.denoiser import draw_pictures
 from tokenflow.cache.options import arguments
 from tokenflow.cache.source_cache import Manifest, open_cache
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
@@ -58,17 +60,12 @@ from tokenflow.diffusion.models import (
     resolve_dtype,
 )
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
+from tokenflow.evaluation.score_table import order_verdict
 from tokenflow.storage.images import load_frames, save_frames
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import parse
 from tokenflow.storage.yaml_files import load_yaml
-from util import (
-    ArgumentParser,
-    UserError,
-    check_writable,
-    command_line,
-    setup_logging,
-)
+from util import ArgumentParser, at_least, check_writable, command_line, setup_logging
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,19 +81,14 @@ METHODS = {
     "extended_attention": {"consistency": "extended_attention"},
     "per_frame": {"consistency": "none"},
 }
-MEASURED = ("color", "shape", "background")  # what color_shape_background tells
 ORDER = ("vae", *METHODS)  # of the warp errors in the paper's Table 1
 
 
-def accuracies(
-    names: Sequence[str], told: Sequence[tuple], true: Sequence[tuple]
-) -> dict[str, float]:
-    """The share of right answers for each attribute."""
-    right = (np.array(told) == np.array(true)).mean(axis=0)
-    return {f"{name}_accuracy": float(share) for name, share in zip(names, right, strict=True)}
-
-
-# ---------------------------------------------------------------------------------- text to image
+def accuracies(told: Sequence[tuple], true: Sequence[tuple]) -> dict[str, float]:
+    """The share of right answers for each attribute; `told` may lack the first, the fill."""
+    names = ATTRIBUTES[-len(told[0]) :]
+    right = np.array(told) == np.array(true)[:, -len(names) :]
+    return dict(zip((f"{name}_accuracy" for name in names), right.mean(0).tolist(), strict=True))
 
 
 def check_text_to_image(
@@ -119,37 +111,25 @@ def check_text_to_image(
     scenes = [random_scene(seed + i, n_objects=1) for i in range(count)]
     true = [attributes(scene) for scene in scenes]
     rendered = np.stack([render(scene, 0.5, (SIZE, SIZE))[0] for scene in scenes])
-    pipe = StableDiffusionPipeline(
-        vae=models.vae,
-        text_encoder=models.text_encoder,
-        tokenizer=models.tokenizer,
-        unet=models.unet,
-        scheduler=DDIMScheduler.from_pretrained(model / "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    parts = {name: getattr(models, name) for name in ("unet", "vae", "text_encoder")}
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, **parts)
+    options = {
+        "guidance_scale": config["guidance_scale"],
+        "num_inference_steps": config["n_timesteps"],
+        "generator": torch.Generator(models.device).manual_seed(seed),
+    }
+    captions = [scene.caption for scene in scenes]
+    parts = [captions[first : first + 20] for first in range(0, count, 20)]
+    drawn = np.concatenate(
+        [draw_pictures(pipe, part, **options) for part in tqdm(parts, "text to image")]
     )
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator(models.device).manual_seed(seed)
-    sampled = []
-    for first in tqdm(range(0, count, 20), "text to image"):
-        images = pipe(
-            [scene.caption for scene in scenes[first : first + 20]],
-            guidance_scale=config["guidance_scale"],
-            num_inference_steps=config["n_timesteps"],
-            generator=generator,
-            output_type="np",
-        ).images
-        sampled.append((images * 255).round().astype(np.uint8))
-    drawn = np.concatenate(sampled)
     decoded = decode_latents(models, encode_frames(models, rendered))
-    answers = [answer[1:] for answer in true]
-    judged = ("fill", *MEASURED)
+    fill = accuracies(judge(drawn), true)["fill_accuracy"]
     return {
-        **accuracies(MEASURED, list(map(color_shape_background, drawn)), answers),
-        "fill_accuracy": accuracies(judged, judge(drawn), true)["fill_accuracy"],
-        "measurement": accuracies(MEASURED, list(map(color_shape_background, decoded)), answers),
-        "judge": accuracies(judged, judge(decoded), true),
+        **accuracies(list(map(color_shape_background, drawn)), true),
+        "fill_accuracy": fill,
+        "measurement": accuracies(list(map(color_shape_background, decoded)), true),
+        "judge": accuracies(judge(decoded), true),
     }
 
 
@@ -163,7 +143,6 @@ class ClipCheck:
     models: StableDiffusion
     model: Path
     work: Path
-    device: str
     config: Mapping[str, Any]  # of the demo's edit
     accuracy_steps: int  # of the inversions whose accuracy is measured, apart from the edits'
     accuracy_frames: int  # of those inversions
@@ -181,14 +160,14 @@ class ClipCheck:
 
         options = inversion_options(self.config)
         self._invert(source, scene, "latents", options)
-        options |= {"n_frames": self.accuracy_frames}
+        options |= {"n_frames": self.accuracy_frames, "no_cache_features": ""}
         options |= {"steps": self.accuracy_steps, "save_steps": self.accuracy_steps}
-        options |= {"no_cache_features": ""}
         plain = self._invert(source, scene, "plain", {**options, "inversion_iters": 1})
         refined = self._invert(source, scene, "refined", {**options, "inversion_iters": 5})
-        edited = {name: self._edit(source, scene, target, name) for name in METHODS}
+        edited = {name: self._edit(source, scene, target, METHODS[name]) for name in METHODS}
         frames, masks = edited["tokenflow"], clip.masks[:n_frames]
         found = [hue_of_object(f, m > 0) for f, m in zip(frames, masks, strict=True)]
+        clips = {"source": true, "vae": decoded, **edited}
         return {
             "seed": seed,
             "caption": scene.caption,
@@ -199,11 +178,7 @@ class ClipCheck:
             "inversion_iters_5_psnr": refined.psnr,
             "edit_color_success": float(np.mean([color == target for color in found])),
             "background_psnr": background_psnr(frames, decoded, masks, self.models.vae_factor),
-            "warp_error": {
-                "source": warp_error(true, clip),
-                "vae": warp_error(decoded, clip),
-                **{name: warp_error(frames, clip) for name, frames in edited.items()},
-            },
+            "warp_error": {name: warp_error(frames, clip) for name, frames in clips.items()},
         }
 
     def _invert(
@@ -216,11 +191,13 @@ class ClipCheck:
             "model_key": self.model,
             "fps": FPS,
             "inversion_prompt": scene.caption,
-            "device": self.device,
+            "device": self.models.device,
         }
         return open_cache(preprocess.preprocess(preprocess.parse_args(arguments(options)))).manifest
 
-    def _edit(self, source: Path, scene: Scene, target: str, method: str) -> np.ndarray:
+    def _edit(
+        self, source: Path, scene: Scene, target: str, method: Mapping[str, str]
+    ) -> np.ndarray:
         settings = {
             **self.config,
             "data_path": str(source),
@@ -229,8 +206,8 @@ class ClipCheck:
             "output_path": str(self.work / "results"),
             "prompt": recolored(scene, target),
             "negative_prompt": scene.caption,
-            "device": self.device,
-            **METHODS[method],
+            "device": str(self.models.device),
+            **method,
         }
         config = parse(pnp.PnPConfig, settings, f"{CONFIG} for {source}")
         return load_frames(pnp.edit(config) / "frames")
@@ -238,106 +215,84 @@ class ClipCheck:
 
 def summary(clips: Sequence[dict]) -> dict:
     """The clips' means."""
-    names = [name for name, value in clips[0].items() if isinstance(value, float)]
-    means = {name: float(np.mean([clip[name] for clip in clips])) for name in names}
-    methods = clips[0]["warp_error"]
-    means["warp_error"] = {
-        name: float(np.mean([clip["warp_error"][name] for clip in clips])) for name in methods
-    }
+    means = {}
+    for name, value in clips[0].items():
+        if isinstance(value, dict):
+            means[name] = summary([clip[name] for clip in clips])
+        elif isinstance(value, float):
+            means[name] = float(np.mean([clip[name] for clip in clips]))
     return means
-
-
-def _short_names(accuracy: Mapping[str, float]) -> list[tuple[str, float]]:
-    return [(name.removesuffix("_accuracy"), value) for name, value in accuracy.items()]
 
 
 def table(figures: dict) -> str:
     """The figures in rows, with the required values, for the terminal."""
-    percent, decibel = "{:.1f} %".format, "{:.2f} dB".format
     frames, steps = figures["accuracy_frames"], figures["accuracy_steps"]
     vae = figures["inversion_vae_psnr"]
-    rows = [
-        ("text to image: colour", percent(100 * figures["color_accuracy"]), ">= 95 %"),
-        ("text to image: shape", percent(100 * figures["shape_accuracy"]), ">= 90 %"),
-        ("text to image: background", percent(100 * figures["background_accuracy"]), ">= 90 %"),
-        ("text to image: fill", percent(100 * figures["fill_accuracy"]), ""),
+    asked = {"color": ">= 95 %", "shape": ">= 90 %", "background": ">= 90 %", "fill": ""}
+    percents = [
+        *((f"text to image: {n}", figures[f"{n}_accuracy"], least) for n, least in asked.items()),
         *(
-            (f"  the {by} on ground truth: {name}", percent(100 * value), "")
+            (f"  the {by} on ground truth: {name.removesuffix('_accuracy')}", value, "")
             for by in ("measurement", "judge")
-            for name, value in _short_names(figures[by])
-        ),
-        ("VAE reconstruction", decibel(figures["vae_psnr"]), ">= 30 dB"),
-        (f"the same, first {frames} frames", decibel(vae), ""),
-        (
-            f"their inversion, {steps} steps",
-            decibel(figures["inversion_psnr"]),
-            f">= {decibel(vae - 3)}",
-        ),
-        (
-            "  with --inversion_iters 5",
-            decibel(figures["inversion_iters_5_psnr"]),
-            f">= {decibel(vae - 0.5)}",
-        ),
-        ("frames in the colour asked for", percent(100 * figures["edit_color_success"]), ">= 90 %"),
-        ("background against the VAE's", decibel(figures["background_psnr"]), ">= 22 dB"),
-        *(
-            (f"warp error x1e-3: {name.replace('_', ' ')}", f"{value:.2f}", "")
-            for name, value in figures["warp_error"].items()
+            for name, value in figures[by].items()
         ),
     ]
-    lines = [tabulate(rows, ("", "measured", "asked"), "plain", colalign=("left", "right", "left"))]
-    order = sorted(ORDER, key=figures["warp_error"].get)
-    held = "holds" if order == list(ORDER) else f"does not hold, but {' < '.join(order)}"
-    lines.append(f"The paper's order, {' < '.join(ORDER)}: {held}".replace("_", " "))
-    return "\n".join(lines)
+    success = ("frames in the colour asked for", figures["edit_color_success"], ">= 90 %")
+    decibels = [
+        ("VAE reconstruction", figures["vae_psnr"], 30),
+        (f"the same, first {frames} frames", vae, None),
+        (f"their inversion, {steps} steps", figures["inversion_psnr"], vae - 3),
+        ("  with --inversion_iters 5", figures["inversion_iters_5_psnr"], vae - 0.5),
+        ("background against the VAE's", figures["background_psnr"], 22),
+    ]
+    rows = [(name, f"{100 * value:.1f} %", least) for name, value, least in [*percents, success]]
+    rows += [(name, f"{value:.2f} dB", "" if low is None else f">= {low:.2f} dB")
+             for name, value, low in decibels]  # fmt: skip
+    errors = {name.replace("_", " "): value for name, value in figures["warp_error"].items()}
+    rows += [(f"warp error x1e-3: {name}", f"{value:.2f}", "") for name, value in errors.items()]
+    text = tabulate(rows, ("", "measured", "asked"), "plain", colalign=("left", "right", "left"))
+    return f"{text}\n{order_verdict(errors, [name.replace('_', ' ') for name in ORDER])[1]}"
 
 
 def code_version() -> str:
     """12 hex digits that change with any code of the repository."""
-    digest = hashlib.sha256()
-    for pattern in ("*.py", "tokenflow/**/*.py", "scripts/**/*.py"):
-        for path in sorted(ROOT.glob(pattern)):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    files = [path for pattern in ("*.py", "tokenflow/**/*.py", "scripts/**/*.py")
+             for path in sorted(ROOT.glob(pattern))]  # fmt: skip
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Run the script; returns the figures."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    add, work = parser.add_argument, Path("tokenflow-results/check_tiny")
     add("--model", type=Path, default=Path("models/tiny"), help="(default: models/tiny)")
-    add("--clips", type=int, default=20, help="number of clips to edit (default: 20)")
-    add("--pictures", type=int, default=200, help="to sample from text (default: 200)")
-    add("--seed", type=int, default=SEED, help=f"of the first scene (default: {SEED})")
+    add("--clips", type=at_least(1), default=20, help="number of clips to edit (default: 20)")
+    add("--pictures", type=at_least(1), default=200, help="to sample from text (default: 200)")
+    add("--seed", type=at_least(HELD_OUT), default=SEED, help=f"of the first scene ({SEED})")
     add("--json", type=Path, metavar="FILE", help="write the figures there too; -: to stdout")
-    work = Path("tokenflow-results/check_tiny")
     add("--work", type=Path, default=work, help=f"for caches and edits (default: {work})")
     add("--quick", action="store_true", help="few frames and steps: shows that it runs")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     args = parser.parse_args(argv)
-    for name, low in (("clips", 1), ("pictures", 1), ("seed", HELD_OUT)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name}: expected at least {low}, got {getattr(args, name)}")
     setup_logging()
     check_writable(args.work, "--work")
     if args.json:
         check_report_path(args.json, "--json")
     device = resolve_device(args.device)
-    models = load_stable_diffusion(
-        checkpoint_folder(str(args.model)), device, resolve_dtype("auto", device)
-    )
+    folder, dtype = checkpoint_folder(str(args.model)), resolve_dtype("auto", device)
+    models = load_stable_diffusion(folder, device, dtype)
     quick = QUICK if args.quick else {}
-    config = load_yaml(ROOT / CONFIG) | quick
+    accuracy = {"accuracy_steps": 10, "accuracy_frames": 1}
+    if not args.quick:
+        accuracy = {"accuracy_steps": 50, "accuracy_frames": 2}
 
-    accuracy = {"accuracy_steps": 10 if args.quick else 50}
-    accuracy |= {"accuracy_frames": 1 if args.quick else 2}
-    # Like a picture from text, it has no negative prompt.
-    sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml") | quick
     judge = Judge(args.model / "judge", device)
+    # Like a picture from text, an edit by SDEdit has no negative prompt.
+    sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml") | quick
     figures = check_text_to_image(models, args.model, judge, sdedit, args.pictures, args.seed)
     # Another model's caches and edits would be refused: each model has a folder.
-    version = f"{checkpoint_revision(args.model)}_{code_version()}"
-    check = ClipCheck(models, args.model, args.work / version, args.device, config, **accuracy)
+    work = args.work / f"{checkpoint_revision(args.model)}_{code_version()}"
+    check = ClipCheck(models, args.model, work, load_yaml(ROOT / CONFIG) | quick, **accuracy)
     clips = []
     for number in range(args.clips):
         clips.append(check(args.seed + number))

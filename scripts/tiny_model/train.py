@@ -27,15 +27,15 @@ from scripts.tiny_model.denoiser import train_controlnet, train_unet
 from scripts.tiny_model.judge import train_judge
 from scripts.tiny_model.settings import BUDGETS, Training
 from tokenflow.diffusion.models import resolve_device
-from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
+from util import ArgumentParser, at_least, check_writable, command_line, setup_logging
 
 log = logging.getLogger("tokenflow")
 
 
 def make_pictures(training: Training) -> None:
-    made = render_pictures(training.pictures_folder, training.budget.pictures, (SIZE // 2, SIZE))
-    if not made:
-        log.info("pictures: all %d exist already", training.budget.pictures)
+    count = training.budget.pictures
+    if not render_pictures(training.pictures_folder, count, (SIZE // 2, SIZE)):
+        log.info("pictures: all %d exist already", count)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,30 +44,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("part", choices=("all", *TRAINERS))
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("latents/tiny-training"),
-        help="folder of pictures, states and sheets (default: latents/tiny-training)",
-    )
-    parser.add_argument("--model", type=Path, help="folder to fill (default: WORK/model)")
-    parser.add_argument(
-        "--budget", choices=tuple(BUDGETS), default="cpu", help="how much of all (default: cpu)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="bfloat16 is mixed precision; auto: that on CUDA, float32 elsewhere",
-    )
-    parser.add_argument("--sheet_every", type=int, default=500, help="steps (default: 500)")
+    add, work = parser.add_argument, Path("latents/tiny-training")
+    add("part", choices=("all", *TRAINERS))
+    add("--work", type=Path, default=work, help=f"of pictures, states, sheets (default: {work})")
+    add("--model", type=Path, help="folder to fill (default: WORK/model)")
+    add("--budget", choices=tuple(BUDGETS), default="cpu", help="how much of all (default: cpu)")
+    add("--seed", type=at_least(0), default=0, help="of weights and batches (default: 0)")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="bfloat16 is mixed precision; auto: that on CUDA, float32 elsewhere")  # fmt: skip
+    add("--sheet_every", type=at_least(1), default=500, help="steps (default: 500)")
     args = parser.parse_args(argv)
-    for name, low in (("seed", 0), ("sheet_every", 1)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name}: expected at least {low}, got {getattr(args, name)}")
     setup_logging()
     model = args.model or args.work / "model"
     check_writable(model, "--model")

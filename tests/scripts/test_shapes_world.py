@@ -2,7 +2,6 @@
 
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -44,12 +43,7 @@ def a_thing(**changes: object) -> ShapeObject:
     return ShapeObject(**(values | changes))
 
 
-def a_scene(
-    *objects: ShapeObject,
-    rgb: tuple[float, float, float] = (0.4, 0.4, 0.4),
-    texture: np.ndarray = FLAT,
-    pan: tuple[float, float] = (0.0, 0.0),
-) -> Scene:
+def a_scene(*objects, rgb=(0.4, 0.4, 0.4), texture=FLAT, pan=(0.0, 0.0)):
     return Scene(objects, "gray", rgb, texture, Motion(pan))
 
 
@@ -126,15 +120,20 @@ def hue_of(rgb: np.ndarray) -> str:
 # ---------------------------------------------------------------- scenes from seeds
 
 
-def test_a_seed_gives_the_same_pixels_again_and_another_gives_others() -> None:
-    first, again, other = (render_clip(random_scene(seed), 3, 32) for seed in (5, 5, 6))
-    assert np.array_equal(first.frames, again.frames)
-    assert np.array_equal(first.masks, again.masks)
-    assert np.abs(first.frames.astype(float) - other.frames).mean() > 5
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_seed_gives_the_same_scene_at_any_number_of_frames(seed):
+    five, nine, other = (render_clip(random_scene(s), n, 32)
+                         for s, n in ((seed, 5), (seed, 9), (seed + 1, 5)))  # fmt: skip
+    assert five.times == (0, 0.25, 0.5, 0.75, 1)
+    assert np.array_equal(five.frames, nine.frames[::2])
+    assert np.array_equal(five.masks, nine.masks[::2])
+    assert not np.array_equal(nine.frames[0], nine.frames[-1])
+    assert np.abs(five.frames.astype(float) - other.frames).mean() > 5
+    assert np.array_equal(render_clip(random_scene(seed), 1, 32).frames[0], five.frames[0])
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_scene_looks_the_same_at_another_size(seed: int) -> None:
+def test_a_scene_looks_the_same_at_another_size(seed):
     scene = random_scene(seed)
     small = render_clip(scene, 2, 64).frames.astype(float)
     large = render_clip(scene, 2, 128).frames.reshape(2, 64, 2, 64, 2, 3).mean((2, 4))
@@ -143,18 +142,7 @@ def test_a_scene_looks_the_same_at_another_size(seed: int) -> None:
     assert np.abs(small - np.roll(large, 1, axis=2)).mean() > 1.2  # the bound sees one pixel
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-def test_a_scene_is_the_same_at_another_number_of_frames(seed: int) -> None:
-    scene = random_scene(seed)
-    five, nine = render_clip(scene, 5, 32), render_clip(scene, 9, 32)
-    assert five.times == (0, 0.25, 0.5, 0.75, 1)
-    assert np.array_equal(five.frames, nine.frames[::2])
-    assert np.array_equal(five.masks, nine.masks[::2])
-    assert not np.array_equal(nine.frames[0], nine.frames[-1])
-    assert np.array_equal(render_clip(scene, 1, 32).frames[0], five.frames[0])
-
-
-def test_seeds_draw_every_attribute() -> None:
+def test_seeds_draw_every_attribute():
     scenes = [random_scene(seed) for seed in range(300)]
     things = [thing for scene in scenes for thing in scene.objects]
     assert {thing.shape for thing in things} == set(SHAPES)
@@ -165,19 +153,13 @@ def test_seeds_draw_every_attribute() -> None:
 
 
 @pytest.mark.parametrize("n_objects", [1, 2])
-def test_the_number_of_objects_can_be_asked_for(n_objects: int) -> None:
-    for seed in range(40):
-        scene = random_scene(seed, n_objects)
-        assert len(scene.objects) == n_objects
-        assert set(np.unique(render(scene, 0, (32, 32))[1])) == set(range(n_objects + 1))
-
-
-@pytest.mark.parametrize("n_objects", [1, 2])
-def test_random_objects_stay_inside_the_frame(n_objects: int) -> None:
+def test_as_many_objects_as_asked_for_stay_inside_the_frame(n_objects):
     reach = {shape: np.concatenate(outlines(shape)) for shape in SHAPES}
     seen = []
     for seed in range(400):
-        for thing in random_scene(seed, n_objects).objects:
+        scene = random_scene(seed, n_objects)
+        assert len(scene.objects) == n_objects
+        for thing in scene.objects:
             for time in np.linspace(0, 1, 5):
                 center, radius, angle = thing.pose(time)
                 v, u = reach[thing.shape].T * radius
@@ -188,7 +170,7 @@ def test_random_objects_stay_inside_the_frame(n_objects: int) -> None:
     assert max(seen) > 0.4  # they come near: the bound above is not met by tiny objects
 
 
-def test_random_objects_differ_in_colour_from_the_background_and_each_other() -> None:
+def test_random_objects_differ_in_colour_from_the_background_and_each_other():
     for seed in range(200):
         scene = random_scene(seed, 2)
         names = [scene.background, *(thing.color for thing in scene.objects)]
@@ -198,35 +180,32 @@ def test_random_objects_differ_in_colour_from_the_background_and_each_other() ->
             assert np.abs(colors[i] - colors[j]).max() > 0.15, scene.caption
 
 
-def test_random_pictures_show_the_colours_that_their_captions_name() -> None:
+def test_random_pictures_show_the_colours_that_their_captions_name():
     for seed in range(60):
         scene = random_scene(seed)
         frame, mask = render(scene, 0, (48, 48))
-        assert hue_of(np.median(frame[mask == 0], axis=0) / 255) == scene.background
-        for number, thing in enumerate(scene.objects, start=1):
-            assert hue_of(np.median(frame[mask == number], axis=0) / 255) == thing.color
+        names = [scene.background, *(thing.color for thing in scene.objects)]
+        assert set(np.unique(mask)) == set(range(len(names)))
+        for number, name in enumerate(names):
+            assert hue_of(np.median(frame[mask == number], axis=0) / 255) == name
 
 
 # ---------------------------------------------------------------- captions
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("fill", FILLS)
-def test_a_caption_says_every_attribute_but_not_plain(shape: str, fill: str) -> None:
-    caption = a_scene(a_thing(shape=shape, fill=fill, color="teal")).caption
+def test_a_caption_says_every_attribute_but_not_plain(fill):
+    caption = a_scene(a_thing(shape="ring", fill=fill, color="teal")).caption
     words = f"{fill} teal" if fill != "plain" else "teal"
-    assert caption == f"a {words} {shape} on a gray background"
+    assert caption == f"a {words} ring on a gray background"
 
 
-def test_a_caption_says_both_objects_in_order() -> None:
+def test_a_caption_says_both_objects_in_order():
     first = a_thing(shape="star", fill="dotted", color="yellow")
     second = a_thing(shape="ring", color="blue")
-    assert a_scene(first, second).caption == (
-        "a dotted yellow star and a blue ring on a gray background"
-    )
-    assert a_scene(second, first).caption == (
-        "a blue ring and a dotted yellow star on a gray background"
-    )
+    names = "a dotted yellow star", "a blue ring"
+    assert a_scene(first, second).caption == f"{names[0]} and {names[1]} on a gray background"
+    assert a_scene(second, first).caption == f"{names[1]} and {names[0]} on a gray background"
 
 
 # ---------------------------------------------------------------- pictures and masks
@@ -234,7 +213,7 @@ def test_a_caption_says_both_objects_in_order() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [(48, 48), (36, 60), (60, 36)])
-def test_the_mask_is_the_outline_that_opencv_fills(shape: str, size: tuple[int, int]) -> None:
+def test_the_mask_is_the_outline_that_opencv_fills(shape, size):
     motion = Motion((0.1, -0.15), turn=0.7, growth=-0.3)
     thing = a_thing(shape=shape, center=(-0.06, 0.08), radius=0.35, angle=-0.2, motion=motion)
     for time in (0.0, 0.6):
@@ -246,32 +225,23 @@ def test_the_mask_is_the_outline_that_opencv_fills(shape: str, size: tuple[int, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_edges_are_anti_aliased_and_the_mask_is_where_half_is_covered(shape: str) -> None:
-    thing = a_thing(shape=shape, radius=0.35, angle=0.2, center=(0.02, -0.03))
+def test_edges_are_anti_aliased_and_the_mask_is_where_half_is_covered(shape):
+    thing = a_thing(shape=shape, radius=0.35, angle=0.2, center=(0.02, -0.03), rgb=(0.8, 0.0, 0.0))
     covered = coverage(thing, SIZE)
-    mask = render(a_scene(thing), 0, (SIZE, SIZE))[1] == 1
+    frame, mask = render(a_scene(thing, rgb=(0.0, 0.2, 0.4)), 0, (SIZE, SIZE))
     partly = (covered > 0.1) & (covered < 0.9)
     # A band about as wide as a pixel along the outline, and nowhere else.
     distance = distances(thing, 0, (SIZE, SIZE))
+    inside, outside = distance > 1, distance < -1.3
     assert partly.sum() > 0.5 * (np.abs(distance) < 0.5).sum()
     assert np.abs(distance[partly]).max() < 1.3
-    assert np.array_equal(covered[distance > 1] > 0.99, np.ones((distance > 1).sum(), bool))
-    assert covered[distance < -1.3].max() < 0.01
+    assert covered[inside].min() > 0.99
+    assert covered[outside].max() < 0.01
     clear = np.abs(covered - 0.5) > 0.01
-    assert np.array_equal(mask[clear], covered[clear] > 0.5)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_object_s_colour_is_in_its_mask_and_the_background_outside(shape: str) -> None:
-    thing = a_thing(shape=shape, radius=0.4, rgb=(0.8, 0.0, 0.0))
-    frame, mask = render(a_scene(thing, rgb=(0.0, 0.2, 0.4)), 0, (SIZE, SIZE))
-    distance = distances(thing, 0, (SIZE, SIZE))
-    inside, outside = distance > 1, distance < -1.3
-    assert np.array_equal(mask[inside], np.ones(inside.sum()))
-    assert np.array_equal(mask[outside], np.zeros(outside.sum()))
+    assert np.array_equal(mask[clear] == 1, covered[clear] > 0.5)
+    # The object's colour is inside, in a light within 8 % of 1, and the background's outside.
     assert np.all(frame[outside] == (0, 51, 102))
     assert np.all(frame[inside][:, 1:] == 0)
-    # The light on an object is within 8 % of 1.
     assert frame[inside][:, 0].min() > 0.92 * 204 - 1
     assert frame[inside][:, 0].max() < 1.08 * 204 + 1
 
@@ -279,7 +249,7 @@ def test_the_object_s_colour_is_in_its_mask_and_the_background_outside(shape: st
 @pytest.mark.parametrize(
     ("fill", "share"), [("plain", 0.0), ("striped", 0.5), ("dotted", 0.441), ("checkered", 0.5)]
 )
-def test_a_fill_s_second_tone_has_its_share_of_a_square(fill: str, share: float) -> None:
+def test_a_fill_s_second_tone_has_its_share_of_a_square(fill, share):
     """The dots: nine of radius 0.19, less the twelve segments beyond the edges at 0.72."""
     thing = a_thing(shape="square", fill=fill, rgb=(1.0, 0.0, 0.0), radius=0.6)
     frame, mask = render(a_scene(thing), 0, (128, 128))
@@ -287,7 +257,7 @@ def test_a_fill_s_second_tone_has_its_share_of_a_square(fill: str, share: float)
     assert second.mean() == pytest.approx(share, abs=0.015)
 
 
-def test_stripes_run_from_top_to_bottom_of_an_upright_object() -> None:
+def test_stripes_run_from_top_to_bottom_of_an_upright_object():
     thing = a_thing(shape="square", fill="striped", rgb=(1.0, 0.0, 0.0), radius=0.625)
     frame, mask = render(a_scene(thing), 0, (SIZE, SIZE))  # stripes of 12 pixels
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -296,7 +266,7 @@ def test_stripes_run_from_top_to_bottom_of_an_upright_object() -> None:
     assert second[0].tolist() == np.repeat([False, True] * 3, [5, 12, 12, 12, 12, 5]).tolist()
 
 
-def test_a_later_object_hides_an_earlier_one() -> None:
+def test_a_later_object_hides_an_earlier_one():
     below = a_thing(shape="square", radius=0.4)
     above = a_thing(radius=0.2, center=(0.0, 0.2), color="blue", rgb=(0.0, 0.0, 0.9))
     frame, mask = render(a_scene(below, above), 0, (SIZE, SIZE))
@@ -308,7 +278,7 @@ def test_a_later_object_hides_an_earlier_one() -> None:
     assert frame[32, 20].argmax() == 0
 
 
-def test_an_object_partly_or_wholly_outside_is_cut_at_the_frame() -> None:
+def test_an_object_partly_or_wholly_outside_is_cut_at_the_frame():
     half = render(a_scene(a_thing(center=(0.0, 0.5))), 0, (SIZE, SIZE))[1]
     assert half.mean() == pytest.approx(0.5 * math.pi * (0.9 * 0.25) ** 2, rel=0.03)
     frame, mask = render(a_scene(a_thing(center=(0.0, 0.9))), 0, (SIZE, SIZE))
@@ -317,7 +287,7 @@ def test_an_object_partly_or_wholly_outside_is_cut_at_the_frame() -> None:
 
 
 @pytest.mark.parametrize("size", [(48, 80), (80, 48)])
-def test_a_wider_or_higher_frame_shows_more_of_the_same_scene(size: tuple[int, int]) -> None:
+def test_a_wider_or_higher_frame_shows_more_of_the_same_scene(size):
     scene = random_scene(3)
     clip, square = render_clip(scene, 2, size), render_clip(scene, 2, 48)
     assert clip.frames.shape == (2, *size, 3)
@@ -349,16 +319,14 @@ def test_a_wider_or_higher_frame_shows_more_of_the_same_scene(size: tuple[int, i
         (Motion((0.125, 0.25), math.pi / 2, math.log(2)), (0, 4), (16 - 4, 8 + 8)),
     ],
 )
-def test_an_object_flows_as_computed_by_hand(
-    motion: Motion, offset: tuple[int, int], expected: tuple[float, float]
-) -> None:
+def test_an_object_flows_as_computed_by_hand(motion, offset, expected):
     thing = a_thing(center=HALF_PIXEL, angle=0.3, motion=motion)
     # The background's pan is nothing to the object.
     flow, _ = optical_flow(a_scene(thing, pan=(0.2, 0.1)), 0, 1, (SIZE, SIZE))
     assert flow[32 + offset[0], 32 + offset[1]] == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_background_flows_with_the_pan_and_not_with_the_object() -> None:
+def test_the_background_flows_with_the_pan_and_not_with_the_object():
     thing = a_thing(motion=Motion((0.1, 0.1), turn=1.0, growth=0.3))
     scene = a_scene(thing, pan=(0.125, -0.25))
     mask = render(scene, 0, (SIZE, SIZE))[1]
@@ -367,7 +335,7 @@ def test_the_background_flows_with_the_pan_and_not_with_the_object() -> None:
     assert np.abs(flow[mask == 1] - (-16, 8)).max() > 10
 
 
-def test_the_length_of_a_flow_is_in_pixels_of_a_frame_that_is_not_square() -> None:
+def test_the_length_of_a_flow_is_in_pixels_of_a_frame_that_is_not_square():
     scene = a_scene(a_thing(center=(0.0, -0.4), motion=Motion((0.125, 0.5))), pan=(-0.25, 0.125))
     for size in ((48, 80), (80, 48)):
         flow, visible = optical_flow(scene, 0, 1, size)
@@ -380,7 +348,7 @@ def test_the_length_of_a_flow_is_in_pixels_of_a_frame_that_is_not_square() -> No
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("pair", [(0, 1), (1, 0)])
-def test_warping_one_frame_by_the_flow_gives_the_other(seed: int, pair: tuple[int, int]) -> None:
+def test_warping_one_frame_by_the_flow_gives_the_other(seed, pair):
     clip = render_clip(random_scene(seed), 2, 80 if seed % 2 else (64, 96))
     start, end = pair
     flow, visible = clip.flow(start, end)
@@ -400,7 +368,7 @@ def test_warping_one_frame_by_the_flow_gives_the_other(seed: int, pair: tuple[in
 # ---------------------------------------------------------------- what is hidden
 
 
-def test_what_a_moving_object_covers_is_not_visible() -> None:
+def test_what_a_moving_object_covers_is_not_visible():
     thing = a_thing(shape="star", center=(0.0, -0.2), motion=Motion((0.05, 0.3), turn=0.5))
     clip = render_clip(a_scene(thing, texture=WAVY), 2, SIZE)
     for start, end in ((0, 1), (1, 0)):
@@ -412,14 +380,14 @@ def test_what_a_moving_object_covers_is_not_visible() -> None:
         assert visible[~behind].all()
 
 
-def test_what_leaves_the_frame_is_not_visible() -> None:
+def test_what_leaves_the_frame_is_not_visible():
     _, visible = optical_flow(a_scene(pan=(0.25, -0.125)), 0, 1, (48, 80))
     expected = np.zeros((48, 80), bool)
     expected[:36, 6:] = True  # 12 rows leave below and 6 columns at the left
     assert np.array_equal(visible, expected)
 
 
-def test_an_earlier_object_goes_behind_a_later_one() -> None:
+def test_an_earlier_object_goes_behind_a_later_one():
     still = a_thing(shape="square", center=(0.0, 0.2), radius=0.2, color="blue")
     moving = a_thing(center=(0.0, -0.2), radius=0.2, motion=Motion((0.0, 0.375)))
     size = (SIZE, SIZE)
@@ -438,7 +406,7 @@ def test_an_earlier_object_goes_behind_a_later_one() -> None:
     assert np.array_equal(before[alone], ~arrived[alone])
 
 
-def test_the_background_is_visible_through_a_ring() -> None:
+def test_the_background_is_visible_through_a_ring():
     thing = a_thing(shape="ring", center=(0.0, -0.1), radius=0.3, motion=Motion((0.0, 0.1)))
     _, visible = optical_flow(a_scene(thing), 0, 1, (SIZE, SIZE))
     mask = render(a_scene(thing), 0, (SIZE, SIZE))[1]
@@ -448,40 +416,13 @@ def test_the_background_is_visible_through_a_ring() -> None:
     assert not visible[32, 23]
 
 
-# ---------------------------------------------------------------- errors and the command line
+# ---------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize(
-    ("n_frames", "size", "message"),
-    [
-        (0, 64, "frames: expected at least 1, got 0"),
-        (-3, 64, "frames: expected at least 1, got -3"),
-        (2, 15, "size: expected at least 16, got 15"),
-        (2, (15, 64), "size: expected at least 16, got 15"),
-        (2, (64, 8), "size: expected at least 16, got 8"),
-    ],
-)
-def test_too_few_frames_or_pixels_are_refused(
-    n_frames: int, size: int | tuple[int, int], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        render_clip(random_scene(0), n_frames, size)
-
-
-def test_the_smallest_clip_is_rendered() -> None:
-    clip = render_clip(random_scene(0), 1, 16)
-    assert clip.frames.shape == (1, 16, 16, 3)
-    assert clip.times == (0,)
-    assert clip.masks.any()
-
-
-def test_the_command_line_writes_a_clip_and_says_its_caption(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_writes_a_clip_and_says_its_caption(tmp_path, capsys):
     path = tmp_path / "folder" / "clip.mp4"
-    options = {"--seed": 7, "--objects": 2, "--frames": 3, "--size": 48, "--fps": 12}
-    words = [str(word) for pair in options.items() for word in pair]
-    shapes_world.main([str(path), *words])
+    options = ["--seed=7", "--objects=2", "--frames=3", "--size=48", "--fps=12"]
+    shapes_world.main([str(path), *options])
     scene = random_scene(7, 2)
     assert capsys.readouterr().out == f"{path}: {scene.caption}\n"
     assert video_facts(path) == (3, Fraction(12), (48, 48))
@@ -497,16 +438,12 @@ def test_the_command_line_writes_a_clip_and_says_its_caption(
         (["c.mp4", "--frames", "0"], "frames: expected at least 1, got 0"),
         (["c.mp4", "--size", "14"], "size: expected at least 16, got 14"),
         (["c.mp4", "--size", "33"], "--size: video needs an even size, got 33"),
-        (["c.mp4", "--fps", "0"], "--fps: expected at least 1, got 0"),
         (["c.mp4", "--seed", "-1"], "--seed: expected at least 0, got -1"),
-        (["c.mp4", "--objects", "3"], "--objects: invalid choice: 3"),
-        (["c.mp4", "--frames", "many"], "--frames: invalid int value: 'many'"),
+        (["c.mp4", "--frames", "many"], "--frames: invalid number value: 'many'"),
         (["c.avi"], "c.avi: expected a name that ends with .mp4"),
     ],
 )
-def test_bad_options_are_refused(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_options_are_refused(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         shapes_world.main(arguments)

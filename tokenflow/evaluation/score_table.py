@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -177,6 +177,14 @@ def _ranges(numbers: Sequence[int]) -> str:
     runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     ends = [[number for _, number in run] for _, run in runs]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in ends)
+
+
+def order_verdict(means: Mapping[str, float], order: Sequence[str]) -> tuple[bool, str]:
+    """Whether methods' mean errors are in the order of the paper's Table 1, and a line on it."""
+    found = sorted(order, key=means.__getitem__)
+    holds = found == list(order)
+    told = "holds" if holds else f"does not hold, but {' < '.join(found)}"
+    return holds, f"The paper's order, {' < '.join(order)}: {told}"
 
 
 def _protocol_line(row: Row) -> str:
