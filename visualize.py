@@ -19,13 +19,8 @@ from tokenflow.editing.config import EditConfig
 from tokenflow.editing.loop import keyframes_of_steps
 from tokenflow.editing.results import TECHNIQUES, read_result
 from tokenflow.editing.techniques import load_technique
-from tokenflow.figures.drawing import keyframe_figure, save_figure
-from tokenflow.figures.paper_figures import (
-    CorrespondenceOptions,
-    FeatureOptions,
-    draw_correspondence,
-    draw_features,
-)
+from tokenflow.figures import drawing
+from tokenflow.figures import paper_figures as figures
 from tokenflow.storage.schema import Model, add_arguments, from_arguments, load_config
 from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
 
@@ -60,8 +55,8 @@ def draw_keyframes(options: KeyframeOptions) -> list[Path]:
         f"{config.n_timesteps}\none in each interval of {config.batch_size} frames (lines); seed "
         f"{config.keyframe_seed}; the noisiest step is at the top"
     )
-    figure = keyframe_figure(chosen, first_step, config.batch_size, title)
-    return [save_figure(out / "keyframes.png", figure)]
+    figure = drawing.keyframe_figure(chosen, first_step, config.batch_size, title)
+    return [drawing.save_figure(out / "keyframes.png", figure)]
 
 
 def chosen_keyframes(config: EditConfig, n_frames: int) -> tuple[np.ndarray, int]:
@@ -80,13 +75,9 @@ def chosen_keyframes(config: EditConfig, n_frames: int) -> tuple[np.ndarray, int
 
 
 COMMANDS = {
-    "features": (draw_features, FeatureOptions, "Figure 2: features of source and edits"),
-    "correspondence": (
-        draw_correspondence,
-        CorrespondenceOptions,
-        "Figure 3: a frame rebuilt from another",
-    ),
-    "keyframes": (draw_keyframes, KeyframeOptions, "the keyframes of each step"),
+    "features": (figures.draw_features, figures.FeatureOptions),
+    "correspondence": (figures.draw_correspondence, figures.CorrespondenceOptions),
+    "keyframes": (draw_keyframes, KeyframeOptions),
 }
 
 
@@ -95,10 +86,11 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     setup_logging()
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, (_, options, text) in COMMANDS.items():
+    for name, (draw, options) in COMMANDS.items():
+        text = draw.__doc__.splitlines()[0]
         add_arguments(commands.add_parser(name, help=text), options)
     args = parser.parse_args(argv)
-    draw, options, _ = COMMANDS[args.command]
+    draw, options = COMMANDS[args.command]
     written = draw(from_arguments(options, args))
     for path in written:
         print(f"wrote {path}")

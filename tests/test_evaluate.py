@@ -32,19 +32,8 @@ from tests.helpers import (
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.diffusion.vae import psnr
 from tokenflow.editing.results import Result, find_results, read_result
-from tokenflow.evaluation import evaluator as evaluators
-from tokenflow.evaluation import inputs as evaluate_inputs
-from tokenflow.evaluation import metrics, motion
+from tokenflow.evaluation import inputs, metrics, motion
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
-from tokenflow.evaluation.inputs import (
-    OtherVideo,
-    Source,
-    find_truth,
-    open_result,
-    open_video,
-    read_truth,
-)
-from tokenflow.evaluation.motion import save_motion
 from tokenflow.evaluation.score_table import (
     Row,
     markdown_table,
@@ -68,7 +57,7 @@ def place(tiny_model, tmp_path_factory):
     for seed, name in enumerate(("one", "two")):
         clip = make_clip(folder / f"{name}.mp4", 5, seed=seed)
         rendered = render_clip(random_scene(seed), 5, (HEIGHT, WIDTH))
-        save_motion(folder / f"{name}.flow.safetensors", true_motion(rendered))
+        motion.save_motion(folder / f"{name}.flow.safetensors", true_motion(rendered))
         save_masks(folder / "masks" / name, rendered.masks)
         invert(clip, folder / "latents", tiny_model, inversion_prompt=SOURCE_PROMPT)
         settings = {"prompt": PROMPT, "n_frames": N_FRAMES, "batch_size": 2, "start": 0.4}
@@ -169,7 +158,7 @@ def test_the_protocol_is_in_each_row(scored):
             "flow_weights": None,
             "occlusion": "ground truth",
             "resolution": f"{HEIGHT}x{WIDTH}",
-            "mask": evaluate_inputs.MASK_RULE,
+            "mask": inputs.MASK_RULE,
             "clip_model": JUDGE,
             "dino_model": None,
         }
@@ -219,8 +208,8 @@ def test_one_result_is_scored_by_its_folder_and_named_twice_is_one_row(place, sc
 
 def test_flow_and_embeddings_of_a_source_are_computed_once(place, monkeypatch):
     calls = []
-    estimate = evaluators.motion_by
-    monkeypatch.setattr(evaluators, "motion_by", lambda *a: calls.append("flow") or estimate(*a))
+    estimate = motion.motion_by
+    monkeypatch.setattr(motion, "motion_by", lambda *a: calls.append("flow") or estimate(*a))
     embed = metrics.ClipEmbedder.embed_frames
     counted = lambda self, frames: calls.append("clip") or embed(self, frames)  # noqa: E731
     monkeypatch.setattr(metrics.ClipEmbedder, "embed_frames", counted)
@@ -241,8 +230,8 @@ def test_a_source_of_the_same_name_is_another(place, results, tmp_path):
     evaluator = Evaluator(protocol)
 
     def score(source: Path, by: Evaluator = evaluator) -> Row:
-        video = OtherVideo(source=str(source), edited=str(tmp_path / "edit0.mp4"))
-        return by.score(open_video(video))
+        video = inputs.OtherVideo(source=str(source), edited=str(tmp_path / "edit0.mp4"))
+        return by.score(inputs.open_video(video))
 
     first_row = score(source)
     assert score(source) == first_row
@@ -256,15 +245,18 @@ def test_a_source_of_the_same_name_is_another(place, results, tmp_path):
 
 def test_the_first_frames_of_a_longer_truth_are_used(place):
     """The results have four frames, the truth five: an edit that is its source has its error."""
-    source = Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH))
-    truth = read_truth(source, find_truth(source, None))
+    source = inputs.Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH))
+    truth = inputs.read_truth(source, inputs.find_truth(source, None))
     whole = motion.load_motion(place / "one.flow.safetensors")
     assert torch.equal(truth.flow, whole.flow[:3])
     later = dataclasses.replace(source, shape=(3, HEIGHT, WIDTH), start=2)
-    assert torch.equal(read_truth(later, find_truth(later, None)).flow, whole.flow[2:])
+    assert torch.equal(
+        inputs.read_truth(later, inputs.find_truth(later, None)).flow, whole.flow[2:]
+    )
     half = dataclasses.replace(source, shape=(4, HEIGHT // 2, WIDTH))
     assert torch.equal(
-        read_truth(half, find_truth(half, place)).flow[:, 1], whole.flow[:3, 1, 1::2] / 2
+        inputs.read_truth(half, inputs.find_truth(half, place)).flow[:, 1],
+        whole.flow[:3, 1, 1::2] / 2,
     )
 
 
@@ -279,9 +271,9 @@ def test_the_first_frames_of_a_longer_truth_are_used(place):
     ],
 )
 def test_truth_that_does_not_fit_is_refused(changes, message, place):
-    source = Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH))
+    source = inputs.Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH))
     with pytest.raises(UserError, match=message):
-        find_truth(dataclasses.replace(source, **changes), None)
+        inputs.find_truth(dataclasses.replace(source, **changes), None)
 
 
 # ---------------------------------------------------------------- records
@@ -333,12 +325,12 @@ def test_frames_that_do_not_fit_the_source_are_refused(results):
 
 def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place, monkeypatch):
     folder = first(place / "results")
-    assert open_result(folder, "something else").row.source_prompt == SOURCE_PROMPT
+    assert inputs.open_result(folder, "something else").row.source_prompt == SOURCE_PROMPT
     cache = read_result(folder).cache()
     manifest = cache.manifest.model_copy(update={"inversion_prompt": ""})
     without = dataclasses.replace(cache, manifest=manifest)
     monkeypatch.setattr(Result, "cache", lambda self: without)
-    assert open_result(folder, "something else").row.source_prompt == "something else"
+    assert inputs.open_result(folder, "something else").row.source_prompt == "something else"
 
 
 def test_one_damaged_result_does_not_lose_the_others(results, tmp_path, capsys):
@@ -477,8 +469,8 @@ def test_a_missing_prompt_is_refused_before_anything_is_loaded(place, results, m
 
 
 def test_folders_without_results_are_refused_before_weights_are_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluators, "find_raft_weights", no_model_may_load)
-    monkeypatch.setattr(evaluators, "model_folder", no_model_may_load)
+    monkeypatch.setattr(motion, "find_raft_weights", no_model_may_load)
+    monkeypatch.setattr(metrics, "model_folder", no_model_may_load)
     with pytest.raises(MissingFileError, match="gone: no such folder of results"):
         evaluate.main([str(tmp_path / "gone")])
     with pytest.raises(UserError, match=r"no finished result; expected a folder with edited.mp4"):

@@ -22,18 +22,7 @@ from scripts.shapes.metrics import warp_error as shapes_warp_error
 from scripts.shapes.world import random_scene, render_clip
 from tests.evaluation.test_motion import panned, texture, uniform
 from tokenflow.diffusion.vae import psnr
-from tokenflow.evaluation.metrics import (
-    ClipEmbedder,
-    DinoKeys,
-    clip_directional,
-    clip_frame_consistency,
-    clip_score,
-    model_folder,
-    ssim,
-    ssim_map,
-    structure_distance,
-    warp_error,
-)
+from tokenflow.evaluation import metrics
 from tokenflow.evaluation.motion import Motion
 from util import MissingFileError, UserError
 
@@ -57,16 +46,16 @@ STILL = moving(3, 0, 0, 32, 48)
 
 def test_a_still_video_under_no_motion_has_no_error() -> None:
     frames = np.repeat(texture(32, 48)[None], 4, axis=0)
-    assert warp_error(frames, STILL) == 0
+    assert metrics.warp_error(frames, STILL) == 0
 
 
 @pytest.mark.parametrize("step", [(3, -2), (-5, 4)])
 def test_a_whole_pixel_translation_has_no_error_but_by_the_wrong_sign(step) -> None:
     """Flow that points to where things go, or whose axes are swapped, is a large error."""
     frames, right = panned(4, step), moving(3, *step, 64, 80)
-    assert warp_error(frames, right) == 0
-    assert warp_error(frames, Motion(-right.flow, right.visible)) > 5
-    assert warp_error(frames, Motion(right.flow.flip(1), right.visible)) > 5
+    assert metrics.warp_error(frames, right) == 0
+    assert metrics.warp_error(frames, Motion(-right.flow, right.visible)) > 5
+    assert metrics.warp_error(frames, Motion(right.flow.flip(1), right.visible)) > 5
 
 
 def test_a_translation_by_part_of_a_pixel_has_that_of_interpolation() -> None:
@@ -74,9 +63,9 @@ def test_a_translation_by_part_of_a_pixel_has_that_of_interpolation() -> None:
     frames = [(1 - a) * whole[:, 40 - s : 120 - s] + a * whole[:, 39 - s : 119 - s]
               for s, a in ((0, 0), (2, 0.5), (5, 0))]  # moves right by 2.5 pixels  # fmt: skip
     frames = np.stack(frames).round().astype(np.uint8)
-    error = warp_error(frames, moving(2, 2.5, 0, 64, 80))
+    error = metrics.warp_error(frames, moving(2, 2.5, 0, 64, 80))
     assert 0 < error < 0.15
-    assert warp_error(frames, moving(2, 0, 0, 64, 80)) > 20 * error
+    assert metrics.warp_error(frames, moving(2, 0, 0, 64, 80)) > 20 * error
 
 
 def test_flicker_is_its_square() -> None:
@@ -84,19 +73,19 @@ def test_flicker_is_its_square() -> None:
     frames = np.repeat(texture(32, 48)[None] // 2, 4, axis=0)
     flicker = frames.copy()
     flicker[1::2] += 51
-    assert warp_error(flicker, STILL) == pytest.approx(1e3 * 0.2**2, rel=1e-12)
+    assert metrics.warp_error(flicker, STILL) == pytest.approx(1e3 * 0.2**2, rel=1e-12)
     flash = frames.copy()
     flash[1] += 51  # in two pairs of three
-    assert warp_error(flash, STILL) == pytest.approx(1e3 * 0.2**2 * 2 / 3, rel=1e-12)
+    assert metrics.warp_error(flash, STILL) == pytest.approx(1e3 * 0.2**2 * 2 / 3, rel=1e-12)
     red = frames.copy()
     red[1::2, ..., 0] += 51
-    assert warp_error(red, STILL) == pytest.approx(1e3 * 0.2**2 / 3, rel=1e-12)
+    assert metrics.warp_error(red, STILL) == pytest.approx(1e3 * 0.2**2 / 3, rel=1e-12)
 
 
 def test_flicker_of_a_moving_clip_is_its_square_too() -> None:
     frames = panned(4, (3, -2)) // 2
     frames[1::2] += 51
-    assert warp_error(frames, moving(3, 3, -2, 64, 80)) == pytest.approx(40, rel=1e-12)
+    assert metrics.warp_error(frames, moving(3, 3, -2, 64, 80)) == pytest.approx(40, rel=1e-12)
 
 
 def test_hidden_pixels_do_not_count() -> None:
@@ -106,8 +95,8 @@ def test_hidden_pixels_do_not_count() -> None:
     visible = STILL.visible.clone()
     visible[:2, :, 24:] = False
     hidden = Motion(STILL.flow, visible)
-    assert warp_error(frames, hidden) == pytest.approx(1e3 * 0.2**2 * 2 / 3, rel=1e-12)
-    assert warp_error(frames, STILL) > 60
+    assert metrics.warp_error(frames, hidden) == pytest.approx(1e3 * 0.2**2 * 2 / 3, rel=1e-12)
+    assert metrics.warp_error(frames, STILL) > 60
 
 
 def test_pairs_weigh_the_same_however_much_is_visible() -> None:
@@ -116,15 +105,15 @@ def test_pairs_weigh_the_same_however_much_is_visible() -> None:
     visible = torch.ones(2, 32, 48, dtype=torch.bool)
     visible[0, 1:] = False  # the pair with the change: one row
     motion = Motion(torch.zeros(2, 2, 32, 48), visible)
-    assert warp_error(frames, motion) == pytest.approx(1e3 * 0.2**2 / 2, rel=1e-12)
+    assert metrics.warp_error(frames, motion) == pytest.approx(1e3 * 0.2**2 / 2, rel=1e-12)
     visible[0] = False  # nothing left of it: the other pair alone
-    assert warp_error(frames, Motion(motion.flow, visible)) == 0
+    assert metrics.warp_error(frames, Motion(motion.flow, visible)) == 0
 
 
 def test_where_nothing_is_visible_there_is_no_error() -> None:
     frames = np.zeros((4, 32, 48, 3), np.uint8)
-    assert warp_error(frames, Motion(STILL.flow, torch.zeros_like(STILL.visible))) is None
-    assert warp_error(frames[:1], STILL) is None
+    assert metrics.warp_error(frames, Motion(STILL.flow, torch.zeros_like(STILL.visible))) is None
+    assert metrics.warp_error(frames[:1], STILL) is None
 
 
 def test_the_shapes_worlds_warp_error_is_this_one() -> None:
@@ -132,7 +121,7 @@ def test_the_shapes_worlds_warp_error_is_this_one() -> None:
     noisy = np.clip(clip.frames + np.random.default_rng(0).normal(0, 9, clip.frames.shape), 0, 255)
     noisy = noisy.astype(np.uint8)
     error = shapes_warp_error(noisy, clip)
-    assert error == warp_error(noisy, true_motion(clip)) > 1
+    assert error == metrics.warp_error(noisy, true_motion(clip)) > 1
     assert shapes_warp_error(noisy[:3], clip) != error
 
 
@@ -163,7 +152,7 @@ def test_psnr_of_a_known_error_inside_and_outside_a_mask(pair) -> None:
 def test_ssim_is_torchmetrics(pair) -> None:
     frames, source, mask = pair
     frames[-1] = 255 - frames[-1]
-    whole, inside, outside = ssim(frames, source, mask)
+    whole, inside, outside = metrics.ssim(frames, source, mask)
     tensors = [torch.from_numpy(c).permute(0, 3, 1, 2).double() / 255 for c in (frames, source)]
     theirs, map_ = structural_similarity_index_measure(
         *tensors, data_range=1.0, return_full_image=True
@@ -172,10 +161,10 @@ def test_ssim_is_torchmetrics(pair) -> None:
     map_ = map_.mean(dim=1).numpy()
     assert inside == pytest.approx(map_[mask].mean(), rel=1e-6)
     assert outside == pytest.approx(map_[~mask].mean(), rel=1e-6)
-    np.testing.assert_allclose(ssim_map(frames[0], source[0]), map_[0], atol=1e-6)
-    assert ssim(frames, source) == (pytest.approx(whole), None, None)
-    assert ssim(frames, source, np.zeros_like(mask))[1:] == (None, pytest.approx(whole))
-    assert ssim(frames, source, np.ones_like(mask))[1:] == (pytest.approx(whole), None)
+    np.testing.assert_allclose(metrics.ssim_map(frames[0], source[0]), map_[0], atol=1e-6)
+    assert metrics.ssim(frames, source) == (pytest.approx(whole), None, None)
+    assert metrics.ssim(frames, source, np.zeros_like(mask))[1:] == (None, pytest.approx(whole))
+    assert metrics.ssim(frames, source, np.ones_like(mask))[1:] == (pytest.approx(whole), None)
 
 
 # ---------------------------------------------------------------- CLIP
@@ -183,7 +172,7 @@ def test_ssim_is_torchmetrics(pair) -> None:
 
 @pytest.fixture(scope="module")
 def clip():
-    return ClipEmbedder(model_folder(JUDGE, "clip_model"), CPU)
+    return metrics.ClipEmbedder(metrics.model_folder(JUDGE, "clip_model"), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +194,7 @@ def test_the_cosine_is_transformers_own(clip, pictures) -> None:
     for i, prompt in enumerate(prompts):
         ours = frames @ clip.embed_text(prompt)
         torch.testing.assert_close(ours, theirs[:, i], rtol=1e-5, atol=1e-5)
-        score = clip_score(frames, clip.embed_text(prompt))
+        score = metrics.clip_score(frames, clip.embed_text(prompt))
         assert score == pytest.approx(float(theirs[:, i].mean()), abs=1e-5)
     assert theirs.std() > 0.05
 
@@ -226,32 +215,32 @@ def test_a_prompt_too_long_is_cut_with_a_warning(clip, caplog) -> None:
 def test_frame_consistency_is_of_consecutive_frames() -> None:
     x, y = torch.eye(2)
     diagonal = (x + y) / 2**0.5
-    assert clip_frame_consistency(torch.stack([x, x, x])) == 1
-    assert clip_frame_consistency(torch.stack([x, diagonal, y])) == pytest.approx(0.5**0.5)
-    assert clip_frame_consistency(torch.stack([x, y, y, y])) == pytest.approx(2 / 3)
-    assert clip_frame_consistency(x[None]) is None
+    assert metrics.clip_frame_consistency(torch.stack([x, x, x])) == 1
+    assert metrics.clip_frame_consistency(torch.stack([x, diagonal, y])) == pytest.approx(0.5**0.5)
+    assert metrics.clip_frame_consistency(torch.stack([x, y, y, y])) == pytest.approx(2 / 3)
+    assert metrics.clip_frame_consistency(x[None]) is None
 
 
 def test_direction_is_from_source_to_edit() -> None:
     x, y, z = torch.eye(3)
     edited, source = torch.stack([y, z]), torch.stack([x, x])
-    assert clip_directional(edited, source, y, x) == pytest.approx((1 + 0.5) / 2)
-    assert clip_directional(source, edited, y, x) == pytest.approx((-1 - 0.5) / 2)
-    assert clip_directional(source, source, y, x) == 0
-    assert clip_directional(edited, source, y, y) is None
+    assert metrics.clip_directional(edited, source, y, x) == pytest.approx((1 + 0.5) / 2)
+    assert metrics.clip_directional(source, edited, y, x) == pytest.approx((-1 - 0.5) / 2)
+    assert metrics.clip_directional(source, source, y, x) == 0
+    assert metrics.clip_directional(edited, source, y, y) is None
 
 
 def test_a_clip_that_cannot_be_had_says_how_to_do_without(tmp_path) -> None:
     advice = r"--clip_model FOLDER names a copy, --clip_model none leaves the measure out"
     with pytest.raises(MissingFileError, match=advice):
-        model_folder("no such/folder", "clip_model")
+        metrics.model_folder("no such/folder", "clip_model")
     with pytest.raises(MissingFileError, match=advice):
-        model_folder(str(tmp_path), "clip_model")
+        metrics.model_folder(str(tmp_path), "clip_model")
 
 
 def test_a_model_of_another_kind_is_refused() -> None:
     with pytest.raises(UserError, match="its model_type is clip, expected vit"):
-        DinoKeys(model_folder(JUDGE, "dino_model"), CPU)
+        metrics.DinoKeys(metrics.model_folder(JUDGE, "dino_model"), CPU)
 
 
 # ---------------------------------------------------------------- DINO
@@ -272,7 +261,7 @@ def vit_folder(tmp_path_factory):
 
 
 def test_keys_are_those_of_the_last_layer(vit_folder, pictures) -> None:
-    keys = DinoKeys(vit_folder, CPU)(pictures)
+    keys = metrics.DinoKeys(vit_folder, CPU)(pictures)
     assert keys.shape == (10, 1 + 16, 24)
     model = ViTModel.from_pretrained(vit_folder, add_pooling_layer=False).eval()
     pixels = ViTImageProcessor.from_pretrained(vit_folder)(list(pictures), return_tensors="pt")
@@ -296,8 +285,8 @@ def test_structure_is_the_self_similarity_of_keys() -> None:
     x, y = torch.eye(2)
     one = torch.stack([x, x])[None]
     other = torch.stack([x, y])[None]  # similarities 1 0 0 1 instead of 1 1 1 1
-    assert structure_distance(one, one) == 0
-    assert structure_distance(one, 3 * one.flip(-1)) == pytest.approx(0, abs=1e-12)
-    assert structure_distance(other, one) == pytest.approx(0.5)
+    assert metrics.structure_distance(one, one) == 0
+    assert metrics.structure_distance(one, 3 * one.flip(-1)) == pytest.approx(0, abs=1e-12)
+    assert metrics.structure_distance(other, one) == pytest.approx(0.5)
     both, ones = torch.cat([one, other]), torch.cat([one, one])
-    assert structure_distance(both, ones) == pytest.approx(0.25)
+    assert metrics.structure_distance(both, ones) == pytest.approx(0.25)

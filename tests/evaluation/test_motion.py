@@ -12,20 +12,6 @@ from scripts.shapes.metrics import true_motion
 from scripts.shapes.world import random_scene, render_clip
 from tests.helpers import randn
 from tokenflow.evaluation import motion
-from tokenflow.evaluation.motion import (
-    Motion,
-    Raft,
-    consistent,
-    dis_flow,
-    find_raft_weights,
-    load_motion,
-    motion_by,
-    resize_motion,
-    save_motion,
-    truth_file,
-    truth_shape,
-    warp,
-)
 from util import MissingFileError, UserError, save_tensors
 
 CPU = torch.device("cpu")
@@ -58,7 +44,7 @@ def uniform(n_pairs: int, dx: float, dy: float, height: int, width: int) -> torc
 
 def test_whole_pixels_are_looked_up_exactly_and_the_border_is_repeated() -> None:
     frame = np.arange(12, dtype=np.uint8).reshape(3, 4, 1).repeat(3, axis=-1)
-    warped = warp(frame, uniform(1, 2, -1, 3, 4)[0])  # from two to the right and one above
+    warped = motion.warp(frame, uniform(1, 2, -1, 3, 4)[0])  # from two to the right and one above
     expected = [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7]]
     assert warped.dtype == np.float32
     assert warped[..., 0].tolist() == expected
@@ -67,7 +53,7 @@ def test_whole_pixels_are_looked_up_exactly_and_the_border_is_repeated() -> None
 def test_between_pixels_it_is_bilinear() -> None:
     ramp = np.fromfunction(lambda y, x: 10 * x + 3 * y, (6, 8), dtype=np.float32)
     frame = ramp[..., None].repeat(3, axis=-1)
-    warped = warp(frame, uniform(1, 0.25, 0.5, 6, 8)[0])
+    warped = motion.warp(frame, uniform(1, 0.25, 0.5, 6, 8)[0])
     np.testing.assert_allclose(warped[:-1, :-1], frame[:-1, :-1] + 2.5 + 1.5, atol=1e-4)
 
 
@@ -87,14 +73,14 @@ def test_between_pixels_it_is_bilinear() -> None:
 )
 def test_the_occlusion_test_is_the_formula(there, back, kept) -> None:
     fields = [uniform(1, *vector, 40, 40)[0] for vector in (there, back)]
-    assert bool(consistent(*fields)[20, 20]) is kept
+    assert bool(motion.consistent(*fields)[20, 20]) is kept
 
 
 def test_the_way_back_is_looked_up_where_the_way_there_ends() -> None:
     there, back = torch.zeros(2, 20, 20), torch.zeros(2, 20, 20)
     there[0, 5, 5] = 4
     back[0, 5, 9] = -4
-    seen = consistent(there, back)
+    seen = motion.consistent(there, back)
     assert seen[5, 5]
     assert not seen[5, 9]  # it stays, but it was another place before
     assert seen.sum() == 400 - 1
@@ -104,7 +90,7 @@ def test_what_comes_from_outside_is_not_visible() -> None:
     there, back = uniform(1, 2.4, -3, 10, 12)[0], uniform(1, -2.4, 3, 10, 12)[0]
     expected = torch.zeros(10, 12, dtype=torch.bool)
     expected[3:, :10] = True  # the right edge is at 11.5, the top one at -0.5
-    assert torch.equal(consistent(there, back), expected)
+    assert torch.equal(motion.consistent(there, back), expected)
 
 
 def test_a_moving_square_hides_what_it_uncovers() -> None:
@@ -113,7 +99,7 @@ def test_a_moving_square_hides_what_it_uncovers() -> None:
     back[0, 10:30, 20:40] = 6
     expected = torch.ones(40, 60, dtype=torch.bool)
     expected[10:30, 20:26] = False
-    assert torch.equal(consistent(there, back), expected)
+    assert torch.equal(motion.consistent(there, back), expected)
 
 
 # ---------------------------------------------------------------- DIS
@@ -122,7 +108,7 @@ def test_a_moving_square_hides_what_it_uncovers() -> None:
 @pytest.mark.parametrize("step", [(3, -2), (-4, 1)])
 def test_estimated_flow_points_to_where_things_were(step) -> None:
     """Things that move right by 3 were 3 to the left: the flow is (-3, ...)."""
-    found = motion_by(dis_flow, panned(3, step))
+    found = motion.motion_by(motion.dis_flow, panned(3, step))
     assert found.flow.shape == (2, 2, 64, 80)
     assert found.visible.dtype == torch.bool
     inner = found.flow[:, :, 12:-12, 12:-12]
@@ -138,7 +124,7 @@ def test_estimate_and_truth_of_a_shapes_clip_agree() -> None:
     """
     clip = render_clip(random_scene(4, n_objects=1), 6, 128)
     true = true_motion(clip)
-    found = motion_by(dis_flow, clip.frames)
+    found = motion.motion_by(motion.dis_flow, clip.frames)
     error = (found.flow - true.flow).norm(dim=1)
     flipped = (found.flow + true.flow).norm(dim=1)
     both = found.visible & true.visible
@@ -151,16 +137,16 @@ def test_estimate_and_truth_of_a_shapes_clip_agree() -> None:
 
 def test_the_truth_is_of_as_many_frames_as_asked_for() -> None:
     clip = render_clip(random_scene(3, n_objects=1), 4, 32)
-    assert len(true_motion(clip)) == 3
+    assert len(true_motion(clip).flow) == 3
     assert torch.equal(true_motion(clip, 3).flow, true_motion(clip).flow[:2])
 
 
 def test_one_frame_has_no_motion_and_small_ones_no_estimate() -> None:
-    found = motion_by(dis_flow, panned(1, (0, 0)))
+    found = motion.motion_by(motion.dis_flow, panned(1, (0, 0)))
     assert found.flow.shape == (0, 2, 64, 80)
     assert found.visible.shape == (0, 64, 80)
     with pytest.raises(UserError, match=r"--flow dis: frames of 10x80 \(HxW\); it needs 16"):
-        motion_by(dis_flow, panned(2, (0, 0), height=10))
+        motion.motion_by(motion.dis_flow, panned(2, (0, 0), height=10))
 
 
 # ---------------------------------------------------------------- RAFT
@@ -178,7 +164,7 @@ def raft_weights(tmp_path_factory):
 def test_raft_sees_the_frames_it_is_given(raft_weights, monkeypatch) -> None:
     """Padded to what it takes and cropped again; source first, in [-1, 1]."""
     monkeypatch.setattr(motion, "RAFT_UPDATES", 1)
-    model = Raft(raft_weights, CPU)
+    model = motion.Raft(raft_weights, CPU)
     seen, made = [], []
     model.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     model.model.register_forward_hook(lambda *call: made.append(call[2][-1]))
@@ -197,7 +183,7 @@ def test_raft_sees_the_frames_it_is_given(raft_weights, monkeypatch) -> None:
 def test_raft_is_torchvisions_with_the_given_weights(raft_weights, monkeypatch) -> None:
     monkeypatch.setattr(motion, "RAFT_UPDATES", 2)
     frames = panned(2, (3, -2), height=128, width=128)
-    found = motion_by(Raft(raft_weights, CPU), frames)
+    found = motion.motion_by(motion.Raft(raft_weights, CPU), frames)
     torch.manual_seed(0)
     theirs = raft_large(weights=None).eval()
     now, before = (torch.from_numpy(f).permute(2, 0, 1)[None] / 127.5 - 1 for f in frames[::-1])
@@ -210,13 +196,13 @@ def test_raft_is_torchvisions_with_the_given_weights(raft_weights, monkeypatch) 
 def test_other_weights_are_refused(tmp_path) -> None:
     path = tmp_path / "raft.pth"
     with pytest.raises(MissingFileError, match=r"--flow_weights: .*raft.pth: no such file"):
-        find_raft_weights(path)
+        motion.find_raft_weights(path)
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"expected a \.safetensors file, pickles are not loaded"):
-        find_raft_weights(path)
+        motion.find_raft_weights(path)
     save_tensors(path.with_suffix(".safetensors"), {"a": torch.zeros(1)})
     with pytest.raises(UserError, match=r"raft.safetensors: not weights of torchvision's RAFT-l"):
-        Raft(path.with_suffix(".safetensors"), CPU)
+        motion.Raft(path.with_suffix(".safetensors"), CPU)
 
 
 def test_missing_weights_name_the_ways_without_them(tmp_path, monkeypatch) -> None:
@@ -226,7 +212,7 @@ def test_missing_weights_name_the_ways_without_them(tmp_path, monkeypatch) -> No
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(MissingFileError) as raised:
-        find_raft_weights(None)
+        motion.find_raft_weights(None)
     name = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"
     place = str(tmp_path / "hub" / "checkpoints" / name)
     for words in (place, "no network", "--flow dis", "--flow truth", "--flow_weights FILE"):
@@ -239,9 +225,9 @@ def test_the_hubs_file_is_held_to_its_checksum(tmp_path, monkeypatch) -> None:
     path.parent.mkdir(parents=True)
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="damaged, its checksum does not begin with ff5fadd5"):
-        find_raft_weights(None)
+        motion.find_raft_weights(None)
     monkeypatch.setattr(motion, "sha256_file", lambda path: "ff5fadd5" + 56 * "0")
-    assert find_raft_weights(None) == path
+    assert motion.find_raft_weights(None) == path
 
 
 def test_the_hubs_file_can_make_nothing_but_tensors(tmp_path) -> None:
@@ -251,7 +237,7 @@ def test_the_hubs_file_can_make_nothing_but_tensors(tmp_path) -> None:
 
     torch.save({"a": Evil()}, tmp_path / "hub.pth")
     with pytest.raises(Exception, match="Weights only load failed"):
-        motion._load_raft(tmp_path / "hub.pth")
+        motion.Raft(tmp_path / "hub.pth", CPU)
     assert not (tmp_path / "ran").exists()
 
 
@@ -266,21 +252,21 @@ def test_weights_are_called_by_their_name_and_content(raft_weights, tmp_path) ->
 # ---------------------------------------------------------------- on disk
 
 
-def some_motion(height: int = 4, width: int = 6) -> Motion:
-    return Motion(randn(2, 2, height, width), randn(2, height, width, seed=1) > 0)
+def some_motion(height: int = 4, width: int = 6) -> motion.Motion:
+    return motion.Motion(randn(2, 2, height, width), randn(2, height, width, seed=1) > 0)
 
 
 def test_a_saved_motion_is_read_again(tmp_path) -> None:
     saved = some_motion()
-    save_motion(tmp_path / "a.flow.safetensors", saved)
-    read = load_motion(tmp_path / "a.flow.safetensors")
+    motion.save_motion(tmp_path / "a.flow.safetensors", saved)
+    read = motion.load_motion(tmp_path / "a.flow.safetensors")
     assert torch.equal(read.flow, saved.flow)
     assert torch.equal(read.visible, saved.visible)
     assert read.visible.dtype == torch.bool
-    assert truth_shape(tmp_path / "a.flow.safetensors") == (2, 4, 6)
+    assert motion.truth_shape(tmp_path / "a.flow.safetensors") == (2, 4, 6)
     saved.flow[~saved.visible[:, None].expand_as(saved.flow)] = torch.nan  # hidden: may have none
-    save_motion(tmp_path / "a.flow.safetensors", saved)
-    assert load_motion(tmp_path / "a.flow.safetensors").flow.isfinite().all()
+    motion.save_motion(tmp_path / "a.flow.safetensors", saved)
+    assert motion.load_motion(tmp_path / "a.flow.safetensors").flow.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -298,30 +284,30 @@ def test_a_saved_motion_is_read_again(tmp_path) -> None:
 def test_what_is_no_motion_is_refused(tensors, message, tmp_path) -> None:
     save_tensors(tmp_path / "a.safetensors", tensors)
     with pytest.raises(UserError, match=rf"a.safetensors: .*{message}"):
-        load_motion(tmp_path / "a.safetensors")
+        motion.load_motion(tmp_path / "a.safetensors")
 
 
 def test_a_header_that_is_none_is_refused(tmp_path) -> None:
     path = tmp_path / "a.safetensors"
     with pytest.raises(MissingFileError, match="no such file of a clip's true motion"):
-        truth_shape(path)
+        motion.truth_shape(path)
     save_tensors(path, {"depth": torch.zeros(1)})
     for _ in range(2):
         with pytest.raises(UserError, match="not a clip's motion"):
-            truth_shape(path)
+            motion.truth_shape(path)
         path.write_bytes(b"nothing")
 
 
 def test_flow_is_scaled_with_the_frames() -> None:
     """Each axis by its own factor; each pixel takes its nearest one's."""
     old = some_motion()
-    new = resize_motion(old, (8, 18))
+    new = motion.resize_motion(old, (8, 18))
     assert new.flow.shape == (2, 2, 8, 18)
     assert torch.equal(new.flow[:, 0, ::2, 1::3], 3 * old.flow[:, 0])
     assert torch.equal(new.flow[:, 1, 1::2, 2::3], 2 * old.flow[:, 1])
     assert torch.equal(new.visible[:, ::2, ::3], old.visible)
-    assert torch.equal(resize_motion(old, (4, 6)).flow, old.flow)
-    half = resize_motion(new, (4, 6))
+    assert torch.equal(motion.resize_motion(old, (4, 6)).flow, old.flow)
+    half = motion.resize_motion(new, (4, 6))
     torch.testing.assert_close(half.flow, old.flow)
 
 
@@ -329,8 +315,8 @@ def test_the_truth_lies_next_to_its_clip_or_where_it_is_said_to(tmp_path) -> Non
     video, folder = tmp_path / "star.v2.mp4", tmp_path / "bear.480p"
     video.touch()
     folder.mkdir()
-    assert truth_file(video) == tmp_path / "star.v2.flow.safetensors"
-    assert truth_file(folder) == tmp_path / "bear.480p.flow.safetensors"
-    assert truth_file(tmp_path / "gone.mp4") == tmp_path / "gone.flow.safetensors"
-    assert truth_file("data/star.mp4", folder) == folder / "star.flow.safetensors"
-    assert truth_file("data/star.mp4", video) == video
+    assert motion.truth_file(video) == tmp_path / "star.v2.flow.safetensors"
+    assert motion.truth_file(folder) == tmp_path / "bear.480p.flow.safetensors"
+    assert motion.truth_file(tmp_path / "gone.mp4") == tmp_path / "gone.flow.safetensors"
+    assert motion.truth_file("data/star.mp4", folder) == folder / "star.flow.safetensors"
+    assert motion.truth_file("data/star.mp4", video) == video

@@ -15,26 +15,7 @@ from tests.helpers import (
     randn,
     shapes_frames,
 )
-from tokenflow.figures.drawing import (
-    draw_field,
-    draw_lengths,
-    draw_wheel,
-    field_colours,
-    keyframe_figure,
-    longest_shown,
-    picture_grid,
-    png,
-    xt_slice,
-)
-from tokenflow.figures.features import (
-    cells_to_pixels,
-    component_colours,
-    displacements,
-    feature_colours,
-    principal_components,
-    token_grid,
-    warp_by_cells,
-)
+from tokenflow.figures import drawing, features
 from tokenflow.ops.nearest import nearest_tokens
 
 THE_ONLY = torch.zeros(1, 1, dtype=torch.long)  # keyframe, of the only frame
@@ -56,7 +37,7 @@ def plane(n=400):
 
 def test_components_of_a_known_plane():
     tokens, along = plane()
-    coordinates, explained = principal_components(tokens, 2)
+    coordinates, explained = features.principal_components(tokens, 2)
     assert coordinates.dtype == torch.float32
     expected = along * torch.tensor([-1.0, 1.0])  # by variance; largest entries positive
     assert torch.allclose(coordinates, expected, atol=1e-4)
@@ -65,18 +46,20 @@ def test_components_of_a_known_plane():
 
 def test_components_do_not_depend_on_the_order_or_the_sign_of_tokens():
     tokens, _ = plane()
-    found = principal_components(tokens, 2)[0]
-    assert torch.equal(found, principal_components(tokens, 2)[0])
+    found = features.principal_components(tokens, 2)[0]
+    assert torch.equal(found, features.principal_components(tokens, 2)[0])
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(found[order], principal_components(tokens[order], 2)[0], atol=1e-5)
-    assert torch.allclose(-found, principal_components(-tokens, 2)[0], atol=1e-5)
+    assert torch.allclose(
+        found[order], features.principal_components(tokens[order], 2)[0], atol=1e-5
+    )
+    assert torch.allclose(-found, features.principal_components(-tokens, 2)[0], atol=1e-5)
     # More tokens than are held in float64 at once.
-    many = principal_components(tokens.repeat(170, 1), 2)[0]
+    many = features.principal_components(tokens.repeat(170, 1), 2)[0]
     assert torch.allclose(many[-400:], found, atol=1e-5)
 
 
 def test_equal_tokens_have_a_colour_too():
-    colours, explained = feature_colours([torch.ones(1, 4, 5)], (2, 2), (4, 4))
+    colours, explained = features.feature_colours([torch.ones(1, 4, 5)], (2, 2), (4, 4))
     assert (colours[0] == colours[0][0, 0, 0]).all()
     assert explained == pytest.approx(0.0)
 
@@ -84,12 +67,12 @@ def test_equal_tokens_have_a_colour_too():
 def test_the_first_component_is_the_brightest_channel():
     ramp = np.zeros((101, 3))
     ramp[:, 0] = np.arange(101)  # of the first component
-    colours = component_colours(ramp).astype(int)
+    colours = features.component_colours(ramp).astype(int)
     assert (np.diff(colours[:, 1]) >= 0).all()
     assert colours[0].tolist() == [0, 0, 0]
     assert colours[-1].tolist() == [0, 255, 0]
-    assert component_colours(ramp[:, ::-1])[-1].tolist() == [0, 0, 255]
-    assert component_colours(ramp[:, [1, 0, 2]])[-1].tolist() == [255, 0, 0]
+    assert features.component_colours(ramp[:, ::-1])[-1].tolist() == [0, 0, 255]
+    assert features.component_colours(ramp[:, [1, 0, 2]])[-1].tolist() == [255, 0, 0]
     assert colours[50, 1] == pytest.approx(128, abs=1)
 
 
@@ -98,7 +81,7 @@ def test_colours_of_all_videos_are_of_one_basis_and_scale():
     one, other = randn(2, 3, 6, 8)
     other = 5 * other
     other[1, 4] = one[2, 0]
-    (a, b), explained = feature_colours([one, other], (2, 3), (4, 6))
+    (a, b), explained = features.feature_colours([one, other], (2, 3), (4, 6))
     assert a.shape == b.shape == (3, 4, 6, 3)
     assert (a[2, 0, 0] == b[1, 2, 2]).all()  # token 4 of a grid of 2 x 3 is in row 1, column 1
     assert a.std() < b.std()
@@ -110,25 +93,25 @@ def test_colours_of_all_videos_are_of_one_basis_and_scale():
 
 def test_pixels_show_the_cell_that_their_middle_lies_in():
     cells = np.arange(6).reshape(2, 3, 1)
-    shown = cells_to_pixels(cells, (5, 3))[..., 0]
+    shown = features.cells_to_pixels(cells, (5, 3))[..., 0]
     assert shown[:, 0].tolist() == [0, 0, 3, 3, 3]  # 0.2, 0.6, 1.0, 1.4, 1.8 cells down
     assert shown[0].tolist() == [0, 1, 2]
     video = np.stack([cells, cells + 6])
-    assert (cells_to_pixels(video, (5, 3))[1] == shown[..., None] + 6).all()
+    assert (features.cells_to_pixels(video, (5, 3))[1] == shown[..., None] + 6).all()
 
 
 @pytest.mark.parametrize(
     ("n_tokens", "grid"), [(48 * 84, (48, 84)), (12 * 21, (12, 21)), (6 * 11, (6, 11))]
 )
 def test_the_grid_of_a_layer_s_tokens(n_tokens, grid):
-    assert token_grid((48, 84), n_tokens) == grid
+    assert features.token_grid((48, 84), n_tokens) == grid
     with pytest.raises(ValueError, match="fit no grid"):
-        token_grid((48, 84), n_tokens + 1)
+        features.token_grid((48, 84), n_tokens + 1)
 
 
 def test_xt_slices_are_one_row_over_time():
     frames = shapes_frames(4, HEIGHT, WIDTH)
-    found = xt_slice(frames, 7)
+    found = drawing.xt_slice(frames, 7)
     assert found.shape == (160, WIDTH, 3)
     expected = np.stack([frame[7] for frame in frames])
     assert np.array_equal(found[::40], expected)
@@ -139,7 +122,7 @@ def test_xt_slices_are_one_row_over_time():
 
 
 def test_displacements_by_hand():
-    field = displacements(np.array([0, 5, 2, 3, 0, 4]), (2, 3), (20, 60))
+    field = features.displacements(np.array([0, 5, 2, 3, 0, 4]), (2, 3), (20, 60))
     expected = np.zeros((2, 3, 2))
     expected[0, 1] = 20, 10  # from column 1, row 0 to column 2, row 1
     expected[1, 1] = -20, -10
@@ -150,9 +133,9 @@ def test_displacements_by_hand():
 @pytest.mark.parametrize("grid", [(6, 10), (5, 7), (3, 5), (1, 2)])
 def test_a_field_that_stays_rebuilds_the_frame(grid):
     (frame,) = shapes_frames(1, HEIGHT, WIDTH)
-    field = displacements(np.arange(grid[0] * grid[1]), grid, (HEIGHT, WIDTH))
-    assert np.array_equal(warp_by_cells(frame, field), frame)
-    assert not np.array_equal(warp_by_cells(frame, field + 8), frame)
+    field = features.displacements(np.arange(grid[0] * grid[1]), grid, (HEIGHT, WIDTH))
+    assert np.array_equal(features.warp_by_cells(frame, field), frame)
+    assert not np.array_equal(features.warp_by_cells(frame, field + 8), frame)
 
 
 def tokens_of_blocks(frame, side=8):
@@ -169,10 +152,10 @@ def test_a_known_shift_is_found(right, down):
     frame = np.roll(keyframe, (8 * down, 8 * right), axis=(0, 1))
     match = nearest_tokens(tokens_of_blocks(frame), tokens_of_blocks(keyframe), THE_ONLY)
     match = match[0, 0].numpy()
-    field = displacements(match, (6, 10), (HEIGHT, WIDTH))
+    field = features.displacements(match, (6, 10), (HEIGHT, WIDTH))
     inside = np.s_[1:-1, 2:-2]
     assert (field[inside] == (-8 * right, -8 * down)).all()
-    rebuilt = warp_by_cells(keyframe, field)
+    rebuilt = features.warp_by_cells(keyframe, field)
     assert np.array_equal(rebuilt, frame)  # what was rolled over the edge is found there
 
 
@@ -180,7 +163,7 @@ def test_longer_is_darker_in_grey_and_nothing_is_white():
     for angle in np.arange(0, 2 * np.pi, np.pi / 8):
         way = np.array([np.cos(angle), np.sin(angle)])
         field = (np.arange(5)[:, None] * way).reshape(1, 5, 2)
-        colours = field_colours(field, 3.0)
+        colours = drawing.field_colours(field, 3.0)
         grey = cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY)[0].astype(int)
         assert grey[0] >= 254
         assert (np.diff(grey[:4]) < 0).all()
@@ -189,33 +172,33 @@ def test_longer_is_darker_in_grey_and_nothing_is_white():
 
 def test_the_longest_shown_is_twice_the_median_within_what_there_is():
     field = np.zeros((2, 4, 2))
-    assert longest_shown(field, (16, 32)) == 0
+    assert drawing.longest_shown(field, (16, 32)) == 0
     field[..., 0] = 10
     field[0, 0, 0] = 100
-    assert longest_shown(field, (16, 32)) == 20
+    assert drawing.longest_shown(field, (16, 32)) == 20
     field[0, 0, 0] = 12
-    assert longest_shown(field, (16, 32)) == 12
+    assert drawing.longest_shown(field, (16, 32)) == 12
     field[..., 0] = 1
     field[0, 0, 0] = 100
-    assert longest_shown(field, (16, 32)) == 8  # a cell
+    assert drawing.longest_shown(field, (16, 32)) == 8  # a cell
 
 
 def an_axis():
-    return picture_grid([[np.zeros((8, 8, 3), np.uint8)]]).axes[0]
+    return drawing.picture_grid([[np.zeros((8, 8, 3), np.uint8)]]).axes[0]
 
 
 def test_a_field_has_colours_and_arrows_in_its_directions():
     field = np.zeros((4, 6, 2))
     field[..., 0], field[2:, :, 1] = 20.0, -10.0
     axis = an_axis()
-    draw_field(axis, field, 40.0, "caption")
+    drawing.draw_field(axis, field, 40.0, "caption")
     assert axis.get_title() == "caption"
-    assert np.array_equal(axis.images[0].get_array(), field_colours(field, 40.0))
+    assert np.array_equal(axis.images[0].get_array(), drawing.field_colours(field, 40.0))
     (arrows,) = axis.collections
     assert len(arrows.U) == 24
     assert np.allclose(arrows.U, 0.5)  # half the longest: half as long as arrows are apart
     assert np.allclose(arrows.V, [0.0] * 12 + [-0.25] * 12)
-    draw_lengths(axis, field, 40.0, "how far")
+    drawing.draw_lengths(axis, field, 40.0, "how far")
     shown = axis.images[-1]
     assert np.allclose(shown.get_array(), np.hypot(field[..., 0], field[..., 1]))
     assert shown.get_clim() == (0, 40.0)
@@ -223,10 +206,10 @@ def test_a_field_has_colours_and_arrows_in_its_directions():
 
 def test_the_wheel_shows_the_colours_of_its_directions():
     axis = an_axis()
-    draw_wheel(axis, 101, "rim")
+    drawing.draw_wheel(axis, 101, "rim")
     wheel = axis.images[0].get_array()
     for x, y, way in ((90, 50, (1, 0)), (10, 50, (-1, 0)), (50, 10, (0, -1)), (50, 90, (0, 1))):
-        expected = field_colours(np.array([[way]]) * 0.8, 1.0)[0, 0].astype(int)
+        expected = drawing.field_colours(np.array([[way]]) * 0.8, 1.0)[0, 0].astype(int)
         assert np.abs(wheel[y, x].astype(int) - expected).max() < 6
     assert (wheel[0, 0] == 255).all()
 
@@ -236,7 +219,7 @@ def test_the_wheel_shows_the_colours_of_its_directions():
 
 def test_a_grid_has_its_labels_next_to_and_above_the_pictures():
     panels = np.random.default_rng(0).integers(60, 200, (4, 30, 50, 3), np.uint8)
-    figure = picture_grid(
+    figure = drawing.picture_grid(
         [panels[:2], panels[2:]], ["a row", "the other\nrow"], ["one", "two"], "a title"
     )
     assert np.array_equal(pictures_of(figure), panels)
@@ -244,7 +227,7 @@ def test_a_grid_has_its_labels_next_to_and_above_the_pictures():
     assert (first.get_title(), second.get_title()) == ("one", "two")
     assert (first.get_ylabel(), third.get_ylabel()) == ("a row", "the other\nrow")
     assert figure.get_suptitle() == "a title"
-    image = Image.open(io.BytesIO(png(figure)))
+    image = Image.open(io.BytesIO(drawing.png(figure)))
     assert image.width >= 2 * 256
     boxes = [axis.get_position() for axis in figure.axes]
     assert boxes[0].y0 > boxes[2].y1 and boxes[0].x1 < boxes[1].x0
@@ -257,7 +240,7 @@ def test_a_grid_has_its_labels_next_to_and_above_the_pictures():
 @pytest.mark.parametrize(("steps", "n"), [(5, 4), (50, 40), (16, 300)])
 def test_keyframes_are_black_and_labelled_by_their_steps(steps, n):
     chosen = np.random.default_rng(0).random((steps, n)) < 0.3
-    figure = keyframe_figure(chosen, 7, 8, "title")
+    figure = drawing.keyframe_figure(chosen, 7, 8, "title")
     (axis,) = figure.axes
     (image,) = axis.images
     assert np.array_equal(image.get_array(), chosen)
@@ -265,4 +248,4 @@ def test_keyframes_are_black_and_labelled_by_their_steps(steps, n):
     assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title()) == ("frame", "step", "title")
     lines = [segment[0, 0] for segment in axis.collections[0].get_segments()]
     assert lines == list(np.arange(0, n, 8) - 0.5)
-    assert max(Image.open(io.BytesIO(png(figure))).size) < 1800
+    assert max(Image.open(io.BytesIO(drawing.png(figure))).size) < 1800

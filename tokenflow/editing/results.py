@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -212,14 +212,11 @@ class Result:
         known = [stage for stage in stages if stage is not None]
         return sum(known) / self.n_frames if known and self.n_frames else None
 
-    def cache(self, open_folder: Callable[[Path], SourceCache] = open_cache) -> SourceCache:
+    def cache(self) -> SourceCache:
         """The source cache that it was made from.
 
         A relative path in run.yaml is looked for from the current folder and from the folders
         above the result.
-
-        Args:
-            open_folder: opens the cache's folder.
 
         Raises:
             UserError: the cache is missing, damaged, or was replaced since.
@@ -234,7 +231,7 @@ class Result:
                 f"{where}: cache: no finished cache {named}; build it again with preprocess.py, or "
                 "run this command where the edit was run"
             )
-        cache = open_folder(folder)
+        cache = open_cache(folder)
         if self.run.get("cache_sha256") not in (None, cache.sha256):
             raise UserError(
                 f"{where}: its cache {folder} was replaced since the edit, maybe by one of other "

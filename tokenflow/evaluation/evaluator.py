@@ -17,38 +17,7 @@ from torch import Tensor
 from tokenflow.diffusion.models import resolve_device
 from tokenflow.diffusion.vae import psnr
 from tokenflow.editing.results import find_results
-from tokenflow.evaluation.inputs import (
-    MASK_RULE,
-    Source,
-    Subject,
-    find_masks,
-    find_truth,
-    open_result,
-    read_masks,
-    read_truth,
-)
-from tokenflow.evaluation.metrics import (
-    ClipEmbedder,
-    DinoKeys,
-    clip_directional,
-    clip_frame_consistency,
-    clip_score,
-    model_folder,
-    ssim,
-    structure_distance,
-    warp_error,
-)
-from tokenflow.evaluation.motion import (
-    ALPHA1,
-    ALPHA2,
-    FlowModel,
-    Motion,
-    Raft,
-    dis_flow,
-    find_raft_weights,
-    motion_by,
-    raft_weights_name,
-)
+from tokenflow.evaluation import inputs, metrics, motion
 from tokenflow.evaluation.score_table import Row
 from tokenflow.ops.profiling import versions
 from tokenflow.storage.schema import Model
@@ -98,7 +67,7 @@ class Protocol(Model):
         return self
 
 
-def check_subject(subject: Subject, protocol: Protocol) -> Subject:
+def check_subject(subject: inputs.Subject, protocol: Protocol) -> inputs.Subject:
     """Refuse what cannot be scored by a protocol, before a model is needed.
 
     Raises:
@@ -112,9 +81,9 @@ def check_subject(subject: Subject, protocol: Protocol) -> Subject:
             "leave CLIP out: --clip_model none"
         )
     if protocol.flow == "truth":
-        find_truth(subject.source, protocol.truth)
+        inputs.find_truth(subject.source, protocol.truth)
     if protocol.masks is not None:
-        find_masks(subject.source, protocol.masks)
+        inputs.find_masks(subject.source, protocol.masks)
     return subject
 
 
@@ -134,35 +103,35 @@ class Evaluator:
         self._weights: Path | None = None
         if protocol.flow == "raft":
             weights = protocol.flow_weights
-            self._weights = find_raft_weights(Path(weights) if weights else None)
+            self._weights = motion.find_raft_weights(Path(weights) if weights else None)
         self._folders = {
-            option: model_folder(key, option)
+            option: metrics.model_folder(key, option)
             for option in ("clip_model", "dino_model")
             if (key := getattr(protocol, option))
         }
         self._source: _SourceScores | None = None
 
     @cached_property
-    def clip(self) -> ClipEmbedder:
-        return ClipEmbedder(self._folders["clip_model"], self.device)
+    def clip(self) -> metrics.ClipEmbedder:
+        return metrics.ClipEmbedder(self._folders["clip_model"], self.device)
 
     @cached_property
-    def dino(self) -> DinoKeys:
-        return DinoKeys(self._folders["dino_model"], self.device)
+    def dino(self) -> metrics.DinoKeys:
+        return metrics.DinoKeys(self._folders["dino_model"], self.device)
 
     @cached_property
-    def flow(self) -> FlowModel:
-        return Raft(self._weights, self.device) if self._weights else dis_flow
+    def flow(self) -> motion.FlowModel:
+        return motion.Raft(self._weights, self.device) if self._weights else motion.dis_flow
 
     @cached_property
     def _weights_name(self) -> str | None:
-        return self._weights and raft_weights_name(self._weights)
+        return self._weights and motion.raft_weights_name(self._weights)
 
     def score_result(self, folder: Path) -> Row:
         """Score a result's folder; errors as those of `open_result`."""
-        return self.score(check_subject(open_result(folder), self.protocol))
+        return self.score(check_subject(inputs.open_result(folder), self.protocol))
 
-    def score(self, subject: Subject) -> Row:
+    def score(self, subject: inputs.Subject) -> Row:
         """Measure a checked subject."""
         edited = subject.read()
         if edited.shape[:3] != subject.source.shape:
@@ -170,10 +139,10 @@ class Evaluator:
         if self._source is None or not self._source.is_of(subject.source):
             self._source = _SourceScores(self, subject.source)
         source, frames, masks = self._source, self._source.frames, self._source.masks
-        whole, inside, outside = ssim(edited, frames, masks)
+        whole, inside, outside = metrics.ssim(edited, frames, masks)
         measures = {
             "protocol": self._record(subject.row),
-            "warp_error": warp_error(edited, source.motion),
+            "warp_error": metrics.warp_error(edited, source.motion),
             "psnr": psnr(edited, frames),
             "ssim": whole,
             "ssim_object": inside,
@@ -185,7 +154,7 @@ class Evaluator:
         if self.protocol.clip_model:
             measures |= self._clip_scores(edited, subject.row, source)
         if self.protocol.dino_model:
-            measures["dino_distance"] = structure_distance(self.dino(edited), source.keys)
+            measures["dino_distance"] = metrics.structure_distance(self.dino(edited), source.keys)
         return subject.row.model_copy(update=measures)
 
     def _clip_scores(
@@ -195,21 +164,24 @@ class Evaluator:
         direction = None
         if row.source_prompt:
             source_text = self.clip.embed_text(row.source_prompt)
-            direction = clip_directional(frames, source.embeddings, text, source_text)
+            direction = metrics.clip_directional(frames, source.embeddings, text, source_text)
         return {
-            "clip_score": clip_score(frames, text),
-            "clip_frame": clip_frame_consistency(frames),
+            "clip_score": metrics.clip_score(frames, text),
+            "clip_frame": metrics.clip_frame_consistency(frames),
             "clip_directional": direction,
         }
 
     def _record(self, row: Row) -> dict[str, object]:
-        protocol, tested = self.protocol, f"forward-backward, alpha1 {ALPHA1}, alpha2 {ALPHA2}"
+        protocol, tested = (
+            self.protocol,
+            f"forward-backward, alpha1 {motion.ALPHA1}, alpha2 {motion.ALPHA2}",
+        )
         return {
             "flow": protocol.flow,
             "flow_weights": self._weights_name,
             "occlusion": "ground truth" if protocol.flow == "truth" else tested,
             "resolution": f"{row.height}x{row.width}",
-            "mask": MASK_RULE if protocol.masks else None,
+            "mask": inputs.MASK_RULE if protocol.masks else None,
             "clip_model": protocol.clip_model,
             "dino_model": protocol.dino_model,
             "versions": versions() | {"torchvision": str(torchvision.__version__)},
@@ -219,26 +191,30 @@ class Evaluator:
 class _SourceScores:
     """What the scores of all edits of one source share, computed when first asked for."""
 
-    def __init__(self, evaluator: Evaluator, source: Source) -> None:
+    def __init__(self, evaluator: Evaluator, source: inputs.Source) -> None:
         self.evaluator, self.source = evaluator, source
         self.frames = source.read()
 
-    def is_of(self, source: Source) -> bool:
+    def is_of(self, source: inputs.Source) -> bool:
         """Whether another source has the same frames; its cache may be another model's."""
         facts = [(s.path, s.shape, s.start, s.stride, s.fit) for s in (self.source, source)]
         return facts[0] == facts[1] and np.array_equal(self.frames, source.read())
 
     @cached_property
-    def motion(self) -> Motion:
+    def motion(self) -> motion.Motion:
         protocol = self.evaluator.protocol
         if protocol.flow == "truth":
-            return read_truth(self.source, find_truth(self.source, protocol.truth))
-        return motion_by(self.evaluator.flow, self.frames)
+            return inputs.read_truth(self.source, inputs.find_truth(self.source, protocol.truth))
+        return motion.motion_by(self.evaluator.flow, self.frames)
 
     @cached_property
     def masks(self) -> np.ndarray | None:
         folder = self.evaluator.protocol.masks
-        return None if folder is None else read_masks(self.source, find_masks(self.source, folder))
+        return (
+            None
+            if folder is None
+            else inputs.read_masks(self.source, inputs.find_masks(self.source, folder))
+        )
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -251,42 +227,45 @@ class _SourceScores:
 
 def open_results(
     paths: Sequence[Path], protocol: Protocol, source_prompt: str | None = None
-) -> list[Subject]:
-    """Find and check all results in some folders; arguments and errors as those of `open_result`.
+) -> list[inputs.Subject]:
+    """Find and check all results in some folders; edits of one source follow each other.
+
+    Args:
+        source_prompt: as in `open_result`.
 
     Raises:
         UserError: a result cannot be scored by the protocol.
     """
-    subjects = [open_result(folder, source_prompt) for folder in find_results(paths)[0]]
-    clips = sorted({subject.source.clip for subject in subjects})
+
+    def source_of(subject: inputs.Subject) -> tuple:
+        source = subject.source
+        return source.clip, str(source.path), source.shape, source.start, source.stride
+
+    subjects = [inputs.open_result(folder, source_prompt) for folder in find_results(paths)[0]]
+    subjects.sort(key=source_of)
+    clips = dict.fromkeys(subject.source.clip for subject in subjects)
     if protocol.masks is not None and len(clips) > 1:
-        flat = [clip for clip in clips if not Path(protocol.masks, clip).is_dir()]
-        if flat:
-            raise UserError(f"--masks: {protocol.masks}: holds no folder {flat[0]}/ of masks")
+        for clip in clips:
+            if not Path(protocol.masks, clip).is_dir():
+                raise UserError(f"--masks: {protocol.masks}: holds no folder {clip}/ of masks")
     return [check_subject(subject, protocol) for subject in subjects]
 
 
-def score_all(subjects: Sequence[Subject], evaluator: Evaluator) -> tuple[list[Row], list[str]]:
-    """Score edits of one source after another.
+def score_all(
+    subjects: Sequence[inputs.Subject], evaluator: Evaluator
+) -> tuple[list[Row], list[str]]:
+    """Score edits one after another.
 
     Returns:
-        the rows in the subjects' order, and what is wrong with those that could not be scored:
-        one damaged frame must not lose hours of other results.
+        the rows, and what is wrong with edits that could not be scored: one damaged frame must
+        not lose hours of other results.
     """
-
-    def source_of(i: int) -> tuple:
-        source = subjects[i].source
-        return source.clip, str(source.path), source.shape, source.start, source.stride
-
-    order = sorted(range(len(subjects)), key=source_of)
-    rows: dict[int, Row] = {}
-    errors = []
-    for done, i in enumerate(order, start=1):
-        subject = subjects[i]
-        log.info("%d/%d: %s: %s", done, len(order), subject.row.clip, subject.row.method)
+    rows, errors = [], []
+    for done, subject in enumerate(subjects, start=1):
+        log.info("%d/%d: %s: %s", done, len(subjects), subject.row.clip, subject.row.method)
         try:
-            rows[i] = evaluator.score(subject)
+            rows.append(evaluator.score(subject))
         except (UserError, torch.OutOfMemoryError) as error:
             log.error("%s", error)
             errors.append(str(error))
-    return [rows[i] for i in sorted(rows)], errors
+    return rows, errors

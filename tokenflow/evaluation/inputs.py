@@ -131,9 +131,6 @@ class OtherVideo(Model):
 def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
     """Read an edited video and its source clip, which must have as many frames of one size.
 
-    Args:
-        source_prompt: what the source shows, if that is known.
-
     Raises:
         UserError: one cannot be read, or they differ; says how to choose a common part.
     """

@@ -43,10 +43,7 @@ def warp_error(frames: np.ndarray, motion: Motion) -> float | None:
 
     Args:
         frames: (n, H, W, 3) uint8 RGB, edited or not.
-        motion: of n frames: the source's.
-
-    Returns:
-        None where no pair of frames has a visible pixel.
+        motion: the source's, of n frames; None is returned where it shows no pixel.
     """
     errors = []
     for p in range(len(frames) - 1):
@@ -61,15 +58,11 @@ def warp_error(frames: np.ndarray, motion: Motion) -> float | None:
 def ssim(
     frames: np.ndarray, source: np.ndarray, mask: np.ndarray | None = None
 ) -> tuple[float, float | None, float | None]:
-    """Mean structural similarity: of all pixels, of the mask's, of the others.
+    """Mean structural similarity in [-1, 1]: of all pixels, of the mask's, of the others.
 
     Args:
         frames, source: (n, H, W, 3) uint8.
-        mask: (n, H, W) bool.
-
-    Returns:
-        Values in [-1, 1]; the second is None without a mask or where it is empty, the third where
-        it is not given or leaves nothing.
+        mask: (n, H, W) bool; without one, or without such pixels, the others are None.
     """
     maps = np.stack([ssim_map(*pair) for pair in zip(frames, source, strict=True)])
     if mask is None:
@@ -79,17 +72,11 @@ def ssim(
 
 
 def ssim_map(frame: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """Structural similarity around each pixel, averaged over RGB.
+    """Structural similarity around each pixel of (H, W, 3) uint8, averaged over RGB: (H, W).
 
     The standard window, an 11x11 Gaussian of sigma 1.5, mirrored at the edges. It is torchmetrics'
     figure in float64 (tested) in a hundredth of the time on a CPU; variances are small differences,
     so that in float32 it was measured 5e-4 off on flat pictures.
-
-    Args:
-        frame, source: (H, W, 3) uint8.
-
-    Returns:
-        (H, W) in [-1, 1].
 
     Source: Wang, Bovik, Sheikh, Simoncelli 2004, Eq. 13.
     """
@@ -113,10 +100,7 @@ def _window_mean(image: np.ndarray) -> np.ndarray:
 
 
 class ClipEmbedder:
-    """CLIP's joint space of pictures and text.
-
-    Args:
-        folder: of `model_folder`.
+    """CLIP's joint space of pictures and text, of `model_folder`'s folder.
 
     Raises:
         UserError: the folder holds no CLIP model.
@@ -173,14 +157,9 @@ def clip_frame_consistency(frames: Tensor) -> float | None:
 def clip_directional(
     frames: Tensor, source_frames: Tensor, text: Tensor, source_text: Tensor
 ) -> float | None:
-    """Mean cosine of what changed in the frames and what changed in the text.
+    """Mean cosine of what changed in the frames, (n, d), and what changed in the text, (d,).
 
-    Args:
-        frames, source_frames: (n, d), of length 1.
-        text, source_text: (d,), of length 1.
-
-    Returns:
-        None where the two texts are the same. A frame that did not change counts as 0.
+    All are of length 1. A frame that did not change counts as 0; None if the text did not.
     """
     direction = text - source_text
     if direction.norm() < 1e-6:
@@ -195,11 +174,8 @@ def clip_directional(
 class DinoKeys:
     """The keys of a ViT's last layer, whose self-similarity is a picture's structure.
 
-    Args:
-        folder: of `model_folder`.
-
     Raises:
-        UserError: the folder holds no ViT.
+        UserError: the folder, of `model_folder`, holds no ViT.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -224,10 +200,7 @@ class DinoKeys:
 
 
 def structure_distance(keys: Tensor, source_keys: Tensor) -> float:
-    """Mean squared difference of the cosine self-similarities of two clips' keys.
-
-    Args:
-        keys, source_keys: (n, tokens, d) of `DinoKeys`.
+    """Mean squared difference of the cosine self-similarities of keys, (n, tokens, d).
 
     Source: Tumanyan et al., Splicing ViT Features, CVPR 2022, Eq. 2-3, as a mean.
     """

@@ -52,10 +52,6 @@ class Motion:
     flow: Tensor
     visible: Tensor
 
-    def __len__(self) -> int:
-        """The number of frame pairs."""
-        return len(self.flow)
-
 
 # ---------------------------------------------------------------------------------------------
 # Warping and occlusion
@@ -136,17 +132,20 @@ def dis_flow(source: np.ndarray, target: np.ndarray) -> Tensor:
 class Raft:
     """torchvision's RAFT-large (Teed and Deng 2020) in float32, a FlowModel.
 
-    Args:
-        weights: of `find_raft_weights`.
-
     Raises:
-        UserError: the weights are damaged or another model's.
+        UserError: the weights, of `find_raft_weights`, are damaged or another model's.
     """
 
     def __init__(self, weights: Path, device: torch.device) -> None:
+        if weights.suffix == ".safetensors":
+            tensors = load_tensors(weights)
+        else:
+            # The one file of another kind: torchvision publishes these weights as nothing else.
+            # Its checksum was compared, and weights_only builds tensors, no objects.
+            tensors = torch.load(weights, map_location="cpu", weights_only=True)
         model = raft_large(weights=None)
         try:
-            model.load_state_dict(_load_raft(weights))
+            model.load_state_dict(tensors)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()[:120]
             message = f"{weights}: not weights of torchvision's RAFT-large: {reason}"
@@ -171,15 +170,15 @@ def _padding(side: int) -> tuple[int, int]:
 
 
 def find_raft_weights(weights: Path | None) -> Path:
-    """The file of RAFT's weights, fetched if need be; loads nothing.
+    """The file of RAFT's weights; loads nothing.
 
     Args:
         weights: a safetensors file of torchvision's raft_large, or None for torchvision's own
             weights in torch's hub cache, fetched where they are not there.
 
     Raises:
-        MissingFileError: there is no such file, or it cannot be fetched.
-        UserError: it is no safetensors file, or not the one that torchvision published.
+        UserError: there is no such file, it cannot be fetched, is no safetensors file, or not the
+            one that torchvision published.
     """
     if weights is not None:
         if not weights.is_file():
@@ -215,25 +214,12 @@ def raft_weights_name(weights: Path) -> str:
     return f"{weights.name} (sha256 {sha256_file(weights)[:8]})"
 
 
-def _load_raft(weights: Path) -> dict[str, Tensor]:
-    if weights.suffix == ".safetensors":
-        return load_tensors(weights)
-    # The one file of another kind: torchvision publishes these weights as nothing else. Its
-    # checksum was compared with the published one, and weights_only builds tensors, no objects.
-    return torch.load(weights, map_location="cpu", weights_only=True)
-
-
 # ---------------------------------------------------------------------------------------------
 # Ground truth on disk
 
 
 def truth_file(clip: str | Path, truth: Path | None = None) -> Path:
-    """Where a clip's true motion is stored: next to the clip, or where `truth` says.
-
-    Args:
-        clip: the clip's path, or only its name where `truth` is given.
-        truth: a file, or a folder of files `<clip name>.flow.safetensors`.
-    """
+    """Where a clip's true motion is stored: next to the clip, or in the file or folder `truth`."""
     name = f"{clip_name(clip)}.flow.safetensors"
     if truth is None:
         return Path(clip).with_name(name)
@@ -249,13 +235,11 @@ def load_motion(path: str | Path) -> Motion:
     """Read what `save_motion` wrote.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: it is damaged, or does not hold a clip's motion.
+        UserError: there is no such file, or it does not hold a clip's motion.
     """
     tensors = load_tensors(path)
-    missing = {"flow", "visible"} - set(tensors)
-    if missing:
-        raise UserError(f"{path}: not a clip's motion: {' and '.join(sorted(missing))} missing")
+    for name in {"flow", "visible"} - set(tensors):
+        raise UserError(f"{path}: not a clip's motion: {name} missing")
     flow, visible = tensors["flow"].float(), tensors["visible"].bool()
     if flow.ndim != 4 or flow.shape[1] != 2 or visible.shape != (len(flow), *flow.shape[2:]):
         raise UserError(
@@ -283,8 +267,7 @@ def truth_shape(path: Path) -> tuple[int, int, int]:
     """Frame pairs, height and width of a saved motion, read from the file's header.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: it is damaged, or does not hold a clip's motion.
+        UserError: there is no such file, or it does not hold a clip's motion.
     """
     if not path.is_file():
         raise MissingFileError(

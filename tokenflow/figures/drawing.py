@@ -43,7 +43,7 @@ def picture_grid(
         width: inches that a picture is wide.
         caption_lines: to leave room for above each picture.
     """
-    heights = [width * max(len(image) / image.shape[1] for image in line) for line in pictures]
+    heights = [width * len(line[0]) / line[0].shape[1] for line in pictures]
     text = TEXT * (2 + title.count("\n") + bool(columns) + caption_lines * len(pictures))
     size = width * (len(pictures[0]) + bool(rows) * 0.6), sum(heights) + text
     figure = Figure(size, dpi=DPI, layout="constrained")
@@ -97,11 +97,9 @@ def longest_shown(field: np.ndarray, size: tuple[int, int]) -> float:
 
 
 def field_colours(field: np.ndarray, longest: float) -> np.ndarray:
-    """Displacements as colours, (h, w, 3) uint8: hue is the direction, white is no motion.
+    """Displacements (h, w, 2) as colours, (h, w, 3) uint8: hue is the direction, white is none.
 
-    Args:
-        field: (h, w, 2), right and down.
-        longest: the displacement of full colour; longer ones have it too.
+    Those of `longest` and more have full colour.
     """
     # flow_to_image divides by the longest displacement: one more column holds it.
     column = np.full((len(field), 1, 2), [longest, 0.0])

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenflow.cache.options import Dtype
 from tokenflow.cache.source_cache import CLEAN_LATENTS, SourceCache
 from tokenflow.cache.source_features import find_features
 from tokenflow.diffusion.checkpoints import (
@@ -63,9 +64,7 @@ class ViewOptions(Model):
     )
     batch_size: int = Field(8, ge=1, description="frames evaluated at once")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="auto is float16 on CUDA, float32 elsewhere"
-    )
+    dtype: Dtype = Field("auto", description="auto is float16 on CUDA, float32 elsewhere")
 
 
 class View:

@@ -14,26 +14,7 @@ from tokenflow.cache.source_cache import SourceCache, open_cache
 from tokenflow.diffusion.inversion import reconstruct
 from tokenflow.diffusion.vae import decode_latents, psnr
 from tokenflow.editing.results import Result, read_result
-from tokenflow.figures.drawing import (
-    DPI,
-    PANEL,
-    draw_field,
-    draw_lengths,
-    draw_wheel,
-    longest_shown,
-    picture_grid,
-    save_figure,
-    video_frames,
-    xt_slice,
-)
-from tokenflow.figures.features import (
-    View,
-    ViewOptions,
-    displacements,
-    feature_colours,
-    rebuilt_from_keyframe,
-    warp_by_cells,
-)
+from tokenflow.figures import drawing, features
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.video import save_video
@@ -43,7 +24,7 @@ from util import UserError, check_writable
 # Figure 2
 
 
-class FeatureOptions(ViewOptions):
+class FeatureOptions(features.ViewOptions):
     """Of `draw_features`."""
 
     result: str = Field(description="the edit's folder")
@@ -69,15 +50,16 @@ def draw_features(options: FeatureOptions) -> list[Path]:
     y = height // 2 if options.row is None else options.row
     if not 0 <= y < height:
         raise UserError(f"--row: {y}, expected 0 to {height - 1}: frames are {height} high")
-    videos = [cache.frames(n_frames), *(_edited_frames(edit, n_frames, size) for edit in edits)]
-    view, out = View(options, cache), Path(options.out)
+    videos = [cache.frames(n_frames)]
+    videos += [load_frames(edit.folder / "frames", n_frames) for edit in edits]
+    view, out = features.View(options, cache), Path(options.out)
     check_writable(out, "--out")
 
     tokens = [view.source_tokens(range(n_frames))]
     for edit, frames in zip(edits, videos[1:], strict=True):
         tokens.append(view.edit_tokens(frames, edit.prompt or ""))
     grid = view.grid(tokens[0])
-    colours, explained = feature_colours(tokens, grid, size)
+    colours, explained = features.feature_colours(tokens, grid, size)
     labels = ["source", *(edit.method.replace(", ", "\n", 1) for edit in edits)]
     title = (
         f"PCA of {view.describe(grid)}\n"
@@ -85,23 +67,23 @@ def draw_features(options: FeatureOptions) -> list[Path]:
     )
     picks = np.linspace(0, n_frames - 1, min(options.columns, n_frames)).round().astype(int)
     pairs = list(zip(videos, colours, strict=True))
-    over_time = picture_grid(
+    over_time = drawing.picture_grid(
         [[*shown[picks]] for pair in pairs for shown in pair],
         [text for label in labels for text in (label, f"{label}\nfeatures")],
         [f"frame {i}" for i in picks],
         title,
     )
-    slices = picture_grid(
-        [[xt_slice(shown, y) for shown in pair] for pair in pairs],
+    slices = drawing.picture_grid(
+        [[drawing.xt_slice(shown, y) for shown in pair] for pair in pairs],
         labels,
         ["RGB", "features"],
         f"x-t slices: image row {y} of {height}; time runs down, {n_frames} frames\n{title}",
-        width=1.5 * PANEL,
+        width=1.5 * drawing.PANEL,
     )
     save_video(out / "features.mp4", _moments(labels, videos, colours), cache.fps)
     return [
-        save_figure(out / "features.png", over_time),
-        save_figure(out / "features_xt.png", slices),
+        drawing.save_figure(out / "features.png", over_time),
+        drawing.save_figure(out / "features_xt.png", slices),
         out / "features.mp4",
     ]
 
@@ -110,7 +92,7 @@ def _moments(
     labels: Sequence[str], videos: Sequence[np.ndarray], colours: Sequence[np.ndarray]
 ) -> Iterator[np.ndarray]:
     """The frames of a video with all videos side by side, above their features."""
-    figure = picture_grid(
+    figure = drawing.picture_grid(
         [[video[0] for video in row] for row in (videos, colours)],
         ["RGB", "features"],
         [label.replace("\n", " ") for label in labels],
@@ -121,7 +103,7 @@ def _moments(
             axis.images[0].set_data(video[i])
         figure.suptitle(f"frame {i}", fontsize="medium")
 
-    return video_frames(figure, show_moment, len(videos[0]))
+    return drawing.video_frames(figure, show_moment, len(videos[0]))
 
 
 def _frames_to_draw(n_frames: int | None, edits: Sequence[Result]) -> int:
@@ -148,21 +130,11 @@ def _check_same_clip(edit: Result, cache: SourceCache) -> None:
             )
 
 
-def _edited_frames(edit: Result, n_frames: int, size: tuple[int, int]) -> np.ndarray:
-    frames = load_frames(edit.folder / "frames", n_frames)
-    if frames.shape[1:3] != size:
-        raise UserError(
-            f"{edit.folder}: its frames are of {frames.shape[1]} x {frames.shape[2]}, the source's "
-            f"of {size[0]} x {size[1]}"
-        )
-    return frames
-
-
 # ---------------------------------------------------------------------------------------------
 # Figure 3
 
 
-class CorrespondenceOptions(ViewOptions):
+class CorrespondenceOptions(features.ViewOptions):
     """Of `draw_correspondence`."""
 
     cache: str | None = Field(None, description="the clip's cache, as preprocess.py prints it")
@@ -194,27 +166,27 @@ def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
     for name, number in zip(("frame", "keyframe"), chosen, strict=True):
         if not 0 <= number < n_frames:
             raise UserError(f"--{name}: {number}, expected 0 to {n_frames - 1}")
-    view, out = View(options, cache), Path(options.out)
+    view, out = features.View(options, cache), Path(options.out)
     check_writable(out, "--out")
 
     frame, keyframe = cache.frames(max(chosen) + 1)[chosen]
     tokens = view.source_tokens(chosen)
     grid = view.grid(tokens)
     match = nearest_tokens(tokens[:1], tokens[1:], torch.zeros(1, 1, dtype=torch.long))[0, 0]
-    field = displacements(match.numpy(), grid, frame.shape[:2])
+    field = features.displacements(match.numpy(), grid, frame.shape[:2])
 
     denoiser = view.source_denoiser(chosen)
     start = cache.latents(view.sampling[0], max(chosen) + 1)[chosen]
     latents = torch.cat([
         reconstruct(denoiser, start, view.sampling, batch_size=1)[:1],
-        rebuilt_from_keyframe(denoiser, start, view.sampling),
+        features.rebuilt_from_keyframe(denoiser, start, view.sampling),
     ])  # fmt: skip
     own, swapped = decode_latents(view.models, latents)
 
     rebuilt = {
         f"keyframe {options.keyframe}": keyframe,
         "own reconstruction": own,
-        "(a) keyframe's pixels": warp_by_cells(keyframe, field),
+        "(a) keyframe's pixels": features.warp_by_cells(keyframe, field),
         "(c) keyframe's tokens": swapped,
     }
     scores = {name: decibels(psnr(picture, frame)) for name, picture in rebuilt.items()}
@@ -228,7 +200,7 @@ def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
     pictures = [frame, *rebuilt.values()]
     captions.insert(0, f"frame {options.frame},\nto be rebuilt")
     figure = _correspondence(pictures, captions, field, chosen, title)
-    return [save_figure(out / "correspondence.png", figure)]
+    return [drawing.save_figure(out / "correspondence.png", figure)]
 
 
 def _correspondence(
@@ -246,21 +218,21 @@ def _correspondence(
         numbers: of the frame and of the keyframe.
     """
     frame, keyframe, own, moved, swapped = pictures
-    figure = picture_grid(
+    figure = drawing.picture_grid(
         [[frame, keyframe, own, swapped], [moved] * 4],
         title=title,
-        width=max(PANEL, frame.shape[1] / DPI),
+        width=max(drawing.PANEL, frame.shape[1] / drawing.DPI),
         caption_lines=2,
     )
     for axis, number in zip(figure.axes, (0, 1, 2, 4, 3), strict=False):
         axis.set_title(captions[number], fontsize="medium")
-    longest = longest_shown(field, frame.shape[:2])
+    longest = drawing.longest_shown(field, frame.shape[:2])
     limit = f"{longest:.0f} px or more"
     colours, lengths, wheel = figure.axes[5:]
     where = f"(b) where cells of frame {numbers[0]}\nlie in keyframe {numbers[1]}"
-    draw_field(colours, field, longest, where)
-    draw_lengths(lengths, field, longest, f"(b) how far: white 0,\nblack {limit}")
-    draw_wheel(wheel, min(frame.shape[:2]), f"(b) colours of directions,\nrim: {limit}")
+    drawing.draw_field(colours, field, longest, where)
+    drawing.draw_lengths(lengths, field, longest, f"(b) how far: white 0,\nblack {limit}")
+    drawing.draw_wheel(wheel, min(frame.shape[:2]), f"(b) colours of directions,\nrim: {limit}")
     return figure
 
 

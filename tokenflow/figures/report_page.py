@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import av
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tokenflow.cache.source_cache import SourceCache, read_manifest
+from tokenflow.cache.source_cache import SourceCache
 from tokenflow.editing.results import PLACES, RESULT_FILES, Result, find_results, read_result
 from tokenflow.evaluation.score_table import COLUMNS, Row, read_rows
-from tokenflow.storage.video import READING, read_clip, save_video
+from tokenflow.storage.video import read_clip, save_video
 from tokenflow.storage.work_dir import atomic_dir
 from util import UserError, check_writable, slug
 
@@ -50,11 +49,9 @@ class Group(NamedTuple):
 
 
 def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
-    """Read all finished results in or below some folders.
+    """Read all finished results in or below some folders, ordered by their folders' paths.
 
-    Returns:
-        the results, ordered by their folders' paths, and the number of those that are unfinished
-        or cannot be read (which is warned of).
+    Also returns the number of those that are unfinished or cannot be read, which is warned of.
 
     Raises:
         UserError: a root is not a folder, or no result can be read.
@@ -63,7 +60,7 @@ def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
     results = []
     for folder in sorted(map(Path.resolve, finished)):
         try:
-            probe_video(folder / "edited.mp4")
+            native_size(folder / "edited.mp4")  # refuses what is no video
             results.append(read_result(folder))
         except UserError as error:
             log.warning("left out: %s", error)
@@ -73,16 +70,11 @@ def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
 
 
 def rows_by_folder(paths: Sequence[Path]) -> dict[str, Row]:
-    """Read what evaluate.py measured.
+    """Read what evaluate.py --json wrote: rows by the real path of their result's folder.
 
-    Args:
-        paths: files that evaluate.py --json wrote. A row's `folder` is taken from the current
-            folder or, if it is not there, from the file's own. Of several rows of a result the
-            last counts, as a whole: rows may differ in protocol.
-
-    Returns:
-        rows by the real path of their folder; rows of other programs' videos have none and are
-        left out.
+    A row's `folder` is taken from the current folder or, if it is not there, from the file's own.
+    Of several rows of a result the last counts, as a whole: rows may differ in protocol. Rows of
+    other programs' videos have no folder and are left out.
     """
     rows = {}
     for path in paths:
@@ -96,7 +88,7 @@ def rows_by_folder(paths: Sequence[Path]) -> dict[str, Row]:
 def cache_of(result: Result) -> SourceCache | None:
     """The cache that a result was made from; None, with a warning, if it is not there any more."""
     try:
-        return result.cache(lambda folder: SourceCache(folder, read_manifest(folder)))
+        return result.cache()
     except UserError as error:
         log.warning("%s", error)
         return None
@@ -135,21 +127,9 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 # ---------------------------------------------------------------- media
 
 
-def probe_video(path: Path) -> tuple[int, Fraction, int, int]:
-    """Read a video's number of frames, frame rate, width and height from its header.
-
-    Raises:
-        UserError: it is not a video, or its header does not tell.
-    """
-    try:
-        with av.open(os.path.abspath(path), **READING) as container:
-            stream = container.streams.video[0]
-            facts = stream.frames, stream.average_rate, stream.width, stream.height
-    except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: not a video that can be read") from error
-    if not all(facts):
-        raise UserError(f"{path}: its header does not tell frames, frame rate and size")
-    return facts
+def native_size(path: Path) -> tuple[int, int]:
+    """A video's height and width. Raises: UserError if it cannot be read."""
+    return read_clip(path, 1, size=(8, 8)).native_size
 
 
 class Media:
@@ -160,7 +140,9 @@ class Media:
         self.folder.mkdir()
         self._numbers = itertools.count(1)
 
-    def add(self, video: Path | tuple[np.ndarray, Fraction], name: str) -> dict[str, Any]:
+    def add(
+        self, video: Path | tuple[np.ndarray, Fraction], name: str, n_frames: int
+    ) -> dict[str, Any]:
         """Add a video and its poster; returns what the page says of it.
 
         Args:
@@ -175,13 +157,14 @@ class Media:
                 os.link(os.path.realpath(video), path)
             except OSError:
                 shutil.copyfile(video, path)
-        n_frames, fps, width, height = probe_video(path)
-        image = Image.fromarray(read_clip(path, 1, size=(height, width)).frames[0])
+        height, width = native_size(path)
+        first = read_clip(path, 1, size=(height, width))
+        image = Image.fromarray(first.frames[0])
         image.thumbnail((POSTER_SIDE, POSTER_SIDE))
         poster = path.with_suffix(".jpg")
         image.save(poster, quality=92)
         src, poster = (f"{self.folder.name}/{file.name}" for file in (path, poster))
-        return {"src": src, "poster": poster, "fps": float(fps), "frames": n_frames,
+        return {"src": src, "poster": poster, "fps": float(first.fps), "frames": n_frames,
                 "width": width, "height": height}  # fmt: skip
 
 
@@ -190,7 +173,7 @@ def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
 
     It comes from the cache, or else from the left half of a result's side_by_side.mp4.
     """
-    longest = max(probe_video(result.folder / "edited.mp4")[0] for result in group.results)
+    longest = max(result.n_frames for result in group.results)
     for cache in group.caches:
         try:
             return cache.frames(min(longest, cache.manifest.n_frames)), cache.fps
@@ -199,9 +182,8 @@ def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
     both_files = (result.folder / "side_by_side.mp4" for result in group.results)
     for path in filter(Path.is_file, both_files):
         try:
-            n_frames, fps, width, height = probe_video(path)
-            both = read_clip(path, n_frames, size=(height, width)).frames
-            return both[:, :, : width // 4 * 2], fps
+            both = read_clip(path, None, size=native_size(path))
+            return both.frames[:, :, : both.native_size[1] // 4 * 2], both.fps
         except UserError as error:
             log.warning("%s", error)
     return None
@@ -211,14 +193,7 @@ def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
 
 
 def write_report(groups: Sequence[Group], rows: Mapping[str, Row], out: Path, title: str) -> None:
-    """Write the report's folder, which appears whole or not at all; an older one is replaced.
-
-    Args:
-        groups: of `group_results`.
-        rows: of `rows_by_folder`.
-        out: the folder, absolute.
-        title: the page's.
-    """
+    """Write the report's folder, an absolute path, which replaces an older one when it is whole."""
     with atomic_dir(out) as partial:
         media = Media(partial)
         work = tqdm(groups, desc="report", unit="clip")
@@ -253,7 +228,7 @@ def clip_data(group: Group, rows: Mapping[str, Row], media: Media, out: Path) ->
     name, results = group.name, group.results
     references, notes = [], []
     if source := source_frames(group):
-        video = media.add(source, f"{name}-source")
+        video = media.add(source, f"{name}-source", len(source[0]))
         references.append({"label": "Source", "video": video, "facts": []})
     else:
         notes.append("The source is missing: its cache is no longer there.")
@@ -263,7 +238,7 @@ def clip_data(group: Group, rows: Mapping[str, Row], media: Media, out: Path) ->
             label = "Reconstruction" + (f" ({m.sd_version})" if len(group.caches) > 1 else "")
             psnr = {"PSNR": m.psnr, "PSNR of the VAE alone": m.vae_psnr}
             facts = [(name, f"{db:.2f} dB") for name, db in psnr.items() if math.isfinite(db)]
-            video = media.add(path, f"{name}-reconstruction")
+            video = media.add(path, f"{name}-reconstruction", m.n_frames)
             references.append({"label": label, "video": video, "facts": facts})
     if source and len(references) < 2:
         notes.append("The reconstruction is missing: its cache is no longer there.")
@@ -296,7 +271,7 @@ def edit_data(
     name = f"{result.folder.parent.name}-{result.prompt or ''}"
     return {
         "label": row.method if row else result.method,
-        "video": media.add(result.folder / "edited.mp4", name),
+        "video": media.add(result.folder / "edited.mp4", name, result.n_frames),
         "prompt": result.prompt or "",
         "differing": [(key, value) for key, value in settings if key in differing],
         "metrics": metrics_of(result, row),
@@ -364,13 +339,12 @@ def relative_link(path: Path, out: Path) -> str | None:
 
 def render_page(data: Mapping[str, Any]) -> str:
     """Put data, style and script into the page; nothing in the data can end its element."""
-    blob = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     parts = {
         "title": html.escape(data["title"]),
         "generator": GENERATOR,
         "style": (PAGE_PARTS / "page.css").read_text(encoding="utf-8"),
         "script": (PAGE_PARTS / "page.js").read_text(encoding="utf-8"),
-        "data": blob,
+        "data": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     }
     template = (PAGE_PARTS / "page.html").read_text(encoding="utf-8")
     # One pass: what is put in is not searched again.
