@@ -6,7 +6,6 @@ does not depend on how images are batched.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,7 +28,6 @@ class Meter(Stopwatch):
 
     Attributes:
         seconds: by stage, not rounded.
-        processor: seconds of processor time by stage, of all threads of this process.
         images: image-forwards by stage, of the UNet that is `watching`.
         flops: by stage.
         peak: bytes by stage; on a CPU of the whole process, including the models.
@@ -37,7 +35,6 @@ class Meter(Stopwatch):
 
     def __init__(self, device: torch.device, count_flops: bool = False) -> None:
         super().__init__(device)
-        self.processor: Counter[str] = Counter()
         self.images: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -49,11 +46,9 @@ class Meter(Stopwatch):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         reset_peak_memory(self.device)
-        start = time.process_time()
         counting = FlopCounterMode(display=False) if self._count_flops else nullcontext()
         with super().__call__(stage), counting:
             yield
-        self.processor[stage] += time.process_time() - start
         self.peak[stage] = max(self.peak[stage], peak_memory_bytes(self.device))
         if self._count_flops:
             self.flops[stage] += counting.get_total_flops()
@@ -61,11 +56,12 @@ class Meter(Stopwatch):
     def add(self, stage: str, seconds: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
-    def add_total(self) -> None:
-        """Adds the stage TOTAL: the sums of all, and the highest peak."""
-        for counts in (self.seconds, self.processor, self.images, self.flops):
-            counts[TOTAL] = sum(counts.values())
-        self.peak[TOTAL] = max(self.peak.values())
+    def add_total(self, *stages: str) -> None:
+        """Adds the stage TOTAL: the sums of some stages (default: all), and the highest peak."""
+        stages = stages or tuple(self.seconds)
+        for counts in (self.seconds, self.images, self.flops):
+            counts[TOTAL] = sum(counts.get(stage, 0) for stage in stages)
+        self.peak[TOTAL] = max(self.peak[stage] for stage in stages)
 
     @contextmanager
     def watching(self, unet: nn.Module) -> Iterator[None]:

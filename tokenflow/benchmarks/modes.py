@@ -20,8 +20,8 @@ from tabulate import tabulate
 from torch.profiler import ProfilerActivity, schedule
 from torch.profiler import profile as torch_profile
 
-from tokenflow.benchmarks.meters import Meter, matrix_rate
-from tokenflow.benchmarks.runs import Bench, Options, PreparedEdit, setting_kind, time_edit
+from tokenflow.benchmarks.meters import TOTAL, Meter, matrix_rate
+from tokenflow.benchmarks.runs import Bench, Options, setting_kind, time_edit
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.ops.profiling import Stopwatch, device_name
 from util import UserError, setup_logging
@@ -72,7 +72,7 @@ def time_stages(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
     rows = stage_rows("models", [meter], {}, 0)
     rate, measured = matrix_rate(bench.device, bench.dtype), []
     for part in PARTS if args.only is None else [args.only]:
-        run = bench.run_preprocess if part == "preprocess" else bench.run_edit
+        run = partial(bench.run, part)
         if part == "edit":
             bench.ensure_cache(models)
         warm = [run(models, count_flops=i == 0) for i in range(options.warm_up)]
@@ -85,8 +85,7 @@ def time_stages(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
         rows += stage_rows(part, runs, flops, rate)
         images = rows[-1]["image_forwards"] / options.frames
         lines.append(f"{part}: {images:.1f} image-forwards of the UNet a frame")
-    text = "\n".join([stage_table(rows), *lines])
-    return {"stages": rows, "matrix_flops_per_second": rate}, text
+    return {"stages": rows, "matrix_flops_per_second": rate}, "\n".join([stage_table(rows), *lines])
 
 
 def stage_rows(part: str, runs: list[Meter], flops: Mapping[str, int], rate: float) -> list[dict]:
@@ -160,30 +159,28 @@ def compare(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
         for run in runs:
             run()
     pairs = [[run() for run in runs] for _ in range(bench.options.repeats)]
-    a, b = pairs[-1]
+    (meter_a, a), (meter_b, b) = pairs[-1]
+    images = meter_a.images[TOTAL], meter_b.images[TOTAL]
     found = {
         "kind": kind,
         "a": names[0],
         "b": names[1],
-        **ratio_figures([(a.seconds, b.seconds) for a, b in pairs]),
-        "processor_ratio": median(a.processor / b.processor for a, b in pairs),
-        "image_forwards_a": a.images,
-        "image_forwards_b": b.images,
+        **ratio_figures([(a.seconds[TOTAL], b.seconds[TOTAL]) for (a, _), (b, _) in pairs]),
+        "image_forwards_a": images[0],
+        "image_forwards_b": images[1],
     }
     lines = [
         f"{names[0]} / {names[1]}: {found['ratio']:.3f} of the time "
         f"({found['ratio_low']:.3f}-{found['ratio_high']:.3f}, {len(pairs)} pairs); "
         f"{found['seconds_a']:.3f} s and {found['seconds_b']:.3f} s"
     ]
-    if bench.device.type == "cpu":
-        lines.append(f"of processor time: {found['processor_ratio']:.3f}")
-    forwards = [timed.images / bench.options.frames for timed in (a, b)]
-    lines.append(f"image-forwards of the UNet a frame: {forwards[0]:.1f} and {forwards[1]:.1f}")
+    forwards = " and ".join(f"{count / bench.options.frames:.1f}" for count in images)
+    lines.append(f"image-forwards of the UNet a frame: {forwards}")
     if kind == "edit":
-        found["difference"] = float((a.result - b.result).norm() / b.result.norm())
+        found["difference"] = float((a - b).norm() / b.norm())
         lines.append(f"relative difference of their latents: {found['difference']:.2e}")
     else:
-        psnr = [open_cache(timed.result).manifest.psnr_to_vae for timed in (a, b)]
+        psnr = [open_cache(folder).manifest.psnr_to_vae for folder in (a, b)]
         found |= {"psnr_a": psnr[0], "psnr_b": psnr[1]}
         lines.append(
             f"PSNR of the reconstruction against the VAE's: {psnr[0]:.2f} dB and {psnr[1]:.2f} dB"
@@ -267,24 +264,10 @@ def in_fresh_process(options: Options, args: argparse.Namespace, part: str) -> d
 # The operators of a step
 
 
-def profile(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
-    """The operators of an edit's second step that take most time.
+class _SteppingWatch(Stopwatch):
+    """Ends a profiler's step with each stage: the set-up of an edit, and every sampling step."""
 
-    Raises:
-        UserError: if the edit has one step only.
-    """
-    models = bench.load()
-    bench.ensure_cache(models)
-    text = profile_step(bench.prepare_edit(args.profile, models))
-    return {"profile": text.splitlines()}, text
-
-
-class _StepByStep(Stopwatch):
-    """Tells a profiler where each stage of an edit ends: the sampler's set-up, and every step."""
-
-    def __init__(self, device: torch.device, profiler: torch_profile) -> None:
-        super().__init__(device)
-        self.profiler = profiler
+    profiler: torch_profile
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -293,16 +276,24 @@ class _StepByStep(Stopwatch):
         self.profiler.step()
 
 
-def profile_step(edit: PreparedEdit) -> str:
-    """See `profile`."""
+def profile(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
+    """The operators of an edit's second step that take most time.
+
+    Raises:
+        UserError: if the edit has one step only.
+    """
+    models = bench.load()
+    bench.ensure_cache(models)
+    edit = bench.prepare_edit(args.profile, models)
     if len(edit.plan.timesteps) < 2:
         raise UserError("--profile: needs an edit of two steps at least, the first warms up")
-    session = edit.session
-    cuda = session.models.device.type == "cuda"
+    edit.session.watch = watch = _SteppingWatch(bench.device)
+    cuda = bench.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     second = schedule(wait=1, warmup=1, active=1, repeat=1)
-    with torch_profile(activities=activities, schedule=second) as profiler:
-        session.watch = _StepByStep(session.models.device, profiler)
-        edit.loop(session, edit.plan)
+    with torch_profile(activities=activities, schedule=second) as watch.profiler:
+        edit.loop(edit.session, edit.plan)
     key = f"self_{'cuda' if cuda else 'cpu'}_time_total"
-    return profiler.key_averages().table(key, row_limit=PROFILE_ROWS, max_name_column_width=60)
+    averages = watch.profiler.key_averages()
+    text = averages.table(key, row_limit=PROFILE_ROWS, max_name_column_width=60)
+    return {"profile": text.splitlines()}, text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import re
@@ -14,13 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import Field, field_validator
+import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from tokenflow.benchmarks import three_branch
 from tokenflow.benchmarks.meters import TOTAL, Meter
-from tokenflow.cache import build
-from tokenflow.cache.options import FAST, PreprocessOptions, arguments, parse_args
+from tokenflow.cache.build import build_cache
+from tokenflow.cache.options import FAST, Dtype, PreprocessOptions, arguments, parse_args
 from tokenflow.cache.source_cache import FORMAT
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
 from tokenflow.diffusion.model_names import MODELS
@@ -33,11 +33,9 @@ from tokenflow.diffusion.models import (
 from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
-from tokenflow.editing.results import result_folder
-from tokenflow.editing.techniques import load_technique, save_result
+from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
-from tokenflow.storage.work_dir import WorkDir, atomic_dir
 from tokenflow.storage.yaml_files import save_yaml
 from util import UserError
 
@@ -91,9 +89,7 @@ class Options(Model):
     steps: int = Field(50, ge=1, description="sampling steps")
     technique: Literal["pnp", "sdedit"] = Field("pnp", description="of edits")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="auto is float16 on CUDA, float32 elsewhere"
-    )
+    dtype: Dtype = Field("auto", description="auto is float16 on CUDA, float32 elsewhere")
     inversion: str = Field("fast", description="preprocess setting of the cache that is edited")
     work: str = Field("latents/benchmark", description="for models, clips, caches and results")
     warm_up: int = Field(1, ge=0, description="runs before the timed ones")
@@ -101,13 +97,6 @@ class Options(Model):
     memory_limit: float | None = Field(
         None, gt=0, description="GiB of a GPU's memory that may be taken, as if there were no more"
     )
-
-    @field_validator("size")
-    @classmethod
-    def _check_size(cls, size: str) -> str:
-        if not re.fullmatch(r"\d+(x\d+)?", size):
-            raise ValueError(f"{size}, expected a number of pixels, or HEIGHTxWIDTH")
-        return size
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,18 +139,6 @@ def setting_kind(name: str) -> Literal["edit", "preprocess"]:
 
 # ---------------------------------------------------------------------------------------------
 # Runs
-
-
-class Timed(NamedTuple):
-    """One timed run of a setting: `result` is an edit's latents, or preprocess's cache folder.
-
-    `processor` is the processor time, which other work on the machine hardly changes.
-    """
-
-    seconds: float
-    processor: float
-    images: int
-    result: Tensor | Path
 
 
 class PreparedEdit(NamedTuple):
@@ -246,47 +223,30 @@ class Bench:
 
     def ensure_cache(self, models: StableDiffusion) -> None:
         """Builds the cache that is edited, unless it exists."""
-        build.build_cache(self.cache, load=lambda *_: models)
+        build_cache(self.cache, load=lambda *_: models)
 
-    def build_cache(
-        self, name: str, models: StableDiffusion, meter: Meter, features: bool = True
-    ) -> Path:
-        """Builds a setting's cache in any case; returns its folder."""
-        with meter.watching(models.unet):
-            inputs = build.open_inputs(self.preprocess_options(name))
-            build.invert_clip(inputs, models, meter)
-            if features and inputs.features is not None:
-                build.add_features(inputs, models, meter)
-        return inputs.folder
+    def run(self, part: str, models: StableDiffusion, count_flops: bool = False) -> Meter:
+        """All that preprocess.py or a run script does, apart from loading models.
 
-    def run_preprocess(self, models: StableDiffusion, count_flops: bool = False) -> Meter:
-        """preprocess.py's own work, from reading the clip to its finished cache.
-
-        The stage "rest" is what no other stage times: writing the cache, and checksums.
+        The stage "rest" is what no other stage times: checks, writing the cache, and checksums.
         """
         meter = Meter(self.device, count_flops)
         start = time.perf_counter()
-        self.build_cache(self.options.inversion, models, meter)
+        with meter.watching(models.unet):
+            if part == "preprocess":
+                self.build(self.options.inversion, models, meter)
+            else:
+                config = self.edit_config()
+                self.technique.edit(config, overwrite=True, load=lambda *_: models, watch=meter)
         meter.add("rest", time.perf_counter() - start - sum(meter.seconds.values()))
         meter.add_total()
         return meter
 
-    def run_edit(self, models: StableDiffusion, count_flops: bool = False) -> Meter:
-        """A run script's own work, from checking the cache to the written result."""
-        config, name = self.edit_config(), self.technique.name
-        meter = Meter(self.device, count_flops)
-        with meter.watching(models.unet):
-            with meter("open"):
-                inputs = open_inputs(config)
-                self.technique.check(inputs)
-            session = EditSession(inputs, models, meter)
-            latents = session.edit_latents(self.technique.plan(session))
-            frames = session.decode(latents)
-            with atomic_dir(result_folder(inputs, name)) as folder:
-                session.work = WorkDir(folder)
-                save_result(name, session, frames, latents)
-        meter.add_total()
-        return meter
+    def build(self, name: str, models: StableDiffusion, meter: Meter, **changes: object) -> Path:
+        """Builds a setting's cache in any case, with changed options; returns its folder."""
+        changes |= {"overwrite": True}
+        options = self.preprocess_options(name).model_copy(update=changes)
+        return build_cache(options, load=lambda *_: models, watch=meter)
 
     def prepare_edit(self, name: str, models: StableDiffusion) -> PreparedEdit:
         """Opens an edit under a setting; it shares the models unless it compiles its own."""
@@ -299,16 +259,21 @@ class Bench:
         three_branch.check(session)
         return PreparedEdit(name, session, plan, three_branch.edit_latents)
 
-    def time_preprocess(self, name: str, models: StableDiffusion) -> Timed:
-        """Times inversion and reconstruction of latents, without the VAE, reading and writing."""
+    def time_preprocess(self, name: str, models: StableDiffusion) -> tuple[Meter, Path]:
+        """Times inversion and reconstruction of latents, without the VAE, reading and writing.
+
+        Returns:
+            a meter whose TOTAL is of these two, and the cache's folder.
+        """
         meter = Meter(self.device)
-        folder = self.build_cache(name, models, meter, features=False)
-        counts = (meter.seconds, meter.processor, meter.images)
-        return Timed(*(count["inversion"] + count["reconstruction"] for count in counts), folder)
+        with meter.watching(models.unet):
+            folder = self.build(name, models, meter, cache_features=False)
+        meter.add_total("inversion", "reconstruction")
+        return meter, folder
 
 
-def time_edit(edit: PreparedEdit) -> Timed:
-    """Times the denoising loop.
+def time_edit(edit: PreparedEdit) -> tuple[Meter, Tensor]:
+    """Times the denoising loop, as the stage TOTAL; also returns its latents.
 
     Raises:
         UserError: if the setting is `cached`, and the cached features did not serve it.
@@ -319,7 +284,7 @@ def time_edit(edit: PreparedEdit) -> Timed:
         latents = edit.loop(edit.session, edit.plan)
     if "cached" in edit.name.split("+") and edit.session.source_features != "cached":
         raise UserError(f"{edit.name}: the edit was computed live; the log says why")
-    return Timed(meter.seconds[TOTAL], meter.processor[TOTAL], meter.images[TOTAL], latents)
+    return meter, latents
 
 
 # ---------------------------------------------------------------------------------------------
@@ -346,17 +311,12 @@ def clip_of(source: Path, n_frames: int, work: Path) -> Path:
     """The clip itself if it is long enough, else one in `work` that plays it back and forth."""
     source = resolve_clip(source)
     clip = read_clip(source, n_frames, size=read_clip(source, 1).native_size)
-    if len(clip.frames) == n_frames:
+    missing = n_frames - len(clip.frames)
+    if not missing:
         return source
     digest = source_sha256(source)[:8]
     path = work / "clips" / f"{clip_name(source)}-{digest}-{n_frames}.mp4"
     if not path.is_file():
         log.info("%s: played back and forth for %d frames", source, n_frames)
-        save_video(path, clip.frames[back_and_forth(len(clip.frames), n_frames)], clip.fps)
+        save_video(path, np.pad(clip.frames, [(0, missing), *[(0, 0)] * 3], "reflect"), clip.fps)
     return path
-
-
-def back_and_forth(length: int, n_frames: int) -> list[int]:
-    """n_frames indices 0, 1, ..., length - 1, length - 2, ..., 1, 0, 1, ..."""
-    there = list(range(length))
-    return list(itertools.islice(itertools.cycle(there + there[-2:0:-1]), n_frames))

@@ -140,11 +140,7 @@ def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
 
 
 def check(session: EditSession) -> None:
-    """Refuses what the loop does not do.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuses what the loop does not do, by a UserError that names it."""
     for key, value in SERVED.items():
         found = getattr(session.config, key)
         if found != value:

@@ -61,6 +61,7 @@ def build_cache(
     load: Loader | None = None,
     wait: bool = True,
     group: ProcessGroup = SINGLE_PROCESS,
+    watch: Stopwatch | None = None,
 ) -> Path:
     """Builds the cache of one clip, resumes building it, or finds it complete.
 
@@ -68,6 +69,7 @@ def build_cache(
         load: what loads the models, `load_stable_diffusion` if None.
         wait: for another process that builds the same cache; else Busy is raised.
         group: the processes that build it together, each of which calls this.
+        watch: times the stages; a new one if None.
 
     Returns:
         the cache's folder.
@@ -88,7 +90,7 @@ def build_cache(
         if complete:
             log.info("%s already exists with these settings", inputs.folder)
         else:
-            watch = Stopwatch(inputs.device)
+            watch = watch or Stopwatch(inputs.device)
             with watch("load"):
                 key = inputs.checkpoint, inputs.device, inputs.dtype, options.allow_pickle
                 models = (load or load_stable_diffusion)(*key)

@@ -28,7 +28,7 @@ from tokenflow.editing.results import (
     save_clips,
 )
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
-from tokenflow.ops.profiling import device_name, peak_memory_bytes, versions
+from tokenflow.ops.profiling import Stopwatch, device_name, peak_memory_bytes, versions
 from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
 from tokenflow.storage.yaml_files import save_yaml
 from util import setup_logging
@@ -82,6 +82,7 @@ class Technique:
         overwrite: bool = False,
         load: Loader | None = None,
         group: ProcessGroup = SINGLE_PROCESS,
+        watch: Stopwatch | None = None,
     ) -> Path:
         """Edits a preprocessed clip, unless a finished result exists.
 
@@ -89,6 +90,7 @@ class Technique:
             overwrite: write it again in any case.
             load: loads the models; `load_stable_diffusion` if None.
             group: the processes that make the edit together, each of which calls this.
+            watch: times the stages; a new one if None.
 
         Returns:
             the result's folder.
@@ -101,7 +103,7 @@ class Technique:
             self.check(inputs)
         with open_result(self.name, inputs, overwrite) as (folder, work):
             if work is not None:
-                session = EditSession(inputs, load=load, work=work)
+                session = EditSession(inputs, watch=watch, load=load, work=work)
                 latents = session.edit_latents(self.plan(session))
                 save_result(self.name, session, session.decode(latents), latents)
         return folder
