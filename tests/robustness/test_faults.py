@@ -34,9 +34,7 @@ import yaml
 from filelock import FileLock
 
 import preprocess
-import run_tokenflow_controlnet
 import run_tokenflow_pnp
-import run_tokenflow_sdedit
 from tests.helpers import HEIGHT, WIDTH, arguments, make_clip, make_image_folder
 from tests.robustness.faults import Child, hidden, saved_figures, snapshot, visible
 from tokenflow.cache import build
@@ -49,6 +47,7 @@ from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
 from tokenflow.editing import results
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.techniques import load_technique
 from tokenflow.storage import video
 from tokenflow.storage import work_dir as folders
 from tokenflow.storage.work_dir import is_locked
@@ -58,11 +57,6 @@ from util import UserError, command_line
 ROOT = Path(__file__).resolve().parents[2]
 N_FRAMES = 4
 SEED = int(os.environ.get("FAULTS_SEED", "6"))
-SCRIPTS = {
-    "pnp": (run_tokenflow_pnp, run_tokenflow_pnp.PnPConfig),
-    "sdedit": (run_tokenflow_sdedit, run_tokenflow_sdedit.SDEditConfig),
-    "controlnet": (run_tokenflow_controlnet, run_tokenflow_controlnet.ControlNetConfig),
-}
 
 long = pytest.mark.slow
 
@@ -163,10 +157,11 @@ class World:
         return small | keys
 
     def config(self, technique: str = "pnp", **keys: object) -> EditConfig:
-        return SCRIPTS[technique][1](**self.keys(technique, **keys))
+        return load_technique(technique).config(**self.keys(technique, **keys))
 
     def edit(self, technique: str = "pnp", overwrite: bool = False, **keys: object) -> Path:
-        return SCRIPTS[technique][0].edit(self.config(technique, **keys), overwrite, self.load)
+        config = self.config(technique, **keys)
+        return load_technique(technique).edit(config, overwrite, self.load)
 
     def job(self, name: str) -> Job:
         """The job of a name."""
@@ -427,18 +422,34 @@ def is_yaml(data: bytes) -> bool:
     return b"\nfiles:\n" in data
 
 
-@contextmanager
-def damaged(path: Path, content: bytes | None) -> Iterator[None]:
-    """A file with another content, or gone, for a while."""
-    data = path.read_bytes()
+def put(path: Path, content: bytes | None) -> None:
+    """Replaces a file's content; None: removes it."""
     if content is None:
         path.unlink()
     else:
         path.write_bytes(content)
+
+
+@contextmanager
+def damaged(path: Path, content: bytes | None) -> Iterator[None]:
+    """A file with another content, or gone, for a while."""
+    data = path.read_bytes()
+    put(path, content)
     try:
         yield
     finally:
         path.write_bytes(data)
+
+
+def harms(rng: random.Random, folder: Path, other: Path) -> list[tuple[Path, str, bytes | None]]:
+    """All ways to damage each file of a folder; `other` is one of another clip."""
+    return [
+        (path, kind, content)
+        for path in visible(folder)
+        for kind, content in damages(
+            rng, path.read_bytes(), (other / path.relative_to(folder)).read_bytes()
+        )
+    ]
 
 
 def verified(world: World, place: Path) -> str:
@@ -494,13 +505,7 @@ def test_damage_in_a_cache(world, tally, rng, tmp_path, edits):
     job = world.job("pnp")
     place = job.place(tmp_path / "place")
     cache, other = place / world.cache, world.whole("other").place / world.other_cache
-    todo = [
-        (path, kind, content)
-        for path in visible(cache)
-        for kind, content in damages(
-            rng, path.read_bytes(), (other / path.relative_to(cache)).read_bytes()
-        )
-    ]
+    todo = harms(rng, cache, other)
     if edits is not None:
         todo = rng.sample(todo, 20 * edits)
     tried = range(len(todo)) if edits is None else rng.sample(range(len(todo)), edits)
@@ -519,7 +524,7 @@ def test_damage_in_a_cache(world, tally, rng, tmp_path, edits):
 
 def edit_of_damaged(world: World, job: Job, place: Path) -> None:
     """An edit without --verify: refused with the file and the remedy, or right to the bit."""
-    child = Child(lambda: command_line(lambda _: job.run()), place)
+    child = Child(as_script(job.run), place)
     if child.end() == 0:
         assert lying_in(place / job.folder) == world.whole(job.name).made
         shutil.rmtree(place / job.folder)
@@ -542,10 +547,7 @@ def test_the_advised_command_mends_damage(world, tally, rng, tmp_path, part, fil
         data = (place / path).read_bytes()
         content = rng.choice([content for _, content in damages(rng, data, data)])
         with tally.fault("damage mended as advised"):
-            if content is None:
-                (place / path).unlink()
-            else:
-                (place / path).write_bytes(content)
+            put(place / path, content)
             said = verified(world, place)
             obey(world, place, said)
             assert verified(world, place) == ""
@@ -575,21 +577,12 @@ def test_damage_in_a_result(world, tally, rng, tmp_path, most):
     others = world.whole("pnp").place / job.folder
     if most > 2:
         others = world.whole("sdedit").place / world.job("sdedit").folder
-    todo = [
-        (path, kind, content)
-        for path in visible(place / job.folder)
-        for kind, content in damages(
-            rng, path.read_bytes(), (others / path.relative_to(place / job.folder)).read_bytes()
-        )
-    ]
+    todo = harms(rng, place / job.folder, others)
     for path, kind, content in rng.sample(todo, min(most, len(todo))):
         fast = content is None or kind == "files cut short"
         assert (place / job.folder).exists()
         with tally.fault(f"{kind}, result"):
-            if content is None:
-                path.unlink()
-            else:
-                path.write_bytes(content)
+            put(path, content)
             child = Child(partial(world.edit, verify=not fast), place)
             assert child.end() == 0, child.output
             if path.name != "run.yaml":  # without it there is no result, or another one
@@ -606,7 +599,7 @@ def test_foreign_files_in_a_result(world, tally, tmp_path):
     path = place / world.job("pnp").folder / "frames" / "notes.txt"
     path.write_text("mine")
     with tally.fault("foreign files"):
-        child = Child(lambda: command_line(lambda _: world.edit(verify=True)), place)
+        child = Child(as_script(partial(world.edit, verify=True)), place)
         assert f"{path.relative_to(place)}: does not belong there" in the_line(child)
         assert path.read_text() == "mine"
 
@@ -638,6 +631,11 @@ class Meeting:
         self._here.send_bytes(b"!")
 
 
+def as_script(run: Callable[[], object]) -> Callable[[], None]:
+    """Work as a script's main runs it: one line and an exit status for an error."""
+    return lambda: command_line(lambda _: run())
+
+
 def meeting_at_first_save(run: Callable[[], object], meeting: Meeting) -> Callable[[], object]:
     """Work that waits at the meeting when it has saved for the first time."""
 
@@ -654,6 +652,14 @@ def meeting_at_first_save(run: Callable[[], object], meeting: Meeting) -> Callab
         run()
 
     return run_and_meet
+
+
+def stopped_at_first_save(job: Job, place: Path) -> tuple[Child, Meeting]:
+    """A script that waits, at a meeting, where it has saved for the first time."""
+    meeting = Meeting()
+    child = Child(as_script(meeting_at_first_save(job.run, meeting)), place)
+    meeting.await_child(child)
+    return child, meeting
 
 
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -675,11 +681,9 @@ def check_interrupted(world: World, job: Job, place: Path, output: str) -> None:
     + [at_length(name, number) for name in ("cache", "overwrite", "live") for number in ENDS],
 )
 def test_a_signal_ends_with_how_to_go_on(world, tally, tmp_path, name, number):
-    job, meeting = world.job(name), Meeting()
+    job = world.job(name)
     place = job.place(tmp_path / "place")
-    run = meeting_at_first_save(job.run, meeting)
-    child = Child(lambda: command_line(lambda _: run()), place)
-    meeting.await_child(child)
+    child, _ = stopped_at_first_save(job, place)
     with tally.fault("signals"):
         child.send(number)
         assert child.end() == ENDS[number]
@@ -700,7 +704,7 @@ def test_signals_at_random_moments(world, tally, rng, tmp_path, name):
             meeting.say()
             job.run()
 
-        child = Child(lambda: command_line(lambda _: begin()), place)
+        child = Child(as_script(begin), place)
         meeting.await_child(child)
         if child.end(rng.uniform(0, seconds)) is not None:
             continue
@@ -754,14 +758,14 @@ def test_a_signal_to_the_script_itself(world, tally, tmp_path, name, number, see
 # Disks
 
 
-def as_script(job: Job) -> Callable[[], object]:
-    """A job as a script's main runs it, on a disk whose room nobody checks beforehand."""
+def unchecked(run: Callable[[], object]) -> Callable[[], None]:
+    """A script on a disk whose room nobody checks beforehand."""
 
-    def run() -> None:
+    def run_unchecked() -> None:
         preprocess_inputs.check_free_space = lambda *args: None
-        command_line(lambda _: job.run())
+        as_script(run)()
 
-    return run
+    return run_unchecked
 
 
 def check_refused(world: World, job: Job, place: Path, child: Child, reason: str) -> None:
@@ -811,7 +815,7 @@ def test_a_disk_that_runs_full(world, tally, rng, tmp_path, name, times):
         with small_disk(tmp_path / f"disk{number}", size) as disk:
             place = job.place(disk / "place")
             with tally.fault("full disks"):
-                child = Child(as_script(job), place)
+                child = Child(unchecked(job.run), place)
                 child.end()
                 check_refused(world, job, place, child, "No space left on device")
                 remount(disk, "size=100m")
@@ -829,7 +833,7 @@ def test_files_that_cannot_be_written(world, tally, tmp_path, name, size):
 
     def run() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        as_script(job)()
+        unchecked(job.run)()
 
     with tally.fault("full disks"):
         child = Child(run, place)
@@ -848,7 +852,7 @@ def test_disks_that_fail_from_a_moment_on(world, tally, rng, tmp_path, name, tim
         place = job.place(cleared(tmp_path / "place"))
         number = rng.choice([errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
         with tally.fault("disks that fail"):
-            child = Child(as_script(job), place, rng.randrange(calls // 2), number)
+            child = Child(unchecked(job.run), place, rng.randrange(calls // 2), number)
             child.end()
             check_refused(world, job, place, child, os.strerror(number))
             finish(world, job, place)
@@ -861,11 +865,11 @@ def test_room_is_checked_beforehand(world, tally, tmp_path):
     needed = bytes_in(world.whole("cache").place)
     with small_disk(tmp_path / "disk", needed // 2) as disk, tally.fault("full disks"):
         place = job.place(disk / "place")
-        child = Child(lambda: command_line(lambda _: job.run()), place)
+        child = Child(as_script(job.run), place)
         child.end()
         assert re.search(r"are needed, .* are free; make some", the_line(child))
         assert not (place / job.folder).exists()
-        child = Child(as_script(job), place)
+        child = Child(unchecked(job.run), place)
         child.end()
         check_refused(world, job, place, child, "No space left on device")
         remount(disk, f"size={needed + 40 * 4096}")
@@ -889,7 +893,7 @@ def test_a_read_only_disk(world, tally, tmp_path):
             lambda: world.edit(latents_path=latents, output_path=str(disk / "out")),
             lambda: world.preprocess(save_dir=latents, overwrite=""),
         ):
-            child = Child(lambda: command_line(lambda _: run()), place)  # noqa: B023
+            child = Child(as_script(run), place)
             child.end()
             assert "cannot be written to" in the_line(child)
 
@@ -898,78 +902,40 @@ def test_a_read_only_disk(world, tally, tmp_path):
 # What vanishes
 
 
-def test_a_video_that_vanishes(world, tally, tmp_path):
-    """Between its being found and its being read, and while it is read."""
-    for moment in ("resolve_clip", "read_clip"):
-        place = cleared(tmp_path / "place")
-        place.mkdir()
-        clip = shutil.copy(world.clip, place)
-
-        def run(moment: str = moment, clip: Path = clip) -> None:
-            call = getattr(preprocess_inputs, moment)
-
-            def call_and_remove(*args: object, **options: object) -> object:
-                found = call(*args, **options)
-                os.remove(clip)
-                return found
-
-            setattr(preprocess_inputs, moment, call_and_remove)
-            command_line(lambda _: world.preprocess(data_path=clip))
-
-        with tally.fault("sources that vanish"):
-            child = Child(run, place)
-            child.end()
-            assert the_line(child).startswith(f"error: {clip}: no such")
-            assert not (place / "latents").exists()
-
-
-@pytest.mark.parametrize("change", ["another clip", "an image less"])
-def test_a_clip_that_changes_while_it_is_read(world, tally, tmp_path, change):
-    """Its frames would be kept under the name of others."""
-    clip = make_image_folder(tmp_path / "clip", N_FRAMES)
+@pytest.mark.parametrize(
+    ("kind", "moment", "harm", "reason"),
+    [
+        ("video", "resolve_clip", os.remove, ": no such"),
+        ("video", "read_clip", os.remove, ": no such"),
+        ("folder", "resolve_clip", shutil.rmtree, ""),
+        ("folder", "folder_images", lambda clip: os.remove(clip / "00000.jpg"), "/00000.jpg"),
+        ("folder", "read_clip", lambda clip: os.remove(clip / "00001.jpg"), ": changed while"),
+        ("folder", "read_clip", lambda clip: shutil.copy(*sorted(clip.iterdir())[:2]), ": changed"),
+    ],
+)
+def test_a_clip_that_vanishes_or_changes(world, tally, tmp_path, kind, moment, harm, reason):
+    """After a function has found or read it: its frames would be kept under the name of others."""
     place = tmp_path / "place"
     place.mkdir()
+    is_video = kind == "video"
+    clip = shutil.copy(world.clip, place) if is_video else make_image_folder(place / "a", N_FRAMES)
+    module = preprocess_inputs if hasattr(preprocess_inputs, moment) else video
 
     def run() -> None:
-        read = preprocess_inputs.read_clip
+        call = getattr(module, moment)
 
-        def read_and_change(*args: object, **options: object) -> object:
-            found = read(*args, **options)
-            if change == "an image less":
-                (clip / "00001.jpg").unlink()
-            else:
-                shutil.copy(clip / "00001.jpg", clip / "00002.jpg")
+        def call_and_harm(path: Path, *args: object, **options: object) -> object:
+            found = call(path, *args, **options)
+            harm(path)
             return found
 
-        preprocess_inputs.read_clip = read_and_change
-        command_line(lambda _: world.preprocess(data_path=clip))
+        setattr(module, moment, call_and_harm)
+        world.preprocess(data_path=clip)
 
     with tally.fault("sources that vanish"):
-        child = Child(run, place)
+        child = Child(as_script(run), place)
         child.end()
-        assert f"{clip}: changed while it was read; run the same command again" in the_line(child)
-        assert not (place / "latents").exists()
-
-
-@pytest.mark.parametrize("what", ["an image", "the folder"])
-def test_a_clip_s_folder_that_vanishes(world, tally, tmp_path, what):
-    clip = make_image_folder(tmp_path / "clip", N_FRAMES)
-    place = tmp_path / "place"
-    place.mkdir()
-
-    def run() -> None:
-        if what == "an image":
-            open_image = video.read_image
-            video.read_image = lambda path: (path.unlink(), open_image(path))[1]
-        else:
-            resolve = preprocess_inputs.resolve_clip
-            preprocess_inputs.resolve_clip = lambda path: (resolve(path), shutil.rmtree(path))[0]
-        command_line(lambda _: world.preprocess(data_path=clip))
-
-    with tally.fault("sources that vanish"):
-        child = Child(run, place)
-        child.end()
-        assert the_line(child).startswith(f"error: {clip}")
+        assert the_line(child).startswith(f"error: {clip}{reason}")
         assert not (place / "latents").exists()
 
 
@@ -983,11 +949,9 @@ def test_a_clip_s_folder_that_vanishes(world, tally, tmp_path, what):
 )
 def test_a_cache_that_vanishes_under_an_edit(world, tally, tmp_path, name, part):
     """The edit says so, or had read what it needs; nothing is left that looks whole."""
-    job, meeting = world.job(name), Meeting()
+    job = world.job(name)
     place = job.place(tmp_path / "place")
-    run = meeting_at_first_save(job.run, meeting)
-    child = Child(lambda: command_line(lambda _: run()), place)
-    meeting.await_child(child)
+    child, meeting = stopped_at_first_save(job, place)
     with tally.fault("caches that vanish"):
         shutil.move(place / world.cache / part, tmp_path / "away")
         meeting.let_go()
@@ -1004,11 +968,9 @@ def test_a_cache_that_vanishes_under_an_edit(world, tally, tmp_path, name, part)
 
 @long
 def test_work_that_vanishes_under_its_maker(world, tally, tmp_path):
-    job, meeting = world.job("cache"), Meeting()
+    job = world.job("cache")
     place = job.place(tmp_path / "place")
-    run = meeting_at_first_save(job.run, meeting)
-    child = Child(lambda: command_line(lambda _: run()), place)
-    meeting.await_child(child)
+    child, meeting = stopped_at_first_save(job, place)
     with tally.fault("caches that vanish"):
         shutil.rmtree(place / world.cache.with_name(f".{world.cache.name}.work"))
         meeting.let_go()
@@ -1061,11 +1023,10 @@ def test_two_at_once(world, tally, tmp_path, name):
 @long
 def test_a_cache_overwritten_under_an_edit(world, tally, tmp_path):
     """The edit is refused at its end, since it read from two caches."""
-    job, reads = world.job("live"), Meeting()
+    job = world.job("live")
     place = job.place(tmp_path / "place")
     with tally.fault("two processes at once"):
-        edit = Child(lambda: command_line(lambda _: meeting_at_first_save(job.run, reads)()), place)
-        reads.await_child(edit)
+        edit, reads = stopped_at_first_save(job, place)
         options = {"inversion_prompt": "a wolf", "overwrite": ""}
         overwrite = Child(partial(world.preprocess, **options), place)
         assert overwrite.end() == 0, overwrite.output

@@ -29,24 +29,18 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 
 import preprocess
-import run_tokenflow_controlnet
-import run_tokenflow_pnp
-import run_tokenflow_sdedit
 from tests.helpers import HEIGHT, WIDTH, invert, make_clip
 from tokenflow.cache import build
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.editing.inputs import open_inputs
-from tokenflow.editing.results import result_folder
+from tokenflow.editing.results import TECHNIQUES, result_folder
+from tokenflow.editing.techniques import load_technique
 from tokenflow.storage import video
 from tokenflow.storage.schema import choices_of, load_config, plain_type
 from util import UserError
 
-SCRIPTS = {
-    "pnp": (run_tokenflow_pnp, run_tokenflow_pnp.PnPConfig),
-    "sdedit": (run_tokenflow_sdedit, run_tokenflow_sdedit.SDEditConfig),
-    "controlnet": (run_tokenflow_controlnet, run_tokenflow_controlnet.ControlNetConfig),
-}
-KEYS = sorted({key for _, cls in SCRIPTS.values() for key in cls.model_fields})
+CONFIGS = {name: load_technique(name).config for name in TECHNIQUES}
+KEYS = sorted({key for cls in CONFIGS.values() for key in cls.model_fields})
 HANG = 120  # seconds for one input, after which the process is ended with a traceback
 SLOW = timedelta(seconds=20)  # for one input, on a busy machine
 MEMORY = 1 << 30  # bytes that all inputs together may take beyond what was taken before
@@ -211,25 +205,40 @@ GOOD = {
 
 def check_config(place, technique, content, overrides=()):
     """Run a script with a configuration file and overrides; returns how it ended."""
-    module, cls = SCRIPTS[technique]
     path = place.parent / f"{place.name}.yaml"
     path.write_bytes(content)
-    before = state(place)
     words = [word for override in overrides for word in ("--set", override)]
-    outcome = outcome_of(module.main, ["--config", str(path), *words])
-    allowed = None
-    if outcome == "accepted":
-        config = load_config(cls, path, overrides)
-        folder = Path(os.path.abspath(result_folder(open_inputs(config), technique)))
-        allowed = Path(os.path.abspath(config.output_path))
-        clip, name = folder.relative_to(allowed / technique).parts
-        assert clip == "clip" and re.fullmatch("[a-z0-9-]{1,80}", name)
-    changed = state(place).items() ^ before.items()
-    for name in dict(changed):
-        inside = allowed is not None and (place / name).is_relative_to(allowed)
-        above = allowed is not None and allowed.is_relative_to(place / name)
-        assert inside or above, f"{name} was changed"
+
+    def folder():
+        config = load_config(CONFIGS[technique], path, overrides)
+        return config.output_path, result_folder(open_inputs(config), technique)
+
+    main = load_technique(technique).main
+    outcome, parts = check_run(place, main, ["--config", str(path), *words], folder)
+    assert not parts or parts[:2] == (technique, "clip")
+    assert not parts or re.fullmatch("[a-z0-9-]{1,80}", parts[2])
     return outcome
+
+
+def check_run(place, main, argv, folder):
+    """Run a script: no file may change outside of its output folder, or at all if it is refused.
+
+    Args:
+        folder: gives the output folder and the folder in it, if the input is accepted.
+
+    Returns:
+        how it ended, and the parts of the path of the folder in the output folder.
+    """
+    before, allowed, parts = state(place), None, ()
+    outcome = outcome_of(main, argv)
+    if outcome == "accepted" and not {"-h", "--help"} & set(argv):
+        allowed, found = map(os.path.abspath, folder())
+        parts = Path(found).relative_to(allowed).parts
+    for name in dict(state(place).items() ^ before.items()):
+        inside = allowed is not None and (place / name).is_relative_to(allowed)
+        above = allowed is not None and Path(allowed).is_relative_to(place / name)
+        assert inside or above, f"{name} was changed"
+    return outcome, parts
 
 
 def structured(keys):
@@ -238,7 +247,7 @@ def structured(keys):
 
 
 MAPPINGS = st.dictionaries(st.one_of(st.sampled_from(KEYS), TEXTS), VALUES, max_size=6)
-TECHNIQUES = st.sampled_from(sorted(SCRIPTS))
+TECHNIQUE = st.sampled_from(sorted(CONFIGS))
 CONFIG_BYTES = st.one_of(
     st.binary(max_size=400),
     SIGNS.map(str.encode),
@@ -264,7 +273,7 @@ def plausible(technique):
         }
         return kinds[plain_type(field.annotation)]
 
-    fields = SCRIPTS[technique][1].model_fields.items()
+    fields = CONFIGS[technique].model_fields.items()
     pairs = [st.tuples(st.just(name), value(field)).map("=".join) for name, field in fields]
     return st.tuples(st.just(technique), st.lists(st.one_of(pairs), min_size=1, max_size=2))
 
@@ -279,37 +288,26 @@ OVERRIDES = st.lists(
 
 
 def try_configs(place, n):
-    total = Counter()
-    total += campaign(
-        "configuration files", n, lambda *args: check_config(place, *args), TECHNIQUES, CONFIG_BYTES
-    )
-    total += campaign(
-        "mutated configurations",
-        n,
-        lambda technique, change: check_config(place, technique, change(structured(GOOD))),
-        TECHNIQUES,
-        MUTATIONS,
-    )
-    total += campaign(
-        "overrides",
-        n,
-        lambda technique, overrides: check_config(place, technique, structured(GOOD), overrides),
-        TECHNIQUES,
-        OVERRIDES,
-    )
-    total += campaign(
-        "plausible overrides",
-        n,
-        lambda pair: check_config(place, pair[0], structured(GOOD), pair[1]),
-        TECHNIQUES.flatmap(plausible),
-    )
+    def check(technique, content=None, overrides=()):
+        return check_config(
+            place, technique, structured(GOOD) if content is None else content, overrides
+        )
+
+    def check_mutated(technique, change):
+        return check(technique, change(structured(GOOD)))
+
+    total = campaign("configuration files", n, check, TECHNIQUE, CONFIG_BYTES)
+    total += campaign("mutated configurations", n, check_mutated, TECHNIQUE, MUTATIONS)
+    total += campaign("overrides", n, lambda t, o: check(t, None, o), TECHNIQUE, OVERRIDES)
+    plausible_pairs = TECHNIQUE.flatmap(plausible)
+    total += campaign("plausible overrides", n, lambda p: check(p[0], None, p[1]), plausible_pairs)
     return total
 
 
 def try_every_key(place):
     """Every hostile text for every key of one technique, and for every option of preprocess.py."""
     outcomes, began = Counter(), time.monotonic()
-    for key in SCRIPTS["controlnet"][1].model_fields:
+    for key in CONFIGS["controlnet"].model_fields:
         for text in HOSTILE_TEXTS:
             with no_hang():
                 override = f"{key}={text}"
@@ -345,19 +343,13 @@ def check_preprocess(place, words):
     good = f"--data_path clip.mp4 --model_key model --save_dir new --device cpu --H {HEIGHT}"
     good += f" --W {WIDTH} --n_frames 2 --steps 10 --save_steps 5 --no_cache_features"
     argv = [*good.split(), *(word for pair in words for word in pair)]
-    before = state(place)
-    outcome = outcome_of(preprocess.main, argv)
-    allowed = None
-    if outcome == "accepted" and not {"-h", "--help"} & set(argv):
+
+    def folder():
         args = preprocess.parse_args(argv)
-        allowed = Path(os.path.abspath(args.save_dir))
-        folder = Path(os.path.abspath(build.open_inputs(args).folder))
-        assert len(folder.relative_to(allowed).parts) == 4
-    changed = state(place).items() ^ before.items()
-    for name in dict(changed):
-        inside = allowed is not None and (place / name).is_relative_to(allowed)
-        above = allowed is not None and allowed.is_relative_to(place / name)
-        assert inside or above, f"{name} was changed"
+        return args.save_dir, build.open_inputs(args).folder
+
+    outcome, parts = check_run(place, preprocess.main, argv, folder)
+    assert len(parts) in (0, 4)
     return outcome
 
 
