@@ -315,7 +315,7 @@ def saved_evaluations(world: World, job: Job, place: Path) -> int:
         return whole.evaluated if finished else saved_figures(folder).get("image_forwards", 0)
     finished = folder.exists() and lying_in(folder)[0] == whole.made[0]
     if job.overwrites:
-        finished = finished and (folder / build.OVERWRITING).exists()
+        finished = finished and not (folder / FEATURES).exists()
     if not finished:
         return sum(saved_figures(folder).get("image_forwards", {}).values())
     left = 0

@@ -51,7 +51,6 @@ DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
 FEATURE_BATCH = 8  # frames at once in the source pass of edits, at most
 SAVE_EVERY = 10  # steps of the reconstruction
 COUNTED_STAGES = ("inversion", "reconstruction")  # whose evaluations of the UNet are counted
-OVERWRITING = ".overwriting"  # in a cache that --overwrite replaced, until it has its features
 
 T = TypeVar("T")
 
@@ -100,8 +99,6 @@ def build_cache(
                     report_reconstruction(manifest)
             if inputs.features is not None:
                 add_features(inputs, models, watch)
-        if group.is_main:
-            (inputs.folder / OVERWRITING).unlink(missing_ok=True)
     return inputs.folder
 
 
@@ -114,8 +111,8 @@ def _find_work(inputs: PreprocessInputs) -> tuple[bool, bool]:
     recover(inputs.folder)
     recover(inputs.folder / FEATURES)
     verify = inputs.options.verify
-    discard = inputs.options.overwrite and not _is_overwritten(inputs)
-    inverted = not discard and _has_inversion(inputs, verify)
+    keep = _was_overwritten(inputs) if inputs.options.overwrite else True
+    inverted = keep and _has_inversion(inputs, verify)
     complete = inverted and (inputs.features is None or _has_features(inputs, verify))
     if not complete:
         check_disk(inputs, inverted)
@@ -143,17 +140,16 @@ def _has_inversion(inputs: PreprocessInputs, verify: bool = False) -> bool:
     return True
 
 
-def _is_overwritten(inputs: PreprocessInputs) -> bool:
-    """Whether an interrupted run with --overwrite built the cache again, except its features.
+def _was_overwritten(inputs: PreprocessInputs) -> bool:
+    """Whether --overwrite finds a cache with these settings and no damage that lacks its features.
 
-    The same command then adds these, unless the cache is damaged or has other settings.
+    An interrupted run with --overwrite built it; the same command then adds the features.
     """
-    if inputs.features is None or not (inputs.folder / OVERWRITING).is_file():
+    if inputs.features is None or (inputs.folder / FEATURES).exists():
         return False
     try:
         return _has_inversion(inputs, verify=True)
-    except UserError as error:
-        log.warning("%s", error)
+    except UserError:
         return False
 
 
@@ -196,10 +192,7 @@ def invert_clip(inputs: PreprocessInputs, models: StableDiffusion, watch: Stopwa
     watch.add("read", inputs.read_seconds)
     depends_on = {"format": FORMAT, **identity(inputs.manifest)}
     with resumable_dir(inputs.folder, depends_on, inputs.group) as work:
-        manifest = _Inversion(inputs, models, work, watch).run()
-        if inputs.options.overwrite and inputs.features is not None and work.writes:
-            (work.folder / OVERWRITING).touch()
-        return manifest
+        return _Inversion(inputs, models, work, watch).run()
 
 
 def add_features(inputs: PreprocessInputs, models: StableDiffusion, watch: Stopwatch) -> None:

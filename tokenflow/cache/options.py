@@ -25,6 +25,7 @@ from util import ArgumentParser, shown
 # The cheapest that reconstructs 5 dB better than 500 plain steps sampled with 500: see
 # docs/performance.md. Most steps end after their first evaluation, a few take all three.
 FAST = {"steps": 50, "save_steps": 50, "inversion_iters": 3, "inversion_tol": 1e-3}
+CONTROL_OPTIONS = ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high")
 
 
 def _spelled(settings: dict[str, Any]) -> str:
@@ -176,13 +177,7 @@ class PreprocessOptions(Model):
                     "the timesteps of the one must be among the other's"
                 )
         if self.sd_version != "ControlNet":
-            for name in (
-                "control",
-                "controlnet_key",
-                "controlnet_scale",
-                "canny_low",
-                "canny_high",
-            ):
+            for name in CONTROL_OPTIONS:
                 if getattr(self, name) != default(name):
                     raise ValueError(f"--{name}: goes with --sd_version ControlNet only")
         if self.canny_low > self.canny_high:

@@ -39,13 +39,6 @@ def check_kind(path: Path) -> None:
         raise UserError(f"{path}: neither a file nor a folder, but a pipe, a socket or a device")
 
 
-def list_folder(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
-
-
 def check_size(where: object, height: int, width: int) -> None:
     """Refuses a frame's size above the limits.
 
@@ -68,7 +61,7 @@ def folder_images(folder: Path) -> list[Path]:
     """
     images = [
         entry
-        for entry in list_folder(folder)
+        for entry in sorted(folder.iterdir())
         if entry.suffix.lower() in IMAGE_SUFFIXES
         and not entry.name.startswith(".")
         and (entry.is_symlink() or not entry.is_dir())

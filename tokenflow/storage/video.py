@@ -24,7 +24,6 @@ from tokenflow.storage.images import (
     default_size,
     fit_frame,
     folder_images,
-    list_folder,
     read_image,
 )
 from util import MissingFileError, UserError, atomic_file, check_text, sha256_file
@@ -120,7 +119,7 @@ def resolve_clip(path: str | Path) -> Path:
     if os.path.exists(path):
         check_kind(path)
         return path
-    siblings = list_folder(path.parent) if os.path.isdir(path.parent) else []
+    siblings = sorted(path.parent.iterdir()) if os.path.isdir(path.parent) else []
     found = [p for p in siblings if p.stem == path.name and p.suffix.lower() in VIDEO_SUFFIXES]
     if not found:
         raise MissingFileError(f"{path}: no such video or folder")

@@ -3,8 +3,8 @@
     <parent>/<name>/                 the finished directory
     <parent>/.<name>.lock            locked by the process that writes it
     <parent>/.<name>.work/           unfinished work
-        work.json                    what it depends on; work on anything else is discarded
-        checkpoint.safetensors       where it resumes
+        checkpoint.safetensors       where it resumes, and what it depends on: other work is
+                                     discarded
         folder/                      becomes <name>
         old/                         what <name> replaces, between two renames
 
@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.manifest import FileRecord, file_record
-from util import MissingFileError, UserError, atomic_file, save_tensors, sync_folder
+from util import MissingFileError, UserError, save_tensors, sync_folder
 
 log = logging.getLogger("tokenflow")
 
@@ -170,12 +170,14 @@ class WorkDir:
         checkpoint: as last saved, by this process or an earlier one; None at the beginning.
         sizes: of the files that were there then, in bytes, by path within the directory.
         writes: whether `save` writes; of several processes, that of the main one does.
+        work: all that the contents depend on, as JSON.
     """
 
     folder: Path
     checkpoint: Checkpoint | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     writes: bool = True
+    work: str = ""
 
     def save(self, stage: str, tensors: Mapping[str, torch.Tensor], **figures: Any) -> None:
         """Writes the checkpoint that work resumes from, with all files that are there now.
@@ -189,8 +191,8 @@ class WorkDir:
         self._list_files()
         # Copies, since safetensors takes no two tensors that share memory.
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        text = json.dumps({"stage": stage, "figures": figures, "sizes": self.sizes})
-        save_tensors(_checkpoint_file(self.folder.parent), copies, {"state": text})
+        state = {"work": self.work, "stage": stage, "figures": figures, "sizes": self.sizes}
+        save_tensors(_checkpoint_file(self.folder.parent), copies, {"state": json.dumps(state)})
 
     def record_files(self) -> dict[str, FileRecord]:
         """What a manifest says of each file: bytes and sha256, by path within the directory.
@@ -240,61 +242,52 @@ def resumable_dir(
         group.barrier()
         return
     recover(folder)
-    work_dir = _resume(folder, work) or _begin(folder, work)
+    label, place = json.dumps(work, sort_keys=True), _work_place(folder)
+    work_dir = _resume(folder, label)
+    if work_dir is None:
+        _remove(place)
+        (place / "folder").mkdir(parents=True)
+        work_dir = WorkDir(place / "folder", work=label)
     group.broadcast(work_dir.checkpoint is not None)
     try:
         yield work_dir
     except BaseException:
         if work_dir.checkpoint is None:
-            _remove(_work_place(folder))  # there is nothing to resume from
+            _remove(place)  # there is nothing to resume from
         raise
     _put_in_place(folder)
     group.barrier()
 
 
-def _begin(folder: Path, work: Mapping[str, Any]) -> WorkDir:
-    place = _work_place(folder)
-    _remove(place)
-    (place / "folder").mkdir(parents=True)
-    with atomic_file(place / "work.json") as temporary:
-        temporary.write_text(_label(work), encoding="utf-8")
-    return WorkDir(place / "folder")
-
-
-def _resume(folder: Path, work: Mapping[str, Any]) -> WorkDir | None:
+def _resume(folder: Path, label: str) -> WorkDir | None:
     """The same work as last saved; None where nothing was saved, or it is damaged."""
     place = _work_place(folder)
-    label = place / "work.json"
-    if not label.is_file() or label.read_bytes() != _label(work).encode():
-        return None
     if not _checkpoint_file(place).is_file():
         return None
-    checkpoint, sizes = _read_checkpoint(place)
+    checkpoint, state = _read_checkpoint(place)
     if checkpoint is None:
         log.warning("%s: damaged; the work starts from the beginning", _checkpoint_file(place))
         return None
+    if state["work"] != label:
+        return None
     for path in (place / "folder").rglob(".*"):
         path.unlink()  # the temporary file of a process that was killed
-    for name, size in sizes.items():
+    for name, size in state["sizes"].items():
         path = place / "folder" / name
         if not path.is_file() or path.stat().st_size != size:
             log.warning("%s: damaged; the work starts from the beginning", path)
             return None
     log.info("%s: resuming where an earlier run stopped", folder)
-    return WorkDir(place / "folder", checkpoint, sizes)
+    return WorkDir(place / "folder", checkpoint, state["sizes"], work=label)
 
 
-def _label(work: Mapping[str, Any]) -> str:
-    return json.dumps(work, indent=1, sort_keys=True)
-
-
-def _read_checkpoint(place: Path) -> tuple[Checkpoint | None, dict[str, int]]:
-    """The last checkpoint, and the sizes of its files; None if it cannot be read."""
+def _read_checkpoint(place: Path) -> tuple[Checkpoint | None, dict[str, Any]]:
+    """The last checkpoint, and all that its header says; None if it cannot be read."""
     try:
         with safe_open(_checkpoint_file(place), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             state = json.loads((file.metadata() or {})["state"])
-            return Checkpoint(state["stage"], tensors, state["figures"]), state["sizes"]
+        return Checkpoint(state["stage"], tensors, state["figures"]), state
     except (SafetensorError, OSError, ValueError, KeyError):
         return None, {}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from util import MissingFileError, UserError, atomic_file, existing_file, shown
+from util import UserError, atomic_file, existing_file, shown
 
 MAX_YAML_BYTES = 4 << 20  # of any YAML file: a manifest of 20,000 files
 MAX_CONFIG_BYTES = 256 << 10  # of what a user writes: the parser takes seconds for so much
@@ -101,16 +101,10 @@ def load_yaml(path: str | Path, limit: int = MAX_YAML_BYTES) -> dict[Any, Any]:
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it cannot be read, is too large, not valid YAML (names the line), or not a
-            mapping.
+        UserError: it is too large, not valid YAML (names the line), or not a mapping.
     """
-    try:
-        with open(existing_file(path), "rb") as file:
-            data = file.read(limit + 1)
-    except MissingFileError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with open(existing_file(path), "rb") as file:
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise UserError(f"{path}: larger than the {limit >> 10} KB that such a file may have")
     value = parse_yaml(data, str(path))
