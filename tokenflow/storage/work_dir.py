@@ -165,8 +165,8 @@ class WorkDir:
     """A directory that is being filled, by one process after another if need be.
 
     Attributes:
-        folder: to fill. Every file in it is complete: work that resumes may read what was written
-            before the checkpoint, and writes again, to the same bytes, what comes after.
+        folder: to fill. Work that resumes may read what was written before the checkpoint; what
+            came after is removed, and written again.
         checkpoint: as last saved, by this process or an earlier one; None at the beginning.
         sizes: of the files that were there then, in bytes, by path within the directory.
         writes: whether `save` writes; of several processes, that of the main one does.
@@ -270,10 +270,11 @@ def _resume(folder: Path, label: str) -> WorkDir | None:
         return None
     if state["work"] != label:
         return None
-    for path in (place / "folder").rglob(".*"):
-        path.unlink()  # the temporary file of a process that was killed
-    for name, size in state["sizes"].items():
-        path = place / "folder" / name
+    known = {place / "folder" / name: size for name, size in state["sizes"].items()}
+    for path in (place / "folder").rglob("*"):
+        if path.is_file() and path not in known:
+            path.unlink()  # written later: a manifest would list itself, another file be cut
+    for path, size in known.items():
         if not path.is_file() or path.stat().st_size != size:
             log.warning("%s: damaged; the work starts from the beginning", path)
             return None
