@@ -42,13 +42,20 @@ def make_image_folder(folder: Path, n_frames: int = 3) -> Path:
     return folder
 
 
-def invert(clip: Path, save_dir: Path, model: Path, **options: object) -> Path:
-    """Preprocess a clip in few steps on the CPU, without features; returns the cache's folder."""
+def preprocess_words(clip: Path, save_dir: Path, model: Path, **options: object) -> list[str]:
+    """preprocess.py's command line for a clip in few steps on the CPU, without features."""
     small = {"n_frames": 5, "H": HEIGHT, "W": WIDTH, "steps": 10, "save_steps": 5, "device": "cpu"}
     if "cache_features" not in options:
         small["no_cache_features"] = ""
-    small |= {"data_path": clip, "save_dir": save_dir, "model_key": model, **options}
-    return preprocess.preprocess(preprocess.parse_args(arguments(small)))
+    return arguments(
+        small | {"data_path": clip, "save_dir": save_dir, "model_key": model, **options}
+    )
+
+
+def invert(clip: Path, save_dir: Path, model: Path, **options: object) -> Path:
+    """Preprocess a clip with `preprocess_words`; returns the cache's folder."""
+    words = preprocess_words(clip, save_dir, model, **options)
+    return preprocess.preprocess(preprocess.parse_args(words))
 
 
 def edit_keys(folder: Path, model: Path, **changes: object) -> dict:

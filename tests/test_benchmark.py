@@ -236,7 +236,7 @@ def test_preprocess_settings_become_options(bench):
         (["--scaling", "0"], "--scaling: expected"),
         (["--repeats", "0"], "--repeats: 0"),
         (["--size", "big"], "--H: .*big"),
-        (["--size", "50"], "--H: 50 is not a multiple of 8"),
+        (["--size", "50"], "--H: 50, expected a multiple of 8"),
         (["--model", "sd3-random"], "sd3-random: no such folder"),
         (["--set", "batch_sise=2"], "did you mean batch_size"),
     ],

@@ -426,13 +426,13 @@ def report_reconstruction(manifest: Manifest) -> None:
     gap = manifest.vae_psnr - manifest.psnr
     if gap > WARN_GAP_DB:
         log.warning(
+            # All that --fast sets, which may not be given too.
             "the reconstruction is %.1f dB below the VAE's: edits will be worse for it; try "
-            "--inversion_iters %d%s, or an --inversion_prompt that says what the clip shows",
+            "--inversion_iters %d --inversion_tol %g --steps %d --save_steps %d, or an "
+            "--inversion_prompt that says what the clip shows",
             gap,
             manifest.inversion_iters + 2,
-            # Together with --fast that is an error, so all of it is spelled out.
-            f" --inversion_tol {manifest.inversion_tol:g} --steps {manifest.steps} "
-            f"--save_steps {manifest.save_steps}"
-            if manifest.inversion_tol
-            else "",
+            manifest.inversion_tol,
+            manifest.steps,
+            manifest.save_steps,
         )

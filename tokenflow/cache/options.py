@@ -12,7 +12,6 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
-    field_validator,
     model_validator,
 )
 
@@ -57,10 +56,16 @@ class PreprocessOptions(Model):
     frame_stride: int = Field(1, ge=1, le=MAX_COUNT, description="use every N-th frame")
     n_frames: int = Field(40, ge=1, le=MAX_COUNT, description="frames to use, at most")
     H: int | None = Field(
-        None, description="height, a multiple of 8 (default: 512 if square, else 384 or 672)"
+        None,
+        ge=8,
+        multiple_of=8,
+        description="height, a multiple of 8 (default: 512 if square, else 384 or 672)",
     )
     W: int | None = Field(
-        None, description="width, a multiple of 8 (default: 512 if square, else 672 or 384)"
+        None,
+        ge=8,
+        multiple_of=8,
+        description="width, a multiple of 8 (default: 512 if square, else 672 or 384)",
     )
     fit: Literal["stretch", "crop"] = Field("stretch", description="how frames get that size")
     fps: FrameRate | None = Field(
@@ -153,16 +158,6 @@ class PreprocessOptions(Model):
         if given.get("recon_steps") is None:
             given["recon_steps"] = given.get("save_steps", cls.model_fields["save_steps"].default)
         return given
-
-    @field_validator("H", "W")
-    @classmethod
-    def _check_multiple_of_8(cls, size: int | None) -> int | None:
-        if size is not None and (size < 8 or size % 8):
-            nearest = max(8, (size + 4) // 8 * 8)
-            raise ValueError(
-                f"{shown(size)} is not a multiple of 8; the nearest is {shown(nearest)}"
-            )
-        return size
 
     @model_validator(mode="after")
     def _check_rules(self) -> PreprocessOptions:

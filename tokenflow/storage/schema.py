@@ -20,10 +20,8 @@ Declare what is expected as a model, and read it with one of the functions below
 Values are not converted (strict), except whole numbers where a float is expected; unknown keys
 are refused. Every fault is a UserError of one line. Lists, mappings and models may be nested:
 `clips: list[Row]` gives "clips.yaml: clips: number 3: prompt: expected text, got 7". A validator of
-one field raises ValueError("expected a city, got 'x'"): its place is put before it. A model with
-`ALIASES` also accepts other names of its fields, such as those of the released code. Use
-`model_dump()` and `model_copy(update={...})` where a dataclass has asdict and replace;
-`model_copy` does not check.
+one field raises ValueError("expected a city, got 'x'"): its place is put before it. `ALIASES` are
+other names of fields, such as those of the released code. `model_copy(update=...)` does not check.
 """
 
 from __future__ import annotations
@@ -119,8 +117,8 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
 def add_arguments(parser: argparse.ArgumentParser, cls: type[Model]) -> None:
     """Adds one option for each field to a parser; `from_arguments` reads and checks the values.
 
-    A bool is a flag without a value; one that is true by default has --no_<name> too. "metavar" in
-    a field's json_schema_extra is what the help shows for its value.
+    A bool is a flag without a value; one that is true by default has --no_<name> too. A field's
+    json_schema_extra holds other arguments of `add_argument`: the "metavar" of its value.
     """
     for name, field in cls.model_fields.items():
         names = [name, *(alias for alias, of in cls.ALIASES.items() if of == name)]
@@ -133,10 +131,11 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type[Model]) -> None:
                 text = f"do not: see --{name}"
                 parser.add_argument(*flags, action="store_false", help=text, **options)
             continue
-        metavar = metavar_of(field)
-        parser.add_argument(
-            *flags, required=field.is_required(), metavar=metavar, help=_help(field), **options
-        )
+        choices = choices_of(field.annotation)
+        kind = {int: "N", float: "X"}.get(plain_type(field.annotation))
+        options["metavar"] = "{" + ",".join(map(str, choices)) + "}" if choices else kind
+        options |= {"required": field.is_required(), **(field.json_schema_extra or {})}
+        parser.add_argument(*flags, help=_help(field), **options)
 
 
 def from_arguments(cls: type[M], args: argparse.Namespace) -> M:
@@ -173,17 +172,6 @@ def choices_of(annotation: Any) -> tuple[Any, ...]:
     """The only values that a type allows; empty if it is no such type."""
     plain = plain_type(annotation)
     return typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
-
-
-def metavar_of(field: FieldInfo) -> str | None:
-    """What an option's help shows for its value."""
-    extra = field.json_schema_extra
-    if isinstance(extra, dict) and "metavar" in extra:
-        return str(extra["metavar"])
-    choices = choices_of(field.annotation)
-    if choices:
-        return "{" + ",".join(map(str, choices)) + "}"
-    return {int: "N", float: "X"}.get(plain_type(field.annotation))
 
 
 # ---------------------------------------------------------------- in detail
@@ -237,6 +225,8 @@ def _fault_text(cls: type[Model], fault: ErrorDetails, where: str, command_line:
         text = limits(field)
     elif fault["type"] == "finite_number":
         text = "a finite number"
+    elif fault["type"] == "multiple_of":
+        text = f"a multiple of {fault['ctx']['multiple_of']}"
     text = text or _TYPE_NAMES.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
     value = fault["input"]
     got = "nothing" if value is None else shown(value)
