@@ -60,12 +60,6 @@ def test_command_line_keeps_the_traceback_of_bugs():
         util.command_line(main)
 
 
-def test_missing_file_error_is_both():
-    error = MissingFileError("gone")
-    assert isinstance(error, UserError) and isinstance(error, FileNotFoundError)
-    assert str(error) == "gone"
-
-
 @pytest.mark.parametrize("arguments", [["--steps", "x"], ["--ste", "3"], ["--what"]])
 def test_argument_parser_raises_and_takes_no_abbreviation(arguments, capsys):
     parser = util.ArgumentParser()
@@ -123,9 +117,6 @@ def test_sha256_file(tmp_path):
 )
 def test_slug(text, expected):
     assert util.slug(text) == expected
-
-
-def test_slug_limit():
     assert util.slug("one two three", limit=7) == "one-two"
 
 

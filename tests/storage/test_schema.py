@@ -248,13 +248,6 @@ def test_an_alias_is_accepted_beside_the_field_s_name_but_not_both(tmp_path):
         parse(Example, GOOD | {"cfg": "x"}, "a mapping")
 
 
-def test_a_copy_and_a_dump_are_as_of_a_dataclass():
-    example = parse(Example, GOOD, "a mapping")
-    changed = example.model_copy(update={"steps": 3})
-    assert (changed.steps, example.steps) == (3, 50)
-    assert parse(Example, changed.model_dump(), "a dump") == changed
-
-
 # ---------------------------------------------------------------- command lines
 
 
