@@ -1,11 +1,9 @@
 """What an edit reads of the source: the same as it computes, found only where it belongs."""
 
-import itertools
 import shlex
 import shutil
 import threading
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,8 @@ from safetensors import safe_open
 
 import preprocess
 import run_tokenflow_pnp
-import run_tokenflow_sdedit
 from run_tokenflow_pnp import PnPConfig
-from run_tokenflow_sdedit import SDEditConfig
-from tests.editing.test_loop import N_FRAMES, STEPS, make_cache, pnp, relative_error, sdedit
+from tests.editing.test_loop import N_FRAMES, STEPS, make_cache, pnp, relative_error
 from tests.helpers import no_model_may_load
 from tokenflow.cache import source_features
 from tokenflow.cache.source_features import (
@@ -26,17 +22,16 @@ from tokenflow.cache.source_features import (
     FeatureSettings,
     feature_bytes,
     find_features,
-    read_ahead,
 )
 from tokenflow.cache.source_pass import build_features, feature_keyframes
 from tokenflow.diffusion.denoiser import make_denoiser
-from tokenflow.diffusion.unet_layers import layer_sizes
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession, plan_steps
+from tokenflow.editing.techniques import load_technique
 from tokenflow.figures import features
 from tokenflow.storage.disk import check_free_space, format_bytes
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
-from tokenflow_utils import ATTENTION_LAYERS, TokenFlowContext, self_attention_layers
+from tokenflow_utils import ATTENTION_LAYERS, TokenFlowContext
 from util import UserError
 
 # A keyframe's injected features come from its chunk's pass where they are cached, and from the
@@ -84,7 +79,7 @@ def folder_of(keys):
 def test_an_edit_with_cached_features_is_the_live_one_to_rounding(keys):
     session = session_of(keys)
     cached = session.edit_latents(run_tokenflow_pnp.plan(session))
-    assert session.source_features == "cached"
+    assert session.source_features == session.run_record()["source_features"] == "cached"
     session_live = session_of(keys, source_features="live")
     live = session_live.edit_latents(run_tokenflow_pnp.plan(session_live))
     assert session_live.source_features == "live"
@@ -94,24 +89,21 @@ def test_an_edit_with_cached_features_is_the_live_one_to_rounding(keys):
     assert session.image_forwards == STEPS * 2 * (N_FRAMES + 3)
 
 
-@pytest.mark.parametrize("asked", ["another step", "other frames", "a step too many"])
-def test_features_of_another_step_or_frames_are_never_given(keys, asked):
+def test_features_of_another_step_or_frames_are_never_given(keys):
     session = session_of(keys)
     features = find_features(session.cache)
     first, second = plan_steps(session.config, run_tokenflow_pnp.plan(session), N_FRAMES)[:2]
-    context, cpu = TokenFlowContext(), torch.device("cpu")
-    with closing(CachedSource(context, cpu, features, [first, second], [])) as source:
+    context = TokenFlowContext(inject_attention=True)
+    with closing(CachedSource(context, torch.device("cpu"), features, [first])) as source:
         source.load_keyframes(first.t, first.keyframes)
         assert context.tokens
-        if asked == "another step":
-            wrong = first.t, second.keyframes
-        elif asked == "other frames":
-            wrong = second.t, second.keyframes - 1
-        else:
-            source.load_keyframes(second.t, second.keyframes)
-            wrong = second.t, second.keyframes
-        with pytest.raises(LookupError, match=f"timestep {wrong[0]}"):
-            source.load_keyframes(*wrong)
+        for t, keyframes in (
+            (first.t, second.keyframes),
+            (first.t, first.keyframes - 1),
+            (second.t, second.keyframes),
+        ):
+            with pytest.raises(LookupError, match=f"timestep {t}"):
+                source.load_keyframes(t, keyframes)
 
 
 def test_a_live_source_reads_the_latents_once_a_timestep(keys, monkeypatch):
@@ -130,21 +122,22 @@ def test_chunks_of_the_edit_need_not_be_those_of_the_features(keys, chunk_size):
     assert relative_error(cached, live.double()) < 1e-3  # as much as the chunk size itself does
 
 
-def test_they_serve_other_techniques_prompts_and_blends(keys):
-    for make, changes in (
-        (sdedit, {}),
-        (sdedit, {"start": 0.5}),
-        (pnp, {"prompt": "a disc", "blend": "linear", "guidance_scale": 1.0}),
-        (pnp, {"pnp_attn_t": 0.0, "pnp_f_t": 0.2}),
-    ):
-        live = make(keys, **changes, source_features="live")
-        assert relative_error(make(keys, **changes), live.double()) < ROUNDING
-
-
-def test_a_late_start_reads_the_steps_that_it_takes(keys):
-    session = EditSession(open_inputs(SDEditConfig(**keys, start=0.5)))
-    session.edit_latents(run_tokenflow_sdedit.plan(session))
-    assert session.source_features == "cached"
+@pytest.mark.parametrize(
+    ("technique", "changes"),
+    [
+        ("sdedit", {}),
+        ("sdedit", {"start": 0.5}),
+        ("pnp", {"prompt": "a disc", "blend": "linear", "guidance_scale": 1.0}),
+        ("pnp", {"pnp_attn_t": 0.0, "pnp_f_t": 0.2}),
+    ],
+)
+def test_they_serve_other_techniques_prompts_blends_and_fewer_steps(keys, technique, changes):
+    script, latents = load_technique(technique), []
+    for source in ({}, {"source_features": "live"}):
+        session = EditSession(open_inputs(script.config(**keys | changes | source)))
+        latents.append(session.edit_latents(script.plan(session)))
+        assert session.source_features == ("live" if source else "cached")
+    assert relative_error(latents[0], latents[1].double()) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -195,21 +188,6 @@ def test_no_command_is_advised_where_none_of_the_same_cache_serves(keys, caplog)
     assert "preprocess.py" not in caplog.text
 
 
-def test_fewer_injected_steps_are_served(keys):
-    session = session_of(keys, pnp_attn_t=0.2, pnp_f_t=0.4)
-    session.edit_latents(run_tokenflow_pnp.plan(session))
-    assert session.source_features == "cached"
-
-
-def test_run_yaml_says_which_was_used(keys, tmp_path):
-    for changes, expected in (({}, "cached"), ({"source_features": "live"}, "live")):
-        output = {"output_path": str(tmp_path / expected)}
-        folder = run_tokenflow_pnp.edit(PnPConfig(**{**keys, **changes, **output}))
-        run = load_yaml(folder / "run.yaml")
-        assert run["source_features"] == expected
-        assert run["image_forwards"] == STEPS * (N_FRAMES + 3) * (2 if expected == "cached" else 3)
-
-
 # ---------------------------------------------------------------- the files
 
 
@@ -224,24 +202,6 @@ def test_the_size_is_known_beforehand(keys, tiny_model):
             stored += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
     assert stored == expected
     assert sum(record["bytes"] for record in found.files.values()) < expected * 1.5 + 100_000
-
-
-def test_layer_sizes_are_those_of_a_forward(keys):
-    session = session_of(keys)
-    live = session_of(keys, source_features="live")
-    sizes = layer_sizes(session.models.unet, (6, 10))
-    seen = {}
-
-    def note(name):
-        return lambda module, args, output: seen.__setitem__(name, args[0].shape[1:])
-
-    for layer in self_attention_layers(live.models.unet):
-        module = live.models.unet.get_submodule(layer.removesuffix(".processor"))
-        module.register_forward_hook(note(layer))
-    live.edit_latents(replace(run_tokenflow_pnp.plan(live), timesteps=live.inputs.timesteps[-1:]))
-    assert {layer: (h * w, c) for layer, (h, w, c) in sizes.items()} == {
-        layer: tuple(shape) for layer, shape in seen.items()
-    }
 
 
 def test_files_hold_what_the_docstring_says(keys):
@@ -304,14 +264,13 @@ def flip(path):
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize("part", ["a step", "the manifest"])
 @pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
-def test_a_damaged_file_is_named_before_it_is_used(keys, tiny_model, tmp_path, harm):
+def test_a_damaged_file_is_named_before_it_is_used(keys, tiny_model, tmp_path, harm, part):
     other, path = damaged_cache(keys, tiny_model, tmp_path)
+    path = path if part == "a step" else folder_of(other) / "manifest.yaml"
     harm(path)
-    with pytest.raises(
-        UserError,
-        match=rf"{path.name}: .*; run: rm -r .*preprocess.py",
-    ):
+    with pytest.raises(UserError, match=rf"{path.name}: .*; run: rm -r .*preprocess.py"):
         pnp(other)
     assert torch.isfinite(pnp(other, source_features="live")).all()
     assert not [t for t in threading.enumerate() if t.name.startswith(READER)]  # it has ended
@@ -341,40 +300,7 @@ def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path, cha
         pnp(other)
 
 
-@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
-def test_a_damaged_manifest_is_refused(keys, tiny_model, tmp_path, harm):
-    other, _ = damaged_cache(keys, tiny_model, tmp_path)
-    harm(folder_of(other) / "manifest.yaml")
-    with pytest.raises(UserError, match=r"features/manifest.yaml: .*run: rm -r .*preprocess.py"):
-        pnp(other)
-
-
 # ---------------------------------------------------------------- small parts
-
-
-def test_reading_ahead_keeps_the_order_and_a_few_in_advance():
-    started = []
-
-    def load(i):
-        started.append(i)
-        return i
-
-    items = read_ahead((lambda i=i: load(i) for i in range(20)), depth=2)
-    seen = list(itertools.islice(items, 3))
-    assert seen == [0, 1, 2]
-    assert len(started) <= 6  # the three, two in advance, one in hand
-    assert list(items) == list(range(3, 20))
-    assert started == list(range(20))
-
-
-def test_an_error_of_the_reader_reaches_the_loop():
-    def fail():
-        raise UserError("no such step")
-
-    items = read_ahead([lambda: 1, fail, lambda: 3], depth=1)
-    assert next(items) == 1
-    with pytest.raises(UserError, match="no such step"):
-        next(items)
 
 
 def test_no_room_is_an_error_that_says_how_much(tmp_path):

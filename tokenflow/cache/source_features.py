@@ -14,20 +14,17 @@ of a seed; `CachedSource` reads them into an edit. This saves a third of an edit
         tokens_<t>.safetensors      with save_tokens: all; no edit reads them
             all_tokens/<layer>      (n, L, c) of every layer
 
-The files are memory-mapped, and a thread reads them ahead of the steps that need them. Each file's
-checksum is compared before the file is used.
+The files are memory-mapped. Each file's checksum is compared before the file is used.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -48,10 +45,6 @@ from util import UserError
 
 FORMAT = 2
 READER = "read-ahead"  # the thread's name
-_READ_AHEAD = 2  # chunks that wait, read, for the edit to come to them
-
-T = TypeVar("T")
-
 
 # ---------------------------------------------------------------------------------------------
 # What cached features depend on
@@ -259,14 +252,15 @@ class Step:
 
 
 class CachedSource:
-    """A `tokenflow_utils.Source` that reads a cache's features, ahead of the loop.
+    """A `tokenflow_utils.Source` that reads a cache's features.
+
+    A thread compares the files' checksums, and so reads them, ahead of the loop.
 
     Args:
-        context: of the patch.
+        context: of the patch; it says what is injected.
         device: the UNet's.
         features: that serve the edit (`FeatureSettings.mismatch`).
         steps: in the order in which the loop takes them.
-        chunks: of each step, in order, consecutive frames.
     """
 
     def __init__(
@@ -275,26 +269,31 @@ class CachedSource:
         device: torch.device,
         features: CachedFeatures,
         steps: Sequence[Step],
-        chunks: Sequence[Tensor],
     ) -> None:
         self.context, self.device, self.features = context, device, features
-        self._items = read_ahead(self._loads(steps, chunks), _READ_AHEAD)
+        self._keyframes = {step.t: step.keyframes for step in steps}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=READER)
+        self._checks = {t: self._thread.submit(features.check, t) for t in self._keyframes}
 
     def load_keyframes(self, t: int, frames: Tensor) -> None:
         """Fills `tokens` of the keyframes (k,), and `features` of this process's shard of them.
 
         Raises:
-            LookupError: if the loop asks for another step or other frames than announced.
+            LookupError: if the step has other keyframes, or is none of the edit's.
+            UserError: if the step's file is missing or damaged.
         """
-        found = self._next(t, frames)
-        self.context.tokens = {
-            name.removeprefix("tokens/"): x for name, x in found.items() if name != "features"
-        }
-        self.context.features = found.get("features")
+        if t not in self._keyframes or not torch.equal(frames, self._keyframes[t]):
+            raise LookupError(f"timestep {t}: holds no features of keyframes {frames.tolist()}")
+        self._checks[t].result()
+        context = self.context
+        injected = context.inject_attention, context.inject_features
+        found = self._moved(self.features.of_keyframes(t, context.shard(frames), *injected))
+        context.features = found.pop("features", None)
+        context.tokens = {name.removeprefix("tokens/"): x for name, x in found.items()}
 
     def load_chunk(self, t: int, frames: Tensor) -> None:
-        """Fills `matches` and `features` of frames (m,); raises as `load_keyframes`."""
-        found = self._next(t, frames)
+        """Fills `matches` and `features` of consecutive frames (m,) of the keyframes' step."""
+        found = self._moved(self.features.of_chunk(t, frames, self.context.inject_features))
         layers = [name.removeprefix("next/") for name in found if name.startswith("next/")]
         self.context.matches = {
             layer: torch.stack([found[f"previous/{layer}"], found[f"next/{layer}"]], dim=1).long()
@@ -304,50 +303,9 @@ class CachedSource:
 
     def close(self) -> None:
         """Ends the reading thread."""
-        self._items.close()
+        self._thread.shutdown(cancel_futures=True)
 
-    def _next(self, t: int, frames: Tensor) -> dict[str, Tensor]:
-        t_read, frames_read, found = next(self._items, (None, None, {}))
-        if t_read != t or not torch.equal(frames_read, frames):
-            raise LookupError(
-                f"timestep {t}, frames {frames.tolist()}: the features read next are those of "
-                f"timestep {t_read}, frames {None if t_read is None else frames_read.tolist()}"
-            )
-        pinned = self.device.type == "cuda"  # the loop does not wait for copies of pinned memory
-        return {name: x.to(self.device, non_blocking=pinned) for name, x in found.items()}
-
-    def _loads(self, steps: Sequence[Step], chunks: Sequence[Tensor]) -> Iterator[Callable]:
-        """The reads in order; the thread runs them."""
-        for step in steps:
-            yield partial(self._read, step, step.keyframes, of_keyframes=True)
-            for frames in chunks:
-                yield partial(self._read, step, frames, of_keyframes=False)
-
-    def _read(
-        self, step: Step, frames: Tensor, of_keyframes: bool
-    ) -> tuple[int, Tensor, dict[str, Tensor]]:
-        if of_keyframes:
-            self.features.check(step.t)
-            shard = self.context.shard(frames)
-            found = self.features.of_keyframes(step.t, shard, step.attention, step.features)
-        else:
-            found = self.features.of_chunk(step.t, frames, step.features)
-        if self.device.type == "cuda":
+    def _moved(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.device.type == "cuda":  # the loop does not wait for copies of pinned memory
             found = {name: x.pin_memory() for name, x in found.items()}
-        return step.t, frames, found
-
-
-def read_ahead(loads: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:
-    """The results of functions, run one after another by a thread, `depth` of them in advance."""
-    waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix=READER) as thread:
-        try:
-            for load in loads:
-                waiting.append(thread.submit(load))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        return {name: x.to(self.device, non_blocking=True) for name, x in found.items()}

@@ -174,7 +174,7 @@ class EditSession:
         with ExitStack() as stack:
             unet, backend = self.models.unet, config.attention_backend
             stack.enter_context(tokenflow_patch(unet, context, backend))
-            source = self._open_source(stack, context, steps, done, chunks)
+            source = self._open_source(stack, context, steps, done)
             denoisers = [denoiser, *([source.denoiser] if isinstance(source, LiveSource) else [])]
             self._bound_memory(stack, denoisers)
             progress = {"initial": done, "disable": not self.group.is_main, "unit": "step"}
@@ -260,7 +260,6 @@ class EditSession:
         context: TokenFlowContext,
         steps: Sequence[Step],
         done: int,
-        chunks: Sequence[Tensor],
     ) -> Source:
         """Chooses cached or live source features for the remaining steps, and logs the choice.
 
@@ -274,7 +273,7 @@ class EditSession:
         if features is not None:
             log.info("source features: read from %s", features.folder)
             device = self.models.device
-            source = CachedSource(context, device, features, steps[done:], chunks)
+            source = CachedSource(context, device, features, steps[done:])
             return stack.enter_context(closing(source))
         if self.config.consistency == "tokenflow":
             log.info("source features: computed live (%s)", reason)
