@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 
 from tokenflow.storage import work_dir as folders
 from tokenflow.storage.work_dir import (
-    Busy,
     atomic_dir,
     is_locked,
     locked,
@@ -54,21 +53,12 @@ def other_process(folder):
         process.join()
 
 
-def test_a_second_process_is_refused(tmp_path):
-    folder = tmp_path / "cache"
-    with other_process(folder):
-        assert is_locked(folder)
-        refused = pytest.raises(Busy, match="cache: another process works on it")
-        with refused, locked(folder, wait=False):
-            pass
-
-
 def test_a_killed_process_leaves_no_lock(tmp_path):
     folder = tmp_path / "cache"
     with other_process(folder):
-        pass
+        assert is_locked(folder)
     assert not is_locked(folder)
-    with locked(folder, wait=False):
+    with locked(folder):
         assert is_locked(folder)
     assert files(tmp_path) == []
 

@@ -58,7 +58,6 @@ T = TypeVar("T")
 def build_cache(
     options: PreprocessOptions,
     load: Loader | None = None,
-    wait: bool = True,
     group: ProcessGroup = SINGLE_PROCESS,
     watch: Stopwatch | None = None,
 ) -> Path:
@@ -66,7 +65,6 @@ def build_cache(
 
     Args:
         load: what loads the models, `load_stable_diffusion` if None.
-        wait: for another process that builds the same cache; else Busy is raised.
         group: the processes that build it together, each of which calls this.
         watch: times the stages; a new one if None.
 
@@ -80,7 +78,7 @@ def build_cache(
         inputs = open_inputs(options, group)
     settings = json.dumps(identity(inputs.manifest), sort_keys=True)
     group.assert_same(settings, "clip, model and settings")
-    with locked(inputs.folder, wait=wait, group=group):
+    with locked(inputs.folder, group):
         inverted = complete = False
         with group.raise_together():
             if group.is_main:

@@ -36,25 +36,15 @@ from util import MissingFileError, UserError, save_tensors, sync_folder
 log = logging.getLogger("tokenflow")
 
 
-class Busy(UserError):
-    """Another process writes the directory."""
-
-
 # ---------------------------------------------------------------------------------------- locks
 
 
 @contextmanager
-def locked(
-    folder: Path, *, wait: bool = True, group: ProcessGroup = SINGLE_PROCESS
-) -> Iterator[None]:
-    """Keeps other writers off a directory, which need not exist yet.
+def locked(folder: Path, group: ProcessGroup = SINGLE_PROCESS) -> Iterator[None]:
+    """Keeps other writers off a directory, which need not exist yet, or waits for their end.
 
     Args:
-        wait: until another writer has ended, which the log says; else Busy is raised.
         group: processes that write it together; the main one holds the lock.
-
-    Raises:
-        Busy: if another process writes it and `wait` is false.
     """
     if not group.is_main:
         yield
@@ -64,10 +54,7 @@ def locked(
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
-    except Timeout as error:
-        if not wait:
-            message = f"{folder}: another process works on it; try again when it has ended"
-            raise Busy(message) from error
+    except Timeout:
         log.info("%s: waiting for another process that works on it (Ctrl-C gives up)", folder)
         lock.acquire()
     try:
