@@ -160,6 +160,7 @@ def test_the_run_record_says_how_it_went(results, place, technique):
     assert run["cache"] == str(cache)
     assert run["cache_sha256"] == open_cache(cache).sha256
     assert (run["n_frames"], run["dtype"]) == (N_FRAMES, "float32")
+    assert run["source_features"] == "live"  # the cache holds none
     assert run["device"].startswith("cpu")
     assert set(run["seconds"]) == {"load", "edit", "decode", "write"}
     assert all(seconds >= 0 for seconds in run["seconds"].values())
