@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from tokenflow.diffusion.checkpoints import check_controlnet_fits, single_model_folder
-from tokenflow.diffusion.conditions import draw_control, estimate_depth
+from tokenflow.diffusion.conditions import estimate_depth
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, ControlKind, control_settings
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import EditInputs
@@ -60,16 +60,14 @@ def plan(session: EditSession) -> EditPlan:
 
     They are noised by DDIM's noise or by one Gaussian noise that all frames share.
     """
-    config, models, timesteps = session.config, session.models, session.inputs.timesteps
-    depth = session.depth
-    if config.control == "depth" and depth is None:
-        allow = config.allow_pickle
-        depth = estimate_depth(
-            session.frames, config.depth_model, models.device, allow_pickle=allow
+    config, timesteps = session.config, session.inputs.timesteps
+    if config.control == "depth" and session.depth is None:
+        device, allow = session.models.device, config.allow_pickle
+        session.depth = estimate_depth(
+            session.frames, config.depth_model, device, allow_pickle=allow
         )
     noised = session.ddim_start if config.use_ddim_noise else session.gaussian_start
-    control = draw_control(models, control_settings(config), session.frames, depth)
-    return EditPlan(timesteps=timesteps, start=noised(timesteps[0]), control=control)
+    return EditPlan(timesteps, noised(timesteps[0]), control=control_settings(config))
 
 
 def check(inputs: EditInputs) -> None:

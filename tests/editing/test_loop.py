@@ -263,9 +263,8 @@ def test_no_inner_layer_sees_more_images_than_a_chunk_has(keys, tiny_model):
     control = {"controlnet_key": str(tiny_model / "controlnet"), "chunk_size": 2}
     session = EditSession(open_inputs(ControlNetConfig(**keys, **control)))
     plan = run_tokenflow_controlnet.plan(session)
-    networks, inner = (session.models.unet, plan.control.controlnet), (".conv1", ".net.0", "s.conv")
-    seen = {}
-    for network in networks:
+    seen, inner = {}, (".conv1", ".net.0", "s.conv")
+    for network in (session.models.unet, session.models.controlnet(plan.control.key)):
         for name, module in network.named_modules():
             if name.endswith(inner) and not name.startswith(INJECTED_BLOCK):
                 note = lambda module, args, output: seen.setdefault(module, set()).add(len(args[0]))  # noqa: E731

@@ -101,35 +101,26 @@ class Denoiser:
 def make_denoiser(
     models: StableDiffusion,
     frames: np.ndarray,
-    prompt: str,
+    prompts: str | Sequence[str],
     control: ControlSettings | None,
     depth: Tensor | None,
 ) -> Denoiser:
-    """The noise prediction under an inversion's conditions: its prompt, depth maps, ControlNet.
+    """The noise prediction for a clip under prompts, depth maps and a ControlNet.
 
     Args:
         frames: (n, H, W, 3) uint8 source frames.
-        control: the ControlNet of the inversion, if any.
+        prompts: one, or one of each branch.
+        control: a ControlNet that follows the clip, if any.
         depth: (n, 1, H, W) of `estimate_depth`, where the model or the ControlNet wants it.
     """
+    text = encode_prompts(models, [prompts] if isinstance(prompts, str) else prompts)
+    grid = tuple(size // models.vae_factor for size in frames.shape[1:3])
     return Denoiser(
         models,
-        encode_prompts(models, [prompt]),
-        depth_channel(models, frames, depth),
+        text,
+        depth_latents(depth, grid) if models.takes_depth else None,
         control and draw_control(models, control, frames, depth),
     )
-
-
-def depth_channel(
-    models: StableDiffusion, frames: np.ndarray, depth: Tensor | None
-) -> Tensor | None:
-    """The fifth latent channel of a clip, (n, 1, h, w), where the UNet expects one.
-
-    Args: see `make_denoiser`.
-    """
-    if not models.takes_depth:
-        return None
-    return depth_latents(depth, tuple(size // models.vae_factor for size in frames.shape[1:3]))
 
 
 @torch.inference_mode()

@@ -28,9 +28,9 @@ from tokenflow.cache.source_features import (
 )
 from tokenflow.cache.source_pass import INJECTED_BLOCK, LiveSource
 from tokenflow.diffusion.chunked import chunked_forward
-from tokenflow.diffusion.conditions import Control
 from tokenflow.diffusion.ddim import CLEAN, ddim_step
-from tokenflow.diffusion.denoiser import Denoiser, depth_channel, encode_prompts, make_denoiser
+from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
+from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import Loader, StableDiffusion, compile_unet, load_stable_diffusion
 from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.config import EditConfig
@@ -82,7 +82,7 @@ class EditPlan:
     start: Tensor
     attention_steps: int = 0
     feature_steps: int = 0
-    control: Control | None = None
+    control: ControlSettings | None = None
 
 
 class EditSession:
@@ -95,7 +95,8 @@ class EditSession:
         work: saves the edit every few steps and resumes it; None: not saved.
 
     Attributes:
-        frames, depth: of the source, (n, H, W, 3) uint8 and (n, 1, H, W) or None.
+        frames, depth: of the source, (n, H, W, 3) uint8 and (n, 1, H, W), or None if the cache
+            has none and the plan computes none.
         image_forwards: of the last edit, UNet evaluations (images x branches).
         source_features: of the last edit, "cached" or "live".
     """
@@ -164,8 +165,11 @@ class EditSession:
             x, done = saved.tensors["latents"], saved.figures["steps"]
             before = saved.figures["image_forwards"]
             self.watch.add("edit", saved.figures["seconds"])
-        with self.watch("edit"):
-            denoiser = self._denoiser(plan.control)
+        prompts = [config.negative_prompt, config.prompt]
+        if config.guidance_scale == 1.0:  # the unconditional branch would have weight 0
+            prompts = [config.prompt]
+        with self.watch("load"):
+            denoiser = make_denoiser(self.models, self.frames, prompts, plan.control, self.depth)
         shard = self.group.shard(n_frames)
         own = shard.local_indices  # empty if there are more processes than frames
         chunks = own.split(self.chunk_size) if len(own) else ()
@@ -210,15 +214,6 @@ class EditSession:
         """The (n, H, W, 3) uint8 frames of clean latents (n, 4, h, w)."""
         with self.watch("decode"):
             return decode_latents(self.models, latents, self.chunk_size, self.group)
-
-    def _denoiser(self, control: Control | None) -> Denoiser:
-        """The edit's noise prediction: unconditional and conditional branch."""
-        prompts = [self.config.negative_prompt, self.config.prompt]
-        if self.config.guidance_scale == 1.0:  # the unconditional branch would have weight 0
-            prompts = [self.config.prompt]
-        text = encode_prompts(self.models, prompts)
-        depth = depth_channel(self.models, self.frames, self.depth)
-        return Denoiser(self.models, text, depth, control)
 
     def _context(self, branches: int) -> TokenFlowContext:
         """The patch's context; processes share the frames that attend to each other."""
