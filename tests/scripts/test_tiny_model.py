@@ -187,9 +187,7 @@ def test_ddim_inverts_the_unet_and_fixed_point_iterations_do_it_better(fixture, 
         for t_from, t_to in steps:
             x = ddim_inversion_step(eps, x, schedule, t_from, t_to, iterations)
         for t_to, t_from in reversed(steps):
-            x = ddim_step(
-                x, eps(x, t_from), schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to)
-            )
+            x = ddim_step(x, eps(x, t_from), schedule, t_from, t_to)
         errors.append((x - clean).norm() / clean.norm())
     assert errors[0] < 0.5
     assert errors[1] < errors[0] / 4

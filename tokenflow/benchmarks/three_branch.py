@@ -135,7 +135,7 @@ def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
                 for chunk in torch.arange(n_frames).split(session.chunk_size):
                     state.near = neighbours(chunk, step.keyframes, config.blend).to(models.device)
                     eps[chunk] = predict(x, source, step.t, chunk).cpu()
-                x = ddim_step(x, eps, schedule.alpha_sigma(step.t), schedule.alpha_sigma(t_next))
+                x = ddim_step(x, eps, schedule, step.t, t_next)
     return x
 
 

@@ -82,20 +82,16 @@ class NoiseSchedule:
         return alpha * clean + sigma * eps
 
 
-def ddim_step(x: Tensor, eps: Tensor, level_from: tuple, level_to: tuple) -> Tensor:
-    """Moves x along the predicted noise from one noise level to another, up or down.
+def ddim_step(x: Tensor, eps: Tensor, schedule: NoiseSchedule, t_from: int, t_to: int) -> Tensor:
+    """Moves x along the predicted noise from one timestep to another, up or down.
 
     Args:
-        x: a latent at level_from, any shape.
-        eps: the predicted noise, the same shape.
-        level_from, level_to: (alpha, sigma) pairs of `NoiseSchedule.alpha_sigma`.
+        x, eps: a latent at t_from and its predicted noise, of one shape.
 
     Source: DDIM, Eq. 12 with sigma = 0.
     """
-    alpha_from, sigma_from = level_from
-    alpha_to, sigma_to = level_to
-    clean = (x - sigma_from * eps) / alpha_from
-    return alpha_to * clean + sigma_to * eps
+    alpha, sigma = schedule.alpha_sigma(t_from)
+    return schedule.add_noise((x - sigma * eps) / alpha, eps, t_to)
 
 
 def ddim_inversion_step(
@@ -131,12 +127,12 @@ def ddim_inversion_step(
 
     Source: Pan et al. 2023, "Accelerated Iterative Diffusion Inversion", which mixes in this way.
     """
-    levels = schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to)
     estimate = x.clone() if start is None else start.clone()
     rows = torch.arange(len(x), device=x.device)  # unfinished frames
     last_found = last_residual = estimate
     for iteration in range(iterations):
-        found = ddim_step(x[rows], eps_model(estimate[rows], t_to, rows), *levels)
+        eps = eps_model(estimate[rows], t_to, rows)
+        found = ddim_step(x[rows], eps, schedule, t_from, t_to)
         residual = found - estimate[rows]
         if iteration < 2:
             estimate[rows] = found

@@ -107,8 +107,7 @@ def invert(
     for t_from, t_to in tqdm(steps[done:], desc="invert", **shown):
         start = None
         if tolerance and past:
-            levels = schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to)
-            start = ddim_step(x, expected_noise(past, t_to), *levels)
+            start = ddim_step(x, expected_noise(past, t_to), schedule, t_from, t_to)
         x = ddim_inversion_step(eps_model, x, schedule, t_from, t_to, iterations, tolerance, start)
         past[:] = [*past[-1:], (t_to, noise.clone())]
         yield t_to, x
@@ -165,7 +164,7 @@ def sample(
     shown = {"unit": "step", "initial": done, "total": len(steps), "disable": not progress}
     for t_from, t_to in tqdm(steps[done:], desc="reconstruct", **shown):
         eps = predicted_noise(denoiser, x, t_from, frames, batch_size)
-        x = ddim_step(x, eps, schedule.alpha_sigma(t_from), schedule.alpha_sigma(t_to))
+        x = ddim_step(x, eps, schedule, t_from, t_to)
         yield t_to, x
 
 

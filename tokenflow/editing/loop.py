@@ -196,8 +196,7 @@ class EditSession:
                             config.consistency, guided, source, context, x, step.t, chunks
                         )
                     eps = shard.gather(shard.take(eps))
-                    levels = schedule.alpha_sigma(step.t), schedule.alpha_sigma(following[i])
-                    x = ddim_step(x, eps, *levels)
+                    x = ddim_step(x, eps, schedule, step.t, following[i])
                 if (i + 1) % config.checkpoint_every == 0 or following[i] == CLEAN:
                     evaluated = sum(each.image_forwards for each in denoisers)
                     self.image_forwards = before + sum(self.group.all_gather(evaluated))

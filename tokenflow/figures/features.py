@@ -232,13 +232,12 @@ def rebuilt_from_keyframe(denoiser: Denoiser, start: Tensor, timesteps: Sequence
     steps = list(zip(timesteps, [*timesteps[1:], CLEAN], strict=True))
     with tokenflow_patch(models.unet, context):
         for t, t_next in tqdm(steps, desc="rebuild", unit="step"):
-            levels = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
             context.mode = Pass.SOURCE
             keyframe_eps = denoiser(keyframe, t, torch.tensor([1]))[0].cpu()
             context.mode = Pass.MATCH
             eps = denoiser(frame, t, torch.tensor([0]))[0].cpu()
-            frame = ddim_step(frame, eps, *levels)
-            keyframe = ddim_step(keyframe, keyframe_eps, *levels)
+            frame = ddim_step(frame, eps, schedule, t, t_next)
+            keyframe = ddim_step(keyframe, keyframe_eps, schedule, t, t_next)
     return frame
 
 
