@@ -12,7 +12,6 @@ import torch
 import yaml
 
 import preprocess
-import run_tokenflow_controlnet
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 from run_tokenflow_pnp import PnPConfig
@@ -27,14 +26,11 @@ from tests.helpers import (
 )
 from tokenflow.diffusion.checkpoints import checkpoint_revision
 from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.results import TECHNIQUES
+from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import MissingFileError, UserError
 
-SCRIPTS = {
-    "pnp": run_tokenflow_pnp,
-    "sdedit": run_tokenflow_sdedit,
-    "controlnet": run_tokenflow_controlnet,
-}
 LATENTS = "latents/noisy_latents_401.safetensors"
 
 
@@ -73,7 +69,7 @@ def refused(place, message, keys, *argv, technique="pnp", error=UserError):
     config.write_text(keys if isinstance(keys, str) else yaml.safe_dump(keys), encoding="utf-8")
     before = contents(place)
     with pytest.raises(error, match=message) as caught:
-        SCRIPTS[technique].main(["--config", str(config), *argv])
+        load_technique(technique).main(["--config", str(config), *argv])
     assert "\n" not in str(caught.value)
     assert contents(place) == before
     return str(caught.value)
@@ -140,7 +136,7 @@ def test_a_technique_s_bad_value_is_refused(place, keys, technique, change, mess
     refused(place, message, {**keys, **change}, technique=technique)
 
 
-@pytest.mark.parametrize("technique", SCRIPTS)
+@pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("key", ["data_path", "prompt"])
 def test_a_missing_key_is_refused(place, keys, technique, key):
     del keys[key]
@@ -197,7 +193,7 @@ def test_output_that_cannot_be_written_is_refused(place, keys):
 # ---------------------------------------------------------------- the cache
 
 
-@pytest.mark.parametrize("technique", SCRIPTS)
+@pytest.mark.parametrize("technique", TECHNIQUES)
 def test_without_a_cache_the_command_that_makes_it_is_named(place, keys, technique, tiny_model):
     keys["latents_path"] = "some caches"  # in need of quotes
     if technique == "controlnet":
@@ -207,7 +203,8 @@ def test_without_a_cache_the_command_that_makes_it_is_named(place, keys, techniq
     )
     assert "steps_10: no cache for this clip; run: python preprocess.py --data_path" in message
     run_the_command_in(message)
-    assert open_inputs(PnPConfig(**{k: v for k, v in keys.items() if k != "controlnet_key"}))
+    keys.pop("controlnet_key", None)
+    assert open_inputs(PnPConfig(**keys))
 
 
 def test_a_cache_without_its_manifest_is_none(place, keys, cache):

@@ -18,12 +18,8 @@ import torch
 import torch.distributed as dist
 
 import preprocess
-import run_tokenflow_controlnet
 import run_tokenflow_pnp
-import run_tokenflow_sdedit
-from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
-from run_tokenflow_sdedit import SDEditConfig
 from tests.editing.test_loop import relative_error
 from tests.helpers import HEIGHT, WIDTH, contents, edit_keys, make_clip
 from tokenflow.cache import build
@@ -32,6 +28,7 @@ from tokenflow.cache.source_cache import open_cache, read_manifest
 from tokenflow.diffusion.models import load_stable_diffusion, resolve_device
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
+from tokenflow.editing.techniques import load_technique
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
@@ -114,11 +111,6 @@ def keys(clip, cache, tiny_model):
 
 # ---------------------------------------------------------------- edits
 
-TECHNIQUES = {
-    "pnp": (PnPConfig, run_tokenflow_pnp.plan),
-    "sdedit": (SDEditConfig, run_tokenflow_sdedit.plan),
-    "controlnet": (ControlNetConfig, run_tokenflow_controlnet.plan),
-}
 EDITS = {
     "pnp": {},
     "sdedit": {"technique": "sdedit", "use_ddim_noise": False},
@@ -151,11 +143,12 @@ QUICK = {
 
 def edit(keys, models, group=SINGLE_PROCESS, technique="pnp", **changes):
     """A session and the latents that it edited; ControlNet's has its small ControlNet."""
-    config, plan = TECHNIQUES[technique]
-    if technique == "controlnet":
+    technique = load_technique(technique)
+    if technique.name == "controlnet":
         changes["controlnet_key"] = f"{keys['model_key']}/controlnet"
-    session = EditSession(open_inputs(config(**{**keys, **changes}), group), models)
-    return session, session.edit_latents(plan(session))
+    config = technique.config(**{**keys, **changes})
+    session = EditSession(open_inputs(config, group), models)
+    return session, session.edit_latents(technique.plan(session))
 
 
 @pytest.fixture(scope="module")

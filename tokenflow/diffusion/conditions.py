@@ -25,24 +25,6 @@ class Control:
     images: Tensor  # (n, 1, H, W) in [0, 1], repeated for the model's three channels
     scale: float = 1.0
 
-    def residuals(self, x: Tensor, t: int, text: Tensor, images: Tensor) -> dict:
-        """The ControlNet's residuals, as keyword arguments of the UNet's forward.
-
-        Args:
-            x: (b, c, h, w) latents.
-            text: (b, 77, c) text embeddings.
-            images: (b, 1, H, W), of the same frames.
-        """
-        down, mid = self.controlnet(
-            x,
-            t,
-            encoder_hidden_states=text,
-            controlnet_cond=images.expand(-1, 3, -1, -1),
-            conditioning_scale=self.scale,
-            return_dict=False,
-        )
-        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-
 
 def draw_control(
     models: StableDiffusion, settings: ControlSettings, frames: np.ndarray, depth: Tensor | None

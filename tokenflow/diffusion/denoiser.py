@@ -75,8 +75,12 @@ class Denoiser:
         text = self.text.repeat_interleave(m, dim=0)  # (B*m, 77, c)
         residuals = {}
         if self.control is not None:
-            images = self._of(self.control.images, frames).repeat(self.branches, 1, 1, 1)
-            residuals = self.control.residuals(model_input, t, text, images)
+            images = self._of(self.control.images, frames).repeat(self.branches, 3, 1, 1)
+            down, mid = self.control.controlnet(
+                model_input, t, text, images, self.control.scale, return_dict=False
+            )
+            residuals["down_block_additional_residuals"] = down
+            residuals["mid_block_additional_residual"] = mid
         # A tensor: a compiled UNet would be recompiled for every number.
         timestep = torch.tensor(t, device=models.device)
         prediction = models.unet(
