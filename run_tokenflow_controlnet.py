@@ -82,7 +82,6 @@ TECHNIQUE = Technique(
     name="controlnet",
     about=__doc__.splitlines()[0],
     config=ControlNetConfig,
-    config_file="configs/config_controlnet.yaml",
     plan=plan,
     check=check,
 )

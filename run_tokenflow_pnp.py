@@ -62,7 +62,6 @@ TECHNIQUE = Technique(
     name="pnp",
     about=__doc__.splitlines()[0],
     config=PnPConfig,
-    config_file="configs/config_pnp.yaml",
     plan=plan,
     check=check,
 )

@@ -52,7 +52,6 @@ TECHNIQUE = Technique(
     name="sdedit",
     about=__doc__.splitlines()[0],
     config=SDEditConfig,
-    config_file="configs/config_sdedit.yaml",
     plan=plan,
 )
 main, edit = TECHNIQUE.main, TECHNIQUE.edit

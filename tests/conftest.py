@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scripts.tiny_model.make_random import make_depth_model, make_model
+from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
 
 # The tests' tensors are too small to share between threads: waiting for them costs more than it
 # saves, above all on a busy machine.
@@ -31,6 +32,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder, controlnet=True)
     make_depth_model(folder / "depth_estimator")
     return folder
+
+
+@pytest.fixture(scope="session")
+def models(tiny_model: Path) -> StableDiffusion:
+    """Its models, which tests share and do not change."""
+    return load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise UserError(f"expected {' or '.join(BASELINES)} as the first word, got {name!r}")
     setup_logging()
     config, overwrite = read_config(
-        pnp.PnPConfig, rest, pnp.TECHNIQUE.config_file, __doc__.splitlines()[0]
+        pnp.PnPConfig, rest, pnp.TECHNIQUE.name, __doc__.splitlines()[0]
     )
     folder = BASELINES[name](config, overwrite)
     print(f"result: {folder}")

@@ -198,10 +198,6 @@ def test_a_hub_checkpoint_s_pickles_are_fetched_only_if_allowed_and_needed(
     hidden.rename(path)
     checkpoint_folder("owner/name", allow_pickle=True)
     assert pickles() == {"vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model-*.bin"}
-    monkeypatch.setattr(
-        checkpoints, "snapshot_download", lambda key, allow_patterns: str(folder / "controlnet")
-    )
-    single_model_folder("owner/name", "controlnet_key", True)
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,6 @@ def write_config(folder, keys):
         ({"prompt": 7}, "prompt: expected text, got 7; quote it"),
         ({"sd_version": 2.1}, r"sd_version: expected text, got 2\.1; quote it: .*'2\.1'"),
         ({"n_frames": 0}, "n_frames: expected at least 1 and at most .*, got 0"),
-        ({"n_timesteps": 1001}, "n_timesteps: expected at least 1 and at most 1000, got 1001"),
         ({"pnp_f_t": 1.5}, "pnp_f_t: expected at least 0 and at most 1, got 1.5"),
         ({"consistency": "all"}, "consistency: expected one of tokenflow, extended_attention"),
         ({"blend": "linear", "propagation": "released"}, "blend: linear goes with .*paper"),
@@ -146,7 +145,6 @@ def test_a_missing_key_is_refused(place, keys, technique, key):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n- b\n", r"\.yaml: expected a mapping \(key: value\), found list"),
         ("", r"\.yaml: expected a mapping \(key: value\), found nothing"),
         ("prompt: [a\n", r"\.yaml: not valid YAML in line 2"),
         ("prompt: a\nprompt: b\n", r"\.yaml: .*line 2: the key 'prompt' is given twice"),
@@ -161,13 +159,10 @@ def test_a_file_that_is_no_configuration_is_refused(place, text, message):
     ("argv", "message"),
     [
         (["--set", "guidance_scale=high"], "--set guidance_scale: expected a number, got 'high'"),
-        (["--set", "guidance=3"], r"--set guidance: unknown key; did you mean guidance_scale\?"),
-        (["--set", "prompt"], "--set prompt: expected key=value"),
         (["--device", "toaster"], "device: toaster is unknown, expected auto, cpu, cuda"),
         (["--steps", "50"], "unrecognized arguments: --steps 50"),
         (["--over"], "unrecognized arguments: --over"),
         (["--config", "nowhere.yaml"], r"nowhere\.yaml: no such file"),
-        (["--config", "latents"], "latents: a folder, not a file"),
     ],
     ids=" ".join,
 )

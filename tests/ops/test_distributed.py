@@ -25,7 +25,7 @@ from tests.helpers import HEIGHT, WIDTH, contents, edit_keys, make_clip
 from tokenflow.cache import build
 from tokenflow.cache.options import arguments
 from tokenflow.cache.source_cache import open_cache, read_manifest
-from tokenflow.diffusion.models import load_stable_diffusion, resolve_device
+from tokenflow.diffusion.models import resolve_device
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.editing.techniques import load_technique
@@ -95,11 +95,6 @@ def clip(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(clip, tiny_model):
     return build_cache(clip, clip.parent / "latents", tiny_model)
-
-
-@pytest.fixture(scope="module")
-def models(tiny_model):
-    return load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")

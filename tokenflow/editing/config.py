@@ -171,14 +171,14 @@ Config = TypeVar("Config", bound=EditConfig)
 
 
 def read_config(
-    cls: type[Config], argv: Sequence[str] | None, default: str, about: str
+    cls: type[Config], argv: Sequence[str] | None, technique: str, about: str
 ) -> tuple[Config, bool]:
     """Reads a run script's command line and its YAML config.
 
     Args:
         cls: the script's configuration.
         argv: the command line without the program's name; None for sys.argv's.
-        default: the config file used where none is named, in the repository's root.
+        technique: whose configs/config_<technique>.yaml is read where no file is named.
         about: the script's one-line description.
 
     Returns:
@@ -189,6 +189,7 @@ def read_config(
     """
     parser = ArgumentParser(description=about)
     add, flags = parser.add_argument, ("device", "allow_pickle", "verify")
+    default = f"configs/config_{technique}.yaml"
     text = f"YAML file (default: {default})"
     add("--config", "--config_path", default=ROOT / default, help=text)
     text = "override one key of the file; any number of times"

@@ -46,10 +46,9 @@ class Technique:
     """A base technique that TokenFlow makes consistent.
 
     Attributes:
-        name: in `results.TECHNIQUES`, and in the path of its results.
+        name: in `results.TECHNIQUES`, configs/config_<name>.yaml and the path of its results.
         about: one line for --help.
         config: its keys.
-        config_file: the YAML file that is read if the command line names none.
         plan: what it does in a session.
         check: refuses inputs that do not fit, before a model is loaded, by a UserError.
     """
@@ -57,7 +56,6 @@ class Technique:
     name: str
     about: str
     config: type[EditConfig]
-    config_file: str
     plan: Callable[[EditSession], EditPlan]
     check: Callable[[EditInputs], None] = lambda inputs: None
 
@@ -70,7 +68,7 @@ class Technique:
         with start_process_group() as group:
             setup_logging(quiet=not group.is_main)
             with group.raise_together():
-                config, overwrite = read_config(self.config, argv, self.config_file, self.about)
+                config, overwrite = read_config(self.config, argv, self.name, self.about)
             folder = self.edit(config, overwrite, group=group)
             if group.is_main:
                 print(f"result: {folder}")

@@ -26,10 +26,6 @@ from util import UserError
 TIMEOUT = timedelta(days=7)
 
 
-class OtherProcessFailed(SystemExit):
-    """Ends a process after another one failed, with status 0: the other prints the error."""
-
-
 @dataclass(frozen=True)
 class ProcessGroup:
     """The processes of a run; `local_rank` is a process's number on its machine and of its GPU."""
@@ -79,7 +75,7 @@ class ProcessGroup:
         if any(failed):
             if failed.index(True) == self.rank:
                 raise error
-            raise OtherProcessFailed(0)
+            raise SystemExit(0)  # the other one prints the error
 
     def assert_same(self, text: str, what: str) -> None:
         """Raises a UserError, on one process, if `text` is not the same on all of them."""
