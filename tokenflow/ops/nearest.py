@@ -122,14 +122,12 @@ def nearest_tokens_pytorch(tokens: Tensor, keyframe_tokens: Tensor, which: Tenso
     """
     length = tokens.shape[1]
     found = torch.empty((*which.shape, length), dtype=torch.long, device=tokens.device)
-    for keyframe, slots in _users(which).items():
-        keys = normalised(keyframe_tokens[keyframe])
-        frames = list(slots)
-        queries = tokens[frames] if len(frames) < len(tokens) else tokens
-        rows = _nearest_rows(queries.flatten(0, 1).float(), keys).unflatten(0, (-1, length))
-        for row, frame in zip(rows, frames, strict=True):
-            for slot in slots[frame]:
-                found[frame, slot] = row
+    for keyframe in which.unique():
+        named = which == keyframe  # (m, j)
+        times = named.sum(dim=1)
+        queries = tokens[times > 0].flatten(0, 1).float()
+        rows = _nearest_rows(queries, normalised(keyframe_tokens[keyframe]))
+        found[named] = rows.unflatten(0, (-1, length)).repeat_interleave(times[times > 0], dim=0)
     return found
 
 
@@ -145,15 +143,6 @@ def inverse_norms(tokens: Tensor) -> Tensor:
     """1 / |token| of tokens (..., c), float32; finite for a zero token."""
     norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
     return norms.clamp_min(1e-12).reciprocal()
-
-
-def _users(which: Tensor) -> dict[int, dict[int, list[int]]]:
-    """For each keyframe in `which`: the frames that name it, ascending, and their columns."""
-    users: dict[int, dict[int, list[int]]] = {}
-    for frame, keyframes in enumerate(which.tolist()):
-        for slot, keyframe in enumerate(keyframes):
-            users.setdefault(keyframe, {}).setdefault(frame, []).append(slot)
-    return {keyframe: dict(sorted(slots.items())) for keyframe, slots in users.items()}
 
 
 def _nearest_rows(queries: Tensor, keys: Tensor) -> Tensor:
