@@ -209,39 +209,27 @@ def test_leaving_the_patch_restores_the_unet_bit_for_bit(unet):
     assert torch.equal(forward(unet), plain)
 
 
-def test_a_failure_while_patching_restores_the_unet(unet, monkeypatch):
+@pytest.mark.parametrize("backend", ["native", "no_such_backend"])
+def test_a_failure_while_patching_restores_the_unet(unet, monkeypatch, backend):
     before = state_of(unet)
-    conv = unet.get_submodule(FEATURE_LAYER)
 
     def fail(hook):
-        raise MemoryError
+        raise RuntimeError
 
-    monkeypatch.setattr(conv, "register_forward_hook", fail)
-    with pytest.raises(MemoryError), tokenflow_patch(unet, TokenFlowContext()):
-        pass
+    monkeypatch.setattr(unet.get_submodule(FEATURE_LAYER), "register_forward_hook", fail)
+    failed = pytest.raises((RuntimeError, ValueError))
+    with failed, tokenflow_patch(unet, TokenFlowContext(), backend):
+        pytest.fail("was patched")
     assert state_of(unet) == before
 
 
 def test_patching_twice_is_refused_and_leaves_the_first_patch(unet):
-    before = state_of(unet)
+    before, refused = state_of(unet), pytest.raises(RuntimeError, match="already patched")
     with tokenflow_patch(unet, TokenFlowContext()):
         patched = state_of(unet)
-        with (
-            pytest.raises(RuntimeError, match="already patched"),
-            tokenflow_patch(unet, TokenFlowContext()),
-        ):
+        with refused, tokenflow_patch(unet, TokenFlowContext()):
             pass
         assert state_of(unet) == patched
-    assert state_of(unet) == before
-
-
-def test_an_unusable_backend_leaves_the_unet_as_it_was(unet):
-    before = state_of(unet)
-    with (
-        pytest.raises((RuntimeError, ValueError)),
-        tokenflow_patch(unet, TokenFlowContext(), "no_such_backend"),
-    ):
-        pass
     assert state_of(unet) == before
 
 
