@@ -5,13 +5,14 @@ python run_tokenflow_controlnet.py --set data_path=clip.mp4 --set prompt="a marb
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
 from tokenflow.diffusion.checkpoints import check_controlnet_fits, single_model_folder
 from tokenflow.diffusion.conditions import estimate_depth
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, ControlKind, control_settings
 from tokenflow.editing.config import EditConfig
-from tokenflow.editing.inputs import EditInputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.techniques import Technique
 from util import command_line
@@ -70,11 +71,10 @@ def plan(session: EditSession) -> EditPlan:
     return EditPlan(timesteps, noised(timesteps[0]), control=control_settings(config))
 
 
-def check(inputs: EditInputs) -> None:
+def check(config: ControlNetConfig, checkpoint: Path, has_depth: bool) -> None:
     """Refuses a ControlNet or depth estimator that is missing or does not fit."""
-    config = inputs.config
-    check_controlnet_fits(inputs.checkpoint, control_settings(config).key, config.allow_pickle)
-    if config.control == "depth" and not inputs.cache.has_depth:
+    check_controlnet_fits(checkpoint, control_settings(config).key, config.allow_pickle)
+    if config.control == "depth" and not has_depth:
         single_model_folder(config.depth_model, "depth_model", config.allow_pickle)
 
 

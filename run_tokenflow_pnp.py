@@ -5,11 +5,12 @@ python run_tokenflow_pnp.py --set data_path=clip.mp4 --set prompt="a marble scul
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.editing.config import EditConfig
-from tokenflow.editing.inputs import EditInputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.techniques import Technique
 from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, self_attention_layers
@@ -34,15 +35,15 @@ class PnPConfig(EditConfig):
     )
 
 
-def check(inputs: EditInputs) -> None:
+def check(config: PnPConfig, checkpoint: Path, has_depth: bool) -> None:
     """Refuses a checkpoint whose UNet lacks a layer that PnP injects into."""
-    unet = load_unet_skeleton(inputs.checkpoint)
+    unet = load_unet_skeleton(checkpoint)
     missing = sorted(set(ATTENTION_LAYERS) - set(self_attention_layers(unet)))
     if FEATURE_LAYER not in dict(unet.named_modules()):
         missing.append(FEATURE_LAYER)
     if missing:
         raise UserError(
-            f"{inputs.checkpoint}: its UNet has no {missing[0]} ({len(missing)} of the layers that "
+            f"{checkpoint}: its UNet has no {missing[0]} ({len(missing)} of the layers that "
             "PnP injects into are missing); use a checkpoint with Stable Diffusion's blocks"
         )
 

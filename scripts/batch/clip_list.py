@@ -13,11 +13,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
-import run_tokenflow_controlnet as controlnet
-import run_tokenflow_pnp as pnp
 from scripts.batch.davis import sequences
 from tokenflow.cache.options import PreprocessOptions
-from tokenflow.diffusion.checkpoints import check_controlnet_fits, checkpoint_folder, model_key_for
+from tokenflow.diffusion.checkpoints import checkpoint_folder, model_key_for
 from tokenflow.diffusion.models import resolve_device
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.results import TECHNIQUES
@@ -51,21 +49,13 @@ CONTROL_OPTIONS = {  # of an inversion with sd_version: ControlNet
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to edit every clip.
+    """A way to edit every clip."""
 
-    Attributes:
-        name: of a technique, or of a row of Table 1.
-        section: the technique whose settings in the list apply.
-        config: the class of its configurations.
-        edit: makes the result of a configuration; returns its folder.
-        settings: keys that the list cannot change.
-    """
-
-    name: str
-    section: str
+    name: str  # of a technique, or of a row of Table 1
+    section: str  # the technique whose settings in the list apply
     config: type[EditConfig]
-    edit: Callable[..., Path]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    edit: Callable[..., Path]  # makes the result of a configuration; returns its folder
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that the list cannot change
 
 
 def _of_technique(name: str) -> Variant:
@@ -78,29 +68,21 @@ VARIANTS = {name: _of_technique(name) for name in TECHNIQUES}
 
 @dataclass(frozen=True)
 class Job:
-    """One inversion or edit.
+    """One inversion or edit."""
 
-    Attributes:
-        clip: its name.
-        variant: None for an inversion.
-        work: the options of preprocess.py, or the keys of the edit's config.
-        needs: the key of the inversion that an edit reads.
-        key: identifies the job, in every run of the list.
-    """
-
-    clip: str
-    variant: Variant | None
-    work: dict[str, Any]
-    needs: str | None = None
-    key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        content = json.dumps([self.kind, self.work], sort_keys=True)
-        object.__setattr__(self, "key", hashlib.sha256(content.encode()).hexdigest()[:12])
+    clip: str  # its name
+    variant: Variant | None  # None: an inversion
+    work: dict[str, Any]  # the options of preprocess.py, or the keys of the edit's config
+    needs: str | None = None  # the key of the inversion that an edit reads
 
     @property
     def kind(self) -> str:
         return INVERSION if self.variant is None else self.variant.name
+
+    @property
+    def key(self) -> str:
+        """Identifies the job, in every run of the list."""
+        return _digest(json.dumps([self.kind, self.work], sort_keys=True))[:12]
 
     @property
     def title(self) -> str:
@@ -110,9 +92,11 @@ class Job:
     def log_name(self) -> str:
         """The file name of the clip's log."""
         name = slug(self.clip)
-        if name != self.clip:
-            name += f"-{hashlib.sha256(self.clip.encode()).hexdigest()[:8]}"
-        return f"{name}.log"
+        return f"{name}.log" if name == self.clip else f"{name}-{_digest(self.clip)[:8]}.log"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def title(clip: str, kind: str, prompt: str | None) -> str:
@@ -259,9 +243,9 @@ def read_batch(
     """
     content = load_yaml(path)
     for key, value in (overrides or {}).items():
-        known = content.get(key)
-        both = isinstance(known, dict) and isinstance(value, dict)
-        content[key] = known | value if both else value
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            value = content[key] | value
+        content[key] = value
     given = parse(ClipList, content, str(path))
     edits = []
     for clip, entry in _clips(path, given).items():
@@ -304,8 +288,8 @@ def _edits(
 ) -> Iterator[_Edit]:
     """The edits of a clip: every prompt by every variant."""
     spoken = re.sub(r"[-_]+", " ", clip_name(entry.data_path))
-    prompts = entry.prompts or ([entry.prompt] if entry.prompt is not None else [])
-    prompts = prompts or [prompt.replace("{clip}", spoken) for prompt in given.prompts or ()]
+    own = entry.prompts or ([] if entry.prompt is None else [entry.prompt])
+    prompts = own or [prompt.replace("{clip}", spoken) for prompt in given.prompts or ()]
     if not prompts:
         raise UserError(f"{where}: has no prompt; expected prompts, in the list or for the clip")
     inversion_prompt = entry.inversion_prompt
@@ -379,21 +363,15 @@ def _check_models(edits: Sequence[_Edit]) -> None:
     """Raises if a device, a checkpoint or a ControlNet that edits name is missing or unfit."""
     seen = set()
     for edit in edits:
-        config = edit.config
-        device, model = config.device, model_key_for(config.sd_version, config.model_key)
-        settings = None
-        try:
-            if isinstance(config, controlnet.ControlNetConfig):
-                settings = controlnet.control_settings(config)
-            what = edit.variant.section, device, model, settings, config.allow_pickle
-            if what in seen:
-                continue
-            resolve_device(device)
-            checkpoint = checkpoint_folder(model, config.allow_pickle)
-            if settings is not None:
-                check_controlnet_fits(checkpoint, settings.key, config.allow_pickle)
-            if isinstance(config, pnp.PnPConfig):
-                pnp.check_injection_layers(checkpoint)
-        except UserError as error:
-            raise UserError(f"{edit.where}: {edit.variant.name}: {error}") from error
-        seen.add(what)
+        config, technique = edit.config, edit.variant.section
+        model = model_key_for(config.sd_version, config.model_key)
+        control = (getattr(config, key, None) for key in ("control", "controlnet_key"))
+        what = technique, model, config.device, config.allow_pickle, *control
+        if what not in seen:
+            try:
+                resolve_device(config.device)
+                checkpoint = checkpoint_folder(model, config.allow_pickle)
+                load_technique(technique).check(config, checkpoint, has_depth=True)
+            except UserError as error:
+                raise UserError(f"{edit.where}: {edit.variant.name}: {error}") from error
+            seen.add(what)

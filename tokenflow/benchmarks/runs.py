@@ -251,7 +251,7 @@ class Bench:
     def prepare_edit(self, name: str, models: StableDiffusion) -> PreparedEdit:
         """Opens an edit under a setting; it shares the models unless it compiles its own."""
         inputs = open_inputs(self.edit_config(name))
-        self.technique.check(inputs)
+        self.technique.check(inputs.config, inputs.checkpoint, inputs.cache.has_depth)
         session = EditSession(inputs, self.load() if inputs.config.compile else models)
         plan = self.technique.plan(session)
         if "three_branch" not in name.split("+"):

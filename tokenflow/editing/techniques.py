@@ -50,14 +50,15 @@ class Technique:
         about: one line for --help.
         config: its keys.
         plan: what it does in a session.
-        check: refuses inputs that do not fit, before a model is loaded, by a UserError.
+        check: refuses a config and checkpoint that do not fit, before a model is loaded, by a
+            UserError; it is also told whether the cache holds depth.
     """
 
     name: str
     about: str
     config: type[EditConfig]
     plan: Callable[[EditSession], EditPlan]
-    check: Callable[[EditInputs], None] = lambda inputs: None
+    check: Callable[[EditConfig, Path, bool], None] = lambda config, checkpoint, has_depth: None
 
     def main(self, argv: Sequence[str] | None = None) -> Path:
         """Runs the technique's script: reads its command line, edits, prints the result's folder.
@@ -98,7 +99,7 @@ class Technique:
         """
         with group.raise_together():
             inputs = open_inputs(config, group)
-            self.check(inputs)
+            self.check(config, inputs.checkpoint, inputs.cache.has_depth)
         with open_result(self.name, inputs, overwrite) as (folder, work):
             if work is not None:
                 session = EditSession(inputs, watch=watch, load=load, work=work)
