@@ -82,6 +82,18 @@ def edit(script, clip: Path, model: Path, **changes: object) -> Path:
     return script.main(["--config", str(config)])
 
 
+def write_list(model: Path, **changes: object) -> Path:
+    """Write list.yaml for a batch: small edits of clips `a` and `b`."""
+    small = {"n_frames": 3, "n_inversion_steps": 2, "n_timesteps": 2, "batch_size": 2}
+    given = {
+        "settings": {"model_key": str(model), "H": HEIGHT, "W": WIDTH, "device": "cpu", **small},
+        "prompts": ["a {clip} of marble"],
+        "clips": [{"data_path": "a"}, {"data_path": "b"}],
+    }
+    save_yaml("list.yaml", given | changes)
+    return Path("list.yaml")
+
+
 def contents(folder: Path) -> dict[str, int]:
     """All that lies in a folder, and when files last changed: equal if none was written."""
     return {

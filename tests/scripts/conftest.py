@@ -7,6 +7,13 @@ import pytest
 from scripts.batch import engine
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The test has a folder of its own, and no cluster around it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def local_ray():
     """Ray on this machine."""

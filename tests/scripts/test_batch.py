@@ -17,30 +17,22 @@ import torch
 from scripts.batch import batch, engine
 from scripts.batch.clip_list import VARIANTS, Job, Variant
 from scripts.batch.engine import FAILED, FOUND, MADE, KeptModels, Outcome, Progress
-from tests.helpers import HEIGHT, WIDTH, contents, make_clip
-from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from tests.helpers import contents, make_clip, write_list
+from tokenflow.storage.yaml_files import load_yaml
 from util import Interrupted, UserError
 
 SUMMARY = "tokenflow-results/batch/summary.yaml"
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """Each test has a folder of its own, and no cluster around it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+pytestmark = pytest.mark.usefixtures("here")
 
 
-def write(model, changes=None, **more):
-    """Writes list.yaml: small edits of clips `a` and `b`."""
-    small = {"n_frames": 3, "n_inversion_steps": 2, "n_timesteps": 2, "batch_size": 2}
-    given = {
-        "settings": {"model_key": str(model), "H": HEIGHT, "W": WIDTH, "device": "cpu", **small},
-        "prompts": ["a {clip} of marble"],
-        "clips": [{"data_path": "a"}, {"data_path": "b"}],
-    }
-    save_yaml("list.yaml", given | (changes or {}) | more)
-    return Path("list.yaml")
+def make_clips(names, n_frames=3):
+    """Writes a video for each name; returns the list's entries."""
+    paths = [f"{name}.mp4" for name in names]
+    for i, path in enumerate(paths):
+        make_clip(Path(path), n_frames, seed=i)
+    return [{"data_path": path} for path in paths]
 
 
 def run(*argv):
@@ -52,9 +44,8 @@ def run(*argv):
 
 def kept():
     """All files of caches and results, with the time of their last change."""
-    found = contents(Path()).items()
-    return {p: at for p, at in found if re.match(r"latents/|tokenflow-results/(?!batch)", p)
-            and Path(p).is_file()}  # fmt: skip
+    ours = re.compile(r"latents/|tokenflow-results/(?!batch)")
+    return {p: at for p, at in contents(Path()).items() if ours.match(p) and Path(p).is_file()}
 
 
 def states():
@@ -69,11 +60,10 @@ def states():
 def test_a_broken_clip_costs_no_other_its_edits_and_finished_work_is_kept(
     tiny_model, shared_ray, capsys
 ):
-    for i, name in enumerate("ab"):
-        make_clip(Path(f"{name}.mp4"), 3, seed=i)
+    gone = "gone \u2605 <b>"
+    clips = [*make_clips(["a", "bad", "b"]), {"data_path": gone}]
     Path("bad.mp4").write_bytes(Path("a.mp4").read_bytes()[:500])
-    paths = ("a.mp4", "bad.mp4", "b.mp4", "gone \u2605 <b>")
-    write(tiny_model, clips=[{"data_path": p} for p in paths], techniques=["pnp", "sdedit"])
+    write_list(tiny_model, clips=clips, techniques=["pnp", "sdedit"])
     assert run() == 2
     out = capsys.readouterr().out
     assert re.search(r"^a +1 made, \d+ s +1 made, \d+ s +1 made, \d+ s$", out, re.MULTILINE)
@@ -81,17 +71,15 @@ def test_a_broken_clip_costs_no_other_its_edits_and_finished_work_is_kept(
     assert "4 made, 4 failed of 8 edits; something failed of 2 of 4 clips:" in out
     assert "  bad: inversion: bad.mp4: not a video that can be read" in out
     assert "    alone: python preprocess.py " in out
-    assert "  gone \u2605 <b>: inversion: gone \u2605 <b>: no such video or folder" in out
-    assert states() == {
-        "a": [MADE] * 3, "bad": [FAILED] * 3, "b": [MADE] * 3, "gone \u2605 <b>": [FAILED] * 3,
-    }  # fmt: skip
+    assert f"  {gone}: inversion: {gone}: no such video or folder" in out
+    ends = {"a": MADE, "bad": FAILED, "b": MADE, gone: FAILED}
+    assert states() == {clip: [state] * 3 for clip, state in ends.items()}
     summary = load_yaml(SUMMARY)
-    assert (summary["failed_clips"], summary["status"]) == (["bad", "gone \u2605 <b>"], 2)
+    assert (summary["failed_clips"], summary["status"]) == (["bad", gone], 2)
     assert summary["clips"]["bad"][1]["reason"] == engine.NOT_TRIED
-    logs = {path.name for path in Path("tokenflow-results/batch").glob("*.log")}
-    odd = logs - {"a.log", "b.log", "bad.log"}
-    assert len(odd) == 1
-    assert re.fullmatch(r"gone-b-[0-9a-f]{8}\.log", odd.pop())
+    logs = sorted(path.name for path in Path("tokenflow-results/batch").glob("*.log"))
+    assert logs[:3] == ["a.log", "b.log", "bad.log"]
+    assert re.fullmatch(r"gone-b-[0-9a-f]{8}\.log", *logs[3:])
     log = Path("tokenflow-results/batch/bad.log").read_text()
     assert re.match(r"--- .*, bad: inversion\nerror: bad.mp4: not a video", log)
 
@@ -101,7 +89,7 @@ def test_a_broken_clip_costs_no_other_its_edits_and_finished_work_is_kept(
     assert len(list(Path("tokenflow-results").glob("*/*/*/edited.mp4"))) == 4
     # A failed job can be repeated by itself, and then all of it is finished.
     shutil.copy("a.mp4", "bad.mp4")
-    words = [job["alone"] for job in summary["clips"]["bad"]][1].split()
+    words = summary["clips"]["bad"][1]["alone"].split()
     assert words[:4] == ["python", "-m", "scripts.batch.batch", "list.yaml"]
     assert run(*words[4:]) == 0
     assert states() == {"bad": [MADE, MADE]}
@@ -159,14 +147,12 @@ def test_a_signal_to_the_command_ends_it_amid_a_job(shared_ray):
     def interrupt(number, frame):
         raise Interrupted(number)
 
-    old = signal.signal(signal.SIGTERM, interrupt)
     command = os.getpid()
+    jobs = [failing("long", lambda: (os.kill(command, signal.SIGTERM), signal.pause()))]
+    old = signal.signal(signal.SIGTERM, interrupt)
     try:
         with pytest.raises(Interrupted) as end:
-            engine.run_jobs(
-                [failing("long", lambda: (os.kill(command, signal.SIGTERM), signal.pause()))],
-                Path("logs"),
-            )
+            engine.run_jobs(jobs, Path("logs"))
     finally:
         signal.signal(signal.SIGTERM, old)
     assert end.value.number == signal.SIGTERM
@@ -177,34 +163,11 @@ def test_a_process_that_does_not_start_fails_no_job(tiny_model, shared_ray, monk
         def __init__(self, folder):
             raise ImportError("no such module")
 
-        def ready(self):
-            pass
-
     monkeypatch.setattr(engine, "Worker", Broken)
-    write(tiny_model)
+    write_list(tiny_model)
     assert run() == batch.WRONG == 255
     assert re.search("^error: no process can be started: .*no such mod", capsys.readouterr().err)
     assert not Path(SUMMARY).exists()
-
-
-class FakeRay:
-    """A cluster of two machines with these GPUs; says what an actor was started with."""
-
-    def __init__(self, n_gpus):
-        self.n_gpus = n_gpus
-
-    def nodes(self):
-        return [{"Alive": True}, {"Alive": True}, {"Alive": False}]
-
-    def cluster_resources(self):
-        return {"CPU": 8.0} | ({"GPU": float(self.n_gpus)} if self.n_gpus else {})
-
-    def remote(self, cls):
-        return self
-
-    def options(self, **options):
-        self.given = options
-        return self
 
 
 @pytest.mark.parametrize(
@@ -219,9 +182,14 @@ class FakeRay:
 )
 def test_processes_share_the_gpus(n_gpus, device, asked, processes, share):
     jobs = [Job("c", None, {"device": device, "n": i}) for i in range(6)]
-    ray = FakeRay(n_gpus)
+    given = {}
+    ray = SimpleNamespace(  # two machines
+        nodes=lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}],
+        cluster_resources=lambda: {"CPU": 8.0, "GPU": float(n_gpus)} if n_gpus else {"CPU": 8.0},
+        remote=lambda worker: SimpleNamespace(options=lambda **options: given.update(options)),
+    )
     _, found = engine._starter(ray, jobs, asked)
-    assert (found, ray.given["num_gpus"]) == (processes, share)
+    assert (found, given["num_gpus"]) == (processes, share)
 
 
 def test_the_time_left_is_estimated_from_what_was_made(caplog):
@@ -272,7 +240,7 @@ def test_models_are_kept_until_others_are_asked_for(monkeypatch):
 def test_wrong_options_are_refused_with_a_status_that_is_no_number_of_clips(
     tiny_model, capsys, words, message
 ):
-    write(tiny_model)
+    write_list(tiny_model)
     assert run(*words) == 255
     assert re.search(f"^error: .*{message}", capsys.readouterr().err)
 
@@ -339,11 +307,9 @@ def start_batch():
 
 @pytest.mark.slow
 def test_kill_and_sigterm_of_the_real_processes(tiny_model, shared_ray):
-    for i, name in enumerate("ab"):
-        make_clip(Path(f"{name}.mp4"), 5, seed=i)
-    settings = load_yaml(write(tiny_model))["settings"]
+    settings = load_yaml(write_list(tiny_model))["settings"]
     settings |= {"n_frames": 5, "n_inversion_steps": 50, "n_timesteps": 50}
-    write(tiny_model, clips=[{"data_path": f"{n}.mp4"} for n in "ab"], settings=settings)
+    write_list(tiny_model, clips=make_clips("ab", 5), settings=settings)
     process, worker = start_batch()
     os.kill(worker, signal.SIGKILL)
     out, _ = process.communicate()
@@ -399,9 +365,7 @@ engine.run_jobs(jobs, Path("logs"))
 
 @pytest.mark.slow
 def test_a_batch_runs_on_two_nodes(tiny_model):
-    for i, name in enumerate("abc"):
-        make_clip(Path(f"{name}.mp4"), 3, seed=i)
-    write(tiny_model, clips=[{"data_path": f"{name}.mp4"} for name in "abc"])
+    write_list(tiny_model, clips=make_clips("abc"))
     environment = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef", "PYTHON": sys.executable,
         "PYTHONPATH": str(engine.ROOT), "ON_EACH": ON_EACH,
@@ -416,36 +380,28 @@ def test_a_batch_runs_on_two_nodes(tiny_model):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_six_clips_two_of_them_broken(tiny_model, processes):
-    names = "abcdef"
-    for i, name in enumerate(names):
-        make_clip(Path(f"{name}.mp4"), 3, seed=i)
+    clips = make_clips("abcdef")
     Path("b.mp4").write_bytes(Path("b.mp4").read_bytes()[:700])
     Path("e.mp4").unlink()
-    control = {"controlnet_key": str(tiny_model / "controlnet")}
-    write(
+    write_list(
         tiny_model,
-        clips=[{"data_path": f"{name}.mp4"} for name in names],
+        clips=clips,
         prompts=["a {clip} of marble", "../../up", "\N{SNOWMAN} " * 100],
         techniques=["pnp", "sdedit", "controlnet"],
-        controlnet=control,
+        controlnet={"controlnet_key": str(tiny_model / "controlnet")},
     )
     command = ["sh", str(engine.ROOT / "scripts/run_davis.sh"), "list.yaml"]
     environment = os.environ | {"PYTHON": sys.executable, "PROCESSES": str(processes)}
-
-    def once():
+    before = {}
+    for how in ("made", "found"):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
-        return done, load_yaml(SUMMARY)
-
-    done, summary = once()
-    results = sorted(Path("tokenflow-results").glob("*/*/*/edited.mp4"))
-    assert len(results) == 4 * 9
-    assert {path.parts[2] for path in results} == set("acdf")
-    assert summary["failed_clips"] == ["b", "e"]
-    assert "36 made, 18 failed of 54 edits; something failed of 2 of 6 clips" in done.stdout
-    assert "Traceback" not in done.stderr
-    before = kept()
-    again, summary = once()
-    assert kept() == before
-    assert "36 found, 18 failed of 54 edits" in again.stdout
-    assert not [path for path in Path().iterdir() if path.name == "up"]
+        assert f"36 {how}, 18 failed of 54 edits; something failed of 2 of 6 clips" in done.stdout
+        assert "Traceback" not in done.stderr
+        assert load_yaml(SUMMARY)["failed_clips"] == ["b", "e"]
+        results = list(Path("tokenflow-results").glob("*/*/*/edited.mp4"))
+        assert len(results) == 4 * 9
+        assert {path.parts[2] for path in results} == set("acdf")
+        assert before in ({}, kept())
+        before = kept()
+    assert not Path("up").exists()

@@ -8,29 +8,14 @@ import pytest
 from scripts.batch import clip_list
 from scripts.batch.clip_list import INVERSION, read_batch
 from scripts.batch.davis import read_image_set, sequences
-from tests.helpers import HEIGHT, WIDTH, make_image_folder
-from tokenflow.storage.yaml_files import load_yaml, save_yaml
+from tests.helpers import make_image_folder, write_list
+from tokenflow.storage.yaml_files import load_yaml
 from util import UserError
 
 ROOT = Path(clip_list.__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """Each test has a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-
-def write(model, changes=None, **more):
-    """Writes list.yaml: small edits of clips `a` and `b`."""
-    small = {"n_frames": 3, "n_inversion_steps": 2, "n_timesteps": 2, "batch_size": 2}
-    given = {
-        "settings": {"model_key": str(model), "H": HEIGHT, "W": WIDTH, "device": "cpu", **small},
-        "prompts": ["a {clip} of marble"],
-        "clips": [{"data_path": "a"}, {"data_path": "b"}],
-    }
-    save_yaml("list.yaml", given | (changes or {}) | more)
-    return Path("list.yaml")
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def configs(found):
@@ -45,7 +30,7 @@ def configs(found):
 def test_settings_come_from_the_most_special_place(tiny_model):
     own = {"n_frames": 2, "sdedit": {"start": 0.5}, "prompts": ["x {clip}"], "pnp": {"seed": 3}}
     found = read_batch(
-        write(
+        write_list(
             tiny_model,
             techniques=["pnp", "sdedit"],
             sdedit={"start": 0.7, "seed": 5},
@@ -71,7 +56,7 @@ def test_each_cache_is_made_once_before_its_edits_and_those_of_one_model_togethe
 ):
     # The sdedit's is another model, and so another cache of each clip.
     other = {"sdedit": {"model_key": str(tiny_v_model), "sd_version": "1.5"}}
-    found = read_batch(write(tiny_model, techniques=["pnp", "sdedit"], **other))
+    found = read_batch(write_list(tiny_model, techniques=["pnp", "sdedit"], **other))
     shape = [(job.clip, job.kind) for job in found.jobs]
     assert shape == [
         ("a", INVERSION), ("a", "pnp"), ("b", INVERSION), ("b", "pnp"),
@@ -86,7 +71,7 @@ def test_each_cache_is_made_once_before_its_edits_and_those_of_one_model_togethe
 def test_an_inversion_serves_all_edits_from_it(tiny_model):
     clips = [{"data_path": "a", "pnp": {"pnp_f_t": 0.2, "pnp_attn_t": 0.1, "batch_size": 3}}]
     found = read_batch(
-        write(
+        write_list(
             tiny_model,
             techniques=["sdedit", "pnp"],
             clips=clips,
@@ -105,21 +90,17 @@ def test_an_inversion_serves_all_edits_from_it(tiny_model):
 def test_an_inversion_under_a_controlnet_has_the_edit_s(tiny_model):
     control = {"controlnet_key": str(tiny_model / "controlnet"), "canny_low": 50}
     changes = {"techniques": ["pnp", "controlnet"], "controlnet": control}
-    path = write(tiny_model, changes, preprocess={"control": "canny"})
-    save_yaml(path, load_yaml(path) | {"preprocess": {}})
-    settings = load_yaml(path)["settings"] | {"sd_version": "ControlNet"}
-    found = read_batch(write(tiny_model, changes, settings=settings))
+    settings = load_yaml(write_list(tiny_model))["settings"] | {"sd_version": "ControlNet"}
+    found = read_batch(write_list(tiny_model, **changes, settings=settings))
     assert [job.kind for job in found.jobs] == [INVERSION, "pnp", "controlnet"] * 2
     assert found.jobs[0].work["canny_low"] == 50
 
 
 def test_the_command_line_is_in_the_place_of_the_list_s(tiny_model):
     clips = [{"data_path": "a"}, {"data_path": "b", "prompts": ["own"], "techniques": ["pnp"]}]
-    path = write(tiny_model, clips=clips)
+    path = write_list(tiny_model, clips=clips)
     found = read_batch(path, {"prompts": ["p", "q"], "techniques": ["sdedit"]})
-    edits = [
-        (job.clip, job.kind, job.work["prompt"]) for job in found.jobs if job.kind != INVERSION
-    ]
+    edits = [(j.clip, j.kind, j.work["prompt"]) for j in found.jobs if j.kind != INVERSION]
     assert edits == [("a", "sdedit", "p"), ("a", "sdedit", "q"), ("b", "pnp", "own")]
     key = found.jobs[2].key
     assert [job.work.get("prompt") for job in found.only([key]).jobs] == [None, "q"]
@@ -171,11 +152,11 @@ def test_a_wrong_list_is_refused_before_any_work(tiny_model, changes, message):
     if "model_key" not in changes.get("settings", {}) and "settings" in changes:
         changes = changes | {"settings": {"model_key": str(tiny_model)} | changes["settings"]}
     with pytest.raises(UserError, match=message):
-        read_batch(write(tiny_model, changes))
+        read_batch(write_list(tiny_model, **changes))
 
 
 def test_edits_from_one_cache_must_agree_on_it(tiny_model):
-    path = write(tiny_model, techniques=["pnp", "sdedit"], sdedit={"n_timesteps": 1})
+    path = write_list(tiny_model, techniques=["pnp", "sdedit"], sdedit={"n_timesteps": 1})
     with pytest.raises(UserError, match="sdedit: n_timesteps: is 1 here and 2 for other edits"):
         read_batch(path)
 
@@ -183,7 +164,7 @@ def test_edits_from_one_cache_must_agree_on_it(tiny_model):
 def test_clips_of_one_name_and_shots_of_one_clip_are_told_apart(tiny_model):
     shots = [{"data_path": "d1/a"}, {"data_path": "d2/a"}, {"data_path": "d1/a", "frame_start": 9}]
     shots.append({"data_path": "d1/a", "preprocess": {"frame_stride": 2}})
-    found = read_batch(write(tiny_model, clips=shots))
+    found = read_batch(write_list(tiny_model, clips=shots))
     assert found.clips == ["a", "a (2)", "a (3)", "a (4)"]
     assert len({job.log_name for job in found.jobs}) == 4
     inversions, edits = found.jobs[::2], found.jobs[1::2]
@@ -215,9 +196,8 @@ def test_a_tree_has_a_clip_in_each_folder_of_images(tiny_model):
     root = make_davis()
     assert [folder.name for folder in sequences(root, "480p", None, "x")] == ["bear", "car-turn"]
     own = [{"data_path": "./DAVIS/JPEGImages/480p/../480p/bear/", "prompts": ["a polar bear"]}]
-    path = write(tiny_model, clips=own, davis={"root": "DAVIS"}, settings={})
-    given = load_yaml(path)
-    save_yaml(path, given | {"settings": {"model_key": str(tiny_model)}})
+    settings = {"model_key": str(tiny_model)}
+    path = write_list(tiny_model, clips=own, davis={"root": "DAVIS"}, settings=settings)
     prompts = {clip: config["prompt"] for (clip, _), config in configs(read_batch(path)).items()}
     assert prompts == {"bear": "a polar bear", "car-turn": "a car turn of marble"}
     shutil.rmtree(root / "JPEGImages/480p/bear")
@@ -254,7 +234,7 @@ def test_an_image_set_names_sequences(text):
         ("a\0b\n", "is not the name"),
         ("\n \n", "names no sequences"),
         (b"\xff\xfe\x00", "not text in UTF-8"),
-        (None, "no such image set"),
+        (None, "no such file"),
     ],
 )
 def test_an_image_set_that_names_something_else_is_refused(text, message):

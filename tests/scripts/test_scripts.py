@@ -1,5 +1,6 @@
 """The run scripts from the command line to the result, on the tiny model."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 import preprocess
 import run_tokenflow_controlnet
@@ -21,8 +21,8 @@ from scripts.shapes.world import SAMPLES, random_scene
 from tests.helpers import (
     HEIGHT,
     WIDTH,
-    arguments,
     contents,
+    edit_keys,
     invert,
     make_clip,
     make_image_folder,
@@ -34,7 +34,7 @@ from tokenflow.editing import loop as editing
 from tokenflow.editing import results as result_files
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import load_config
-from tokenflow.storage.yaml_files import load_yaml
+from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import UserError, load_tensors, sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,17 +58,10 @@ def place(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(place, tiny_model):
     """A configuration without an output path."""
-    return {
-        "data_path": str(place / "star.mp4"),
-        "latents_path": str(place / "latents"),
-        "prompt": "A shiny, golden star!",
-        "model_key": str(tiny_model),
-        "n_inversion_steps": 10,
-        "n_timesteps": 5,
-        "n_frames": N_FRAMES,
-        "batch_size": 3,
-        "device": "cpu",
-    }
+    keys = {"data_path": str(place / "star.mp4"), "prompt": "A shiny, golden star!"}
+    settings = edit_keys(place, tiny_model, **keys)
+    del settings["output_path"]
+    return settings
 
 
 def edit(technique, values, folder, *argv):
@@ -76,7 +69,7 @@ def edit(technique, values, folder, *argv):
     if technique == "controlnet":
         values = {"controlnet_key": str(Path(values["model_key"]) / "controlnet"), **values}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    save_yaml(path, values)
     SCRIPTS[technique][0].main(["--config", str(path), *argv])
     return path
 
@@ -103,34 +96,33 @@ def results(settings, tmp_path_factory):
 
 
 @pytest.mark.parametrize("technique", SCRIPTS)
-def test_a_result_is_what_the_design_says(results, technique):
+def test_a_result_is_what_the_design_says(results, place, technique):
     output, _, _ = results[technique]
     folder = only_result(output)
-    above, name = folder.relative_to(output).parent.as_posix(), folder.name
-    assert above == f"{technique}/star"
-    slug, _, digest = name.rpartition("-")
-    assert slug == "a-shiny-golden-star"
-    assert len(digest) == 8
-    assert set(digest) <= set("0123456789abcdef")
+    assert folder.parent == output / technique / "star"
+    assert re.fullmatch("a-shiny-golden-star-[0-9a-f]{8}", folder.name)
+    files = "edited.mp4 side_by_side.mp4 edited_latents.safetensors config.yaml run.yaml frames"
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == {
-        "edited.mp4",
-        "side_by_side.mp4",
-        "edited_latents.safetensors",
-        "config.yaml",
-        "run.yaml",
-        "frames",
+        *files.split(),
         *(f"frames/0000{i}.png" for i in range(N_FRAMES)),
     }
-    assert [path.name for path in folder.parent.iterdir()] == [name]  # and nothing half-made
-
-
-@pytest.mark.parametrize("technique", SCRIPTS)
-def test_videos_have_all_frames_at_the_clip_s_rate(results, technique):
-    folder = only_result(results[technique][0])
+    assert list(folder.parent.iterdir()) == [folder]  # and nothing half-made
+    # All frames at the clip's rate.
     assert video_facts(folder / "edited.mp4") == (N_FRAMES, FPS, (HEIGHT, WIDTH))
     assert video_facts(folder / "side_by_side.mp4") == (N_FRAMES, FPS, (HEIGHT, 2 * WIDTH))
     latents = load_tensors(folder / "edited_latents.safetensors")["latents"]
     assert latents.shape == (N_FRAMES, 4, HEIGHT // 8, WIDTH // 8)
+    # How it went.
+    run, cache = load_yaml(folder / "run.yaml"), next(place.rglob("nframes_5-*"))
+    assert (run["technique"], run["cache"]) == (technique, str(cache))
+    assert run["cache_sha256"] == open_cache(cache).sha256
+    assert (run["n_frames"], run["dtype"]) == (N_FRAMES, "float32")
+    assert run["source_features"] == "live"  # the cache holds none
+    assert run["device"].startswith("cpu")
+    assert set(run["seconds"]) == {"load", "edit", "decode", "write"}
+    assert min(run["seconds"].values()) >= 0
+    assert run["peak_memory_bytes"] > 1 << 20
+    assert {"python", "torch", "diffusers"} <= set(run["versions"])
 
 
 def test_the_edit_changes_the_clip_and_techniques_differ(results, place):
@@ -150,22 +142,6 @@ def test_the_saved_config_makes_the_same_result(results, technique, monkeypatch)
     assert list(load_yaml(saved)) == list(type(config).model_fields)
     monkeypatch.setattr(editing, "load_stable_diffusion", no_model_may_load)
     SCRIPTS[technique][0].main(["--config_path", str(saved)])  # finds it made
-
-
-@pytest.mark.parametrize("technique", SCRIPTS)
-def test_the_run_record_says_how_it_went(results, place, technique):
-    run = load_yaml(only_result(results[technique][0]) / "run.yaml")
-    cache = next(place.rglob("nframes_5-*"))
-    assert run["technique"] == technique
-    assert run["cache"] == str(cache)
-    assert run["cache_sha256"] == open_cache(cache).sha256
-    assert (run["n_frames"], run["dtype"]) == (N_FRAMES, "float32")
-    assert run["source_features"] == "live"  # the cache holds none
-    assert run["device"].startswith("cpu")
-    assert set(run["seconds"]) == {"load", "edit", "decode", "write"}
-    assert all(seconds >= 0 for seconds in run["seconds"].values())
-    assert run["peak_memory_bytes"] > 1 << 20
-    assert {"python", "torch", "diffusers"} <= set(run["versions"])
 
 
 # ---------------------------------------------------------------- a second run
@@ -258,10 +234,10 @@ def test_a_hostile_prompt_stays_in_the_output_folder(settings, place, tmp_path, 
     assert load_config(SDEditConfig, folder / "config.yaml").prompt == prompt
 
 
-@pytest.mark.parametrize("key", ["prompt", "negative_prompt", "data_path", "output_path"])
-def test_a_nul_is_refused(settings, tmp_path, key):
-    with pytest.raises(UserError, match=f"{key}: 'a.x00b' holds a NUL character"):
-        edit("sdedit", {**settings, key: "a\0b"}, tmp_path)
+def test_a_nul_is_refused(settings, tmp_path):
+    for key in ("prompt", "negative_prompt", "data_path", "output_path"):
+        with pytest.raises(UserError, match=f"{key}: 'a.x00b' holds a NUL character"):
+            edit("sdedit", {**settings, key: "a\0b"}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
@@ -299,70 +275,26 @@ def test_a_fresh_checkout_has_the_folder_of_caches():
 
 # ---------------------------------------------------------------- the released files
 
-RELEASED = {
-    "pnp": """\
-seed: 1
-device: 'cuda'
-output_path: 'tokenflow-results'
-data_path: 'data/woman-running'
-latents_path: 'latents' # should be the same as 'save_dir' arg used in preprocess
-n_inversion_steps: 500 # for retrieving the latents of the inversion
-n_frames: 40
-sd_version: '2.1'
-guidance_scale: 7.5
-n_timesteps: 50
-prompt: "a marble sculpture of a woman running, Venus de Milo"
-negative_prompt: "ugly, blurry, low res, unrealistic, unaesthetic"
-batch_size: 8
-pnp_attn_t: 0.5
-pnp_f_t: 0.8
-""",
-    "sdedit": """\
-seed: 1
-device: 'cuda'
-output_path: 'tokenflow-results'
-data_path: 'data/wolf-part'
-latents_path: 'latents'
-n_inversion_steps: 100
-n_frames: 40
-sd_version: '2.1'
-guidance_scale: 7.5
-n_timesteps: 50
-prompt: "a shiny silver robotic wolf, futuristic"
-negative_prompt: "ugly, blurry, low res, unrealistic, unaesthetic"
-batch_size: 8
-start: 0.9
-use_ddim_noise: True
-""",
-}
+RELEASED = Path(__file__).with_name("released")
 
 
-@pytest.mark.parametrize("technique", RELEASED)
+@pytest.mark.parametrize("technique", ["pnp", "sdedit"])
 def test_a_released_config_runs_unchanged(technique, tiny_model, tmp_path, monkeypatch):
     """With nothing but the device and the model overridden on the command line."""
     monkeypatch.chdir(tmp_path)
-    keys = yaml.safe_load(RELEASED[technique])
-    make_image_folder(tmp_path / keys["data_path"], n_frames=2)
-    preprocess.main(
-        arguments({
-            "data_path": keys["data_path"],
-            "H": 16,  # the released scripts know no smaller size than 512; the cache decides
-            "W": 16,
-            "steps": keys["n_inversion_steps"],
-            "recon_steps": 1,
-            "model_key": tiny_model,
-            "device": "cpu",
-        })
-    )  # fmt: skip
-    Path("config.yaml").write_text(RELEASED[technique])
+    shutil.copy(RELEASED / f"{technique}.yaml", "config.yaml")
+    keys = load_yaml("config.yaml")
+    # The released scripts know no smaller size than 512; the cache decides.
+    small = {"H": 16, "W": 16, "steps": keys["n_inversion_steps"], "save_steps": 50}
+    clip = make_image_folder(tmp_path / keys["data_path"], n_frames=2)
+    invert(clip, "latents", tiny_model, **small, n_frames=40, recon_steps=1, cache_features="")
     script, config_class = SCRIPTS[technique]
     script.main(
         ["--config_path", "config.yaml", "--device", "cpu", "--set", f"model_key={tiny_model}"]
     )
     folder = only_result(tmp_path / "tokenflow-results")
-    assert folder.parent.relative_to(tmp_path) == Path(
-        "tokenflow-results", technique, Path(keys["data_path"]).name
-    )
+    assert folder.parents[1].name == technique
+    assert folder.parent.name == clip.name
     assert video_facts(folder / "edited.mp4") == (2, Fraction(24), (16, 16))
     used = load_config(config_class, folder / "config.yaml").model_dump()
     assert used == used | keys | {"device": "cpu", "model_key": str(tiny_model)}
@@ -385,17 +317,11 @@ def test_the_commented_config_is_the_defaults(technique):
     assert {name for name in fields if getattr(config, name) != fields[name]} == chosen
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        path
-        for script in SCRIPTS
-        for path in sorted((ROOT / "configs").glob(f"[!c]*_{script}*.yaml"))
-    ],
-    ids=lambda path: path.stem,
-)
-def test_the_configs_of_the_bundled_clips_load(path):
-    technique = next(name for name in SCRIPTS if name in path.stem)
+BUNDLED = [(t, path) for t in SCRIPTS for path in sorted(ROOT.glob(f"configs/[!c]*_{t}*.yaml"))]
+
+
+@pytest.mark.parametrize(("technique", "path"), BUNDLED, ids=lambda path: getattr(path, "stem", ""))
+def test_the_configs_of_the_bundled_clips_load(technique, path):
     config = load_config(SCRIPTS[technique][1], path)
     caption = random_scene(*SAMPLES[Path(config.data_path).stem]).caption
     assert config.sd_version == "tiny"
@@ -425,34 +351,18 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Each program with a bad input: (exit status, stdout, stderr)."""
-    folder = tmp_path_factory.mktemp("programs")
-    shutil.copytree(ROOT / "configs", folder / "configs")
-    before = contents(folder)
+def test_a_bad_input_ends_a_program_with_one_line(tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    before = contents(tmp_path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = {
-        name: subprocess.Popen(
-            [sys.executable, str(ROOT / name), *argv],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        name: subprocess.Popen([sys.executable, ROOT / name, *argv], cwd=tmp_path, **pipes)
         for name, argv in PROGRAMS.items()
     }
-    done = {}
     for name, process in running.items():
         out, err = process.communicate(timeout=120)
-        done[name] = process.returncode, out, err
-    assert contents(folder) == before
-    return done
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_bad_input_ends_a_program_with_one_line(programs, name):
-    status, out, err = programs[name]
-    assert (status, out) == (2, "")
-    (line,) = err.splitlines()
-    assert line.startswith("error: ")
-    assert any(value.partition("=")[2] in line for value in PROGRAMS[name])
+        assert (process.returncode, out) == (2, ""), name
+        (line,) = err.splitlines()
+        assert line.startswith("error: ")
+        assert any(value.partition("=")[2] in line for value in PROGRAMS[name])
+    assert contents(tmp_path) == before

@@ -1,7 +1,5 @@
 """The measures of pictures and clips of the shapes world, on cases worked out by hand."""
 
-from collections.abc import Callable
-
 import cv2
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from scripts.shapes.metrics import (
     hue_of_object,
     warp_error,
 )
-from scripts.shapes.world import COLORS, FILLS, HUES, random_scene, render, render_clip
+from scripts.shapes.world import COLORS, HUES, random_scene, render, render_clip
 from util import MissingFileError
 
 MASK = np.ones((4, 4), bool)
@@ -27,17 +25,17 @@ def painted(*rgb: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", COLORS)
 @pytest.mark.parametrize("light", [0.4, 1.0])
-def test_a_hue_is_named_in_any_light(name: str, light: float) -> None:
+def test_a_hue_is_named_in_any_light(name, light):
     frame = painted(*(np.array(HUES[name]) * light * 255).astype(int))
     assert hue_of_object(frame, MASK) == name
 
 
 @pytest.mark.parametrize("rgb", [(120, 120, 120), (121, 120, 120), (120, 121, 121), (0, 0, 0)])
-def test_what_has_no_hue_is_gray(rgb: tuple[int, int, int]) -> None:
+def test_what_has_no_hue_is_gray(rgb):
     assert hue_of_object(painted(*rgb), MASK) == "gray"
 
 
-def test_the_hue_is_that_of_most_of_the_mask_and_of_nothing_else() -> None:
+def test_the_hue_is_that_of_most_of_the_mask_and_of_nothing_else():
     frame = painted(0, 0, 255)
     frame[:2] = (255, 0, 0)
     frame[2, :1] = (255, 0, 0)
@@ -47,29 +45,20 @@ def test_the_hue_is_that_of_most_of_the_mask_and_of_nothing_else() -> None:
     assert hue_of_object(frame, mask) == "blue"  # 7 of 8
 
 
-def test_rendered_objects_have_the_hue_of_their_caption() -> None:
-    fills = set()
-    for seed in range(40):
-        scene = random_scene(seed, n_objects=1)
-        frame, mask = render(scene, 0.5, (128, 128))
-        fills.add(scene.objects[0].fill)
-        assert hue_of_object(frame, mask > 0) == scene.objects[0].color, scene.caption
-    assert fills == set(FILLS)
-
-
-def test_rendered_pictures_are_seen_for_what_they_are() -> None:
+def test_rendered_pictures_are_seen_for_what_they_are():
     seen = set()
     for seed in range(60):
         scene = random_scene(seed, n_objects=1)
-        frame = render(scene, 0.5, (256, 256))[0].astype(float)
-        frame += np.random.default_rng(seed).normal(0, 4, frame.shape)
-        told = color_shape_background(frame.clip(0, 255).astype(np.uint8))
+        frame, mask = render(scene, 0.5, (256, 256))
+        assert hue_of_object(frame, mask > 0) == scene.objects[0].color, scene.caption
+        noisy = frame + np.random.default_rng(seed).normal(0, 4, frame.shape)
+        told = color_shape_background(noisy.clip(0, 255).astype(np.uint8))
         assert told == attributes(scene)[1:], scene.caption
         seen.add((scene.objects[0].fill, told[1]))
     assert len(seen) >= 18  # of 4 fills x 5 shapes
 
 
-def drawn(draw: Callable[[np.ndarray], object]) -> np.ndarray:
+def drawn(draw):
     """A picture on a blue background, of what is drawn in red."""
     frame = np.full((256, 256, 3), (73, 94, 168), np.uint8)
     draw(frame)
@@ -90,35 +79,27 @@ MISSHAPEN = {
 
 
 @pytest.mark.parametrize("name", MISSHAPEN)
-def test_what_is_no_shape_of_the_world_is_called_none(name: str) -> None:
+def test_what_is_no_shape_of_the_world_is_called_none(name):
     assert color_shape_background(drawn(MISSHAPEN[name])) == ("red", "none", "blue")
 
 
-def test_an_object_that_leaves_the_frame_is_seen() -> None:
+def test_an_object_that_leaves_the_frame_is_seen_and_nothing_is_not():
     frame = drawn(lambda frame: cv2.circle(frame, (68, 128), 70, RED, -1))
     assert color_shape_background(frame) == ("red", "circle", "blue")
+    assert color_shape_background(drawn(lambda frame: None)) == ("none", "none", "blue")
 
 
-def test_a_picture_of_nothing_shows_nothing() -> None:
-    frame = np.full((64, 64, 3), (73, 94, 168), np.uint8)
-    assert color_shape_background(frame) == ("none", "none", "blue")
-
-
-def test_a_rendered_clip_moves_along_its_flow() -> None:
-    clip = render_clip(random_scene(3, n_objects=1), 4, 128)
-    assert warp_error(clip.frames, clip) < 0.5
-
-
-def test_the_warp_error_of_a_flash() -> None:
+def test_the_warp_error_of_a_clip_and_of_a_flash():
     """A uniform change by d of 255 adds d^2 in both frame pairs that it touches, of three."""
     clip = render_clip(random_scene(3, n_objects=1), 4, 128)
+    assert warp_error(clip.frames, clip) < 0.5
     gray = np.full_like(clip.frames, 100)
     assert warp_error(gray, clip) == 0
     gray[1] += 51
     assert warp_error(gray, clip) == pytest.approx(1e3 * 0.2**2 * 2 / 3, rel=1e-5)
 
 
-def test_only_what_is_away_from_the_objects_counts_as_background() -> None:
+def test_only_what_is_away_from_the_objects_counts_as_background():
     reference = np.zeros((2, 20, 20, 3), np.uint8)
     masks = np.zeros((2, 20, 20), np.uint8)
     masks[:, 8:12, 8:12] = 1
@@ -131,6 +112,6 @@ def test_only_what_is_away_from_the_objects_counts_as_background() -> None:
     assert background_psnr(frames, reference, masks, margin=3) == pytest.approx(expected)
 
 
-def test_a_folder_without_a_judge_is_refused(tmp_path) -> None:
+def test_a_folder_without_a_judge_is_refused(tmp_path):
     with pytest.raises(MissingFileError, match="holds no judge"):
         Judge(tmp_path, torch.device("cpu"))

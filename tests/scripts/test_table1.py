@@ -187,7 +187,7 @@ def test_finished_work_is_skipped_and_other_programs_rows_join_the_table(done, m
     ("words", "message"),
     [
         (["--jobs", "0"], "--jobs: expected at least 1"),
-        (["--methods", "Gen-1"], "--methods: expected some of"),
+        (["--methods", "Gen-1"], "--methods: invalid choice: 'Gen-1'"),
         (["--clip", "c"], "--clip: expected one of a, b; got c"),
     ],
 )
