@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from tokenflow.storage.images import IMAGE_SUFFIXES
-from util import MissingFileError, UserError
+from util import MissingFileError, UserError, existing_file
 
 
 def sequences(root: Path, resolution: str, image_set: str | None, where: str) -> list[Path]:
@@ -45,22 +45,20 @@ def read_image_set(file: Path) -> list[str]:
         MissingFileError: there is no such file.
         UserError: a line does not name a sequence, or the file is empty.
     """
-    if not file.is_file():
-        raise MissingFileError(f"{file}: no such image set")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = existing_file(file).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: no image set: not text in UTF-8") from error
     names: dict[str, None] = {}
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name = line.split()[0]
-        if frame := re.fullmatch(r"/?JPEGImages/[^/]+/([^/]+)/[^/]+", name):
-            name = frame[1]
-        if not _is_name(name):
-            raise UserError(f"{file}: line {number}: {name!r:.60} is not the name of a sequence")
-        names[name] = None
+        if words := line.split():
+            frame = re.fullmatch(r"/?JPEGImages/[^/]+/([^/]+)/[^/]+", words[0])
+            name = frame[1] if frame else words[0]
+            if not _is_name(name):
+                raise UserError(
+                    f"{file}: line {number}: {name!r:.60} is not the name of a sequence"
+                )
+            names[name] = None
     if not names:
         raise UserError(f"{file}: names no sequences")
     return list(names)

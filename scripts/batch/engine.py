@@ -43,18 +43,12 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a job has
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """How a job ended."""
 
-    Attributes:
-        state: MADE, FOUND or FAILED.
-        reason: why it failed, in one line.
-        folder: the cache or the result.
-    """
-
-    state: str
+    state: str  # MADE, FOUND or FAILED
     seconds: float = 0.0
-    reason: str = ""
-    folder: str = ""
+    reason: str = ""  # why it failed, in one line
+    folder: str = ""  # the cache or the result
 
 
 # ------------------------------------------------------------------------------ in a Ray process
@@ -69,27 +63,19 @@ class KeptModels:
 
     def __init__(self) -> None:
         self.calls = 0
-        self._key: tuple | None = None
-        self._models: StableDiffusion | None = None
+        self._kept: dict[tuple, StableDiffusion] = {}
 
     def __call__(self, folder: Path, *settings: Any) -> StableDiffusion:
         self.calls += 1
         key = folder.resolve(), *settings
-        if key != self._key:
+        if key not in self._kept:
             self.forget()  # never two checkpoints in memory
-            self._models = load_stable_diffusion(folder, *settings)
-            self._key = key
-        return self._models
+            self._kept[key] = load_stable_diffusion(folder, *settings)
+        return self._kept[key]
 
     def forget(self) -> None:
         """Drops the models and frees their memory."""
-        self._key = self._models = None
-        free_memory()
-
-
-def free_memory() -> None:
-    """Returns the memory of deleted tensors to the GPU."""
-    if torch.cuda.is_initialized():
+        self._kept.clear()
         torch.cuda.empty_cache()
 
 
@@ -108,9 +94,6 @@ class Worker:
             os.environ.pop(name, None)
         self.load = KeptModels()
 
-    def ready(self) -> None:
-        """Returns when the process has started."""
-
     def run(self, job: Job, log_file: Path) -> Outcome:
         """Runs a job; everything that it prints is appended to the log file."""
         calls, start = self.load.calls, time.monotonic()
@@ -125,7 +108,7 @@ class Worker:
             self.load.forget()
             raise
         finally:
-            free_memory()
+            torch.cuda.empty_cache()
         state = MADE if self.load.calls > calls else FOUND
         return Outcome(state, time.monotonic() - start, folder=str(folder))
 
@@ -222,7 +205,7 @@ def run_jobs(
         queue, outcomes = list(jobs), progress.outcomes
         idle = [start() for _ in range(n_processes)]
         try:
-            ray.get([worker.ready.remote() for worker in idle])
+            ray.get([worker.__ray_ready__.remote() for worker in idle])
         except ray.exceptions.RayActorError as error:
             raise UserError(f"no process can be started: {reason(error)}") from error
         while queue or running:
@@ -298,29 +281,27 @@ class Progress:
     def report(self, job: Job, outcome: Outcome) -> None:
         """Records and logs how a job ended; the edits of a failed inversion fail too."""
         self.outcomes[job.key] = outcome
-        how, say = f"{MADE} in {duration(outcome.seconds)}", log.info
-        if outcome.state == FOUND:
-            how = "found finished"
         if outcome.state == FAILED:
-            how, say = f"failed: {outcome.reason}", log.error
-            for edit in self.jobs:
-                if edit.needs == job.key:
-                    self.outcomes[edit.key] = Outcome(FAILED, reason=NOT_TRIED)
+            needy = [edit for edit in self.jobs if edit.needs == job.key]
+            self.outcomes |= {edit.key: Outcome(FAILED, reason=NOT_TRIED) for edit in needy}
+        how = {
+            MADE: f"{MADE} in {duration(outcome.seconds)}",
+            FOUND: "found finished",
+            FAILED: f"failed: {outcome.reason}",
+        }[outcome.state]
+        level = logging.ERROR if outcome.state == FAILED else logging.INFO
         done, total = len(self.outcomes), len(self.jobs)
-        say("[%d/%d] %s: %s%s", done, total, job.title, how, self._rest())
+        log.log(level, "[%d/%d] %s: %s%s", done, total, job.title, how, self._rest())
 
     def _rest(self) -> str:
         """The estimate, by the mean seconds of each kind; if none of it ran yet, of all jobs."""
-        seconds: dict[str, list[float]] = {}
-        left = [job.kind for job in self.jobs if job.key not in self.outcomes]
-        for job in self.jobs:
-            outcome = self.outcomes.get(job.key)
-            if outcome and outcome.state == MADE:
-                seconds.setdefault(job.kind, []).append(outcome.seconds)
-        if not left or not seconds:
+        ended = [(job.kind, self.outcomes.get(job.key)) for job in self.jobs]
+        made = [(kind, o.seconds) for kind, o in ended if o and o.state == MADE]
+        left = [kind for kind, outcome in ended if not outcome]
+        if not left or not made:
             return ""
-        overall = [value for of_kind in seconds.values() for value in of_kind]
-        rest = sum(statistics.mean(seconds.get(kind, overall)) for kind in left)
+        overall = [seconds for _, seconds in made]
+        rest = sum(statistics.mean([s for k, s in made if k == kind] or overall) for kind in left)
         return f"; about {duration(rest / self.n_processes)} left"
 
 

@@ -43,18 +43,13 @@ def hue_of_object(frame: np.ndarray, mask: np.ndarray) -> str:
         frame: (H, W, 3) uint8 RGB.
         mask: (H, W) bool, not empty.
     """
-    votes = np.bincount(_nearest_hues(frame[mask]), minlength=len(COLORS) + 1)
-    return (*COLORS, "gray")[int(votes.argmax())]
-
-
-def _nearest_hues(pixels: np.ndarray) -> np.ndarray:
-    """Numbers in COLORS, or len(COLORS) for gray, (n,), of (n, 3) uint8 RGB pixels."""
     hues = np.array([HUES[name] for name in COLORS])
     hues = hues - hues.mean(axis=1, keepdims=True)
     hues /= np.linalg.norm(hues, axis=1, keepdims=True)
-    chroma = pixels - pixels.mean(axis=1, keepdims=True)
+    chroma = frame[mask] - frame[mask].mean(axis=1, keepdims=True)
     is_gray = np.linalg.norm(chroma, axis=1) < LEAST_CHROMA
-    return np.where(is_gray, len(COLORS), (chroma @ hues.T).argmax(axis=1))
+    nearest = np.where(is_gray, len(COLORS), (chroma @ hues.T).argmax(axis=1))
+    return (*COLORS, "gray")[int(np.bincount(nearest).argmax())]
 
 
 def color_shape_background(frame: np.ndarray) -> tuple[str, str, str]:

@@ -51,17 +51,13 @@ def render_pictures(folder: Path, count: int, sizes: Sequence[int]) -> list[int]
         processes = min(os.cpu_count() or 1, math.ceil(count / AT_ONCE))
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             for size in missing:
-                work = pool.imap(partial(_pixels, size=size), range(count), AT_ONCE)
+                work = pool.imap(partial(picture, size=size), range(count), AT_ONCE)
                 with atomic_file(_file(folder, count, size)) as path:
                     frames = np.lib.format.open_memmap(path, "w+", np.uint8, (count, size, size, 3))
-                    for number, frame in enumerate(tqdm(work, f"pictures at {size}", count)):
+                    for number, (frame, _) in enumerate(tqdm(work, f"pictures at {size}", count)):
                         frames[number] = frame
                     frames.flush()
     return missing
-
-
-def _pixels(seed: int, size: int) -> np.ndarray:
-    return picture(seed, size)[0]
 
 
 def _file(folder: Path, count: int, size: int) -> Path:

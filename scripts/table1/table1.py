@@ -148,14 +148,11 @@ def table(summaries: Sequence[Summary]) -> list[list[str]]:
     headings = [column.heading for column in shown.values()]
     lines = [["method", "clips", *headings, "paper: warp error", "paper: CLIP"]]
     for name in dict.fromkeys([*(m.name for m in METHODS), *PAPER, *means]):
-        if name not in means and name not in PAPER:
-            continue
-        cells = [name, "-", *("-" for _ in shown)]
-        if own := means.get(name):
-            cells[1:] = str(own.clips), *(shown[c].shown(own.means[c]) for c in shown)
-        lines.append(
-            [*cells, *map("{:g}".format, PAPER[name])] if name in PAPER else [*cells, "-", "-"]
-        )
+        own, paper = means.get(name), PAPER.get(name)
+        if own or paper:
+            cells = (column.shown(own and own.means[c]) for c, column in shown.items())
+            figures = map("{:g}".format, paper) if paper else ("-", "-")
+            lines.append([name, str(own.clips) if own else "-", *cells, *figures])
     return lines
 
 
@@ -177,11 +174,9 @@ def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:
 def settings_line(path: Path, given: ClipList) -> str:
     """What the list sets for all clips, in a line."""
     sections = {"all": given.settings} | {name: getattr(given, name) for name in VARIANTS}
-    told = [
-        f"{name}: " + ", ".join(f"{key} {value}" for key, value in section.items())
-        for name, section in (sections | {"preprocess": given.preprocess}).items()
-        if section
-    ]
+    sections["preprocess"] = given.preprocess
+    told = [f"{name}: " + ", ".join(f"{key} {value}" for key, value in section.items())
+            for name, section in sections.items() if section]  # fmt: skip
     return f"Settings ({path}): {'; '.join(told) or 'defaults'}"
 
 
@@ -196,7 +191,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("clips", type=Path, metavar="CLIPS_YAML", help="see configs/table1_davis.yaml")
     add("--jobs", type=at_least(1), metavar="N",
         help="how many edits run at once (default: one on each GPU, else one)")  # fmt: skip
-    add("--methods", nargs="+", metavar="NAME", default=names,
+    add("--methods", nargs="+", metavar="NAME", choices=names, default=names,
         help=f"some of {', '.join(names)} (default: all)")  # fmt: skip
     add("--clip", metavar="NAME", help="only the rows of this clip, and no table")
     add("--also", nargs="+", type=Path, default=[], metavar="ROWS",
@@ -205,9 +200,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write all rows there, as evaluate.py does")
     add("--markdown", type=Path, metavar="FILE", help="write the table there")
     args = parser.parse_args(argv)
-    for name in args.methods:
-        if name not in names:
-            raise UserError(f"--methods: expected some of {', '.join(names)}; got {name}")
     for name in ("json", "markdown"):
         if path := getattr(args, name):
             check_report_path(path, f"--{name}")
