@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import itertools
 import json
 import logging
 import math
@@ -132,40 +131,33 @@ def native_size(path: Path) -> tuple[int, int]:
     return read_clip(path, 1, size=(8, 8)).native_size
 
 
-class Media:
-    """The folder of a report's videos; each file's name is a number and a slug."""
+def add_video(
+    media: Path, video: Path | tuple[np.ndarray, Fraction], name: str, n_frames: int
+) -> dict[str, Any]:
+    """Add a video and its poster to a report's folder of media; returns what the page says of it.
 
-    def __init__(self, report: Path) -> None:
-        self.folder = report / "media"
-        self.folder.mkdir()
-        self._numbers = itertools.count(1)
-
-    def add(
-        self, video: Path | tuple[np.ndarray, Fraction], name: str, n_frames: int
-    ) -> dict[str, Any]:
-        """Add a video and its poster; returns what the page says of it.
-
-        Args:
-            video: a file, hard-linked where the file system allows it, else copied; or frames,
-                (n, H, W, 3) uint8, and their rate.
-        """
-        path = self.folder / f"{next(self._numbers):04d}-{slug(name)}.mp4"
-        if not isinstance(video, Path):
-            save_video(path, *video)
-        else:
-            try:
-                os.link(os.path.realpath(video), path)
-            except OSError:
-                shutil.copyfile(video, path)
-        height, width = native_size(path)
-        first = read_clip(path, 1, size=(height, width))
-        image = Image.fromarray(first.frames[0])
-        image.thumbnail((POSTER_SIDE, POSTER_SIDE))
-        poster = path.with_suffix(".jpg")
-        image.save(poster, quality=92)
-        src, poster = (f"{self.folder.name}/{file.name}" for file in (path, poster))
-        return {"src": src, "poster": poster, "fps": float(first.fps), "frames": n_frames,
-                "width": width, "height": height}  # fmt: skip
+    Args:
+        video: a file, hard-linked where the file system allows it, else copied; or frames,
+            (n, H, W, 3) uint8, and their rate.
+    """
+    number = len(list(media.iterdir())) // 2 + 1
+    path = media / f"{number:04d}-{slug(name)}.mp4"
+    poster = path.with_suffix(".jpg")
+    if not isinstance(video, Path):
+        save_video(path, *video)
+    else:
+        try:
+            os.link(os.path.realpath(video), path)
+        except OSError:
+            shutil.copyfile(video, path)
+    height, width = native_size(path)
+    first = read_clip(path, 1, size=(height, width))
+    image = Image.fromarray(first.frames[0])
+    image.thumbnail((POSTER_SIDE, POSTER_SIDE))
+    image.save(poster, quality=92)
+    src, poster = (f"{media.name}/{file.name}" for file in (path, poster))
+    return {"src": src, "poster": poster, "fps": float(first.fps), "frames": n_frames,
+            "width": width, "height": height}  # fmt: skip
 
 
 def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
@@ -195,7 +187,8 @@ def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
 def write_report(groups: Sequence[Group], rows: Mapping[str, Row], out: Path, title: str) -> None:
     """Write the report's folder, an absolute path, which replaces an older one when it is whole."""
     with atomic_dir(out) as partial:
-        media = Media(partial)
+        media = partial / "media"
+        media.mkdir()
         work = tqdm(groups, desc="report", unit="clip")
         clips = [clip_data(group, rows, media, out) for group in work]
         text = render_page(page_data(clips, rows, title))
@@ -223,12 +216,12 @@ def page_data(
     }
 
 
-def clip_data(group: Group, rows: Mapping[str, Row], media: Media, out: Path) -> dict[str, Any]:
-    """What the page shows of a clip; adds its videos to the media."""
+def clip_data(group: Group, rows: Mapping[str, Row], media: Path, out: Path) -> dict[str, Any]:
+    """What the page shows of a clip; adds its videos to the folder of media."""
     name, results = group.name, group.results
     references, notes = [], []
     if source := source_frames(group):
-        video = media.add(source, f"{name}-source", len(source[0]))
+        video = add_video(media, source, f"{name}-source", len(source[0]))
         references.append({"label": "Source", "video": video, "facts": []})
     else:
         notes.append("The source is missing: its cache is no longer there.")
@@ -238,7 +231,7 @@ def clip_data(group: Group, rows: Mapping[str, Row], media: Media, out: Path) ->
             label = "Reconstruction" + (f" ({m.sd_version})" if len(group.caches) > 1 else "")
             psnr = {"PSNR": m.psnr, "PSNR of the VAE alone": m.vae_psnr}
             facts = [(name, f"{db:.2f} dB") for name, db in psnr.items() if math.isfinite(db)]
-            video = media.add(path, f"{name}-reconstruction", m.n_frames)
+            video = add_video(media, path, f"{name}-reconstruction", m.n_frames)
             references.append({"label": label, "video": video, "facts": facts})
     if source and len(references) < 2:
         notes.append("The reconstruction is missing: its cache is no longer there.")
@@ -264,14 +257,14 @@ def clip_data(group: Group, rows: Mapping[str, Row], media: Media, out: Path) ->
 
 
 def edit_data(
-    result: Result, row: Row | None, differing: Sequence[str], media: Media, out: Path
+    result: Result, row: Row | None, differing: Sequence[str], media: Path, out: Path
 ) -> dict[str, Any]:
-    """What the page shows of a result; adds its video to the media."""
+    """What the page shows of a result; adds its video to the folder of media."""
     settings = [(plain(key), plain(value)) for key, value in result.config.items()]
     name = f"{result.folder.parent.name}-{result.prompt or ''}"
     return {
         "label": row.method if row else result.method,
-        "video": media.add(result.folder / "edited.mp4", name, result.n_frames),
+        "video": add_video(media, result.folder / "edited.mp4", name, result.n_frames),
         "prompt": result.prompt or "",
         "differing": [(key, value) for key, value in settings if key in differing],
         "metrics": metrics_of(result, row),
