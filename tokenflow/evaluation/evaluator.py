@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -100,16 +100,17 @@ class Evaluator:
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
         self.device = resolve_device(protocol.device)
-        self._weights: Path | None = None
+        self._weights = self._weights_name = None
         if protocol.flow == "raft":
             weights = protocol.flow_weights
             self._weights = motion.find_raft_weights(Path(weights) if weights else None)
+            self._weights_name = motion.raft_weights_name(self._weights)
         self._folders = {
             option: metrics.model_folder(key, option)
             for option in ("clip_model", "dino_model")
             if (key := getattr(protocol, option))
         }
-        self._source: _SourceScores | None = None
+        self._kept: _SourceScores | None = None
 
     @cached_property
     def clip(self) -> metrics.ClipEmbedder:
@@ -123,25 +124,30 @@ class Evaluator:
     def flow(self) -> motion.FlowModel:
         return motion.Raft(self._weights, self.device) if self._weights else motion.dis_flow
 
-    @cached_property
-    def _weights_name(self) -> str | None:
-        return self._weights and motion.raft_weights_name(self._weights)
-
     def score_result(self, folder: Path) -> Row:
         """Score a result's folder; errors as those of `open_result`."""
         return self.score(check_subject(inputs.open_result(folder), self.protocol))
 
     def score(self, subject: inputs.Subject) -> Row:
         """Measure a checked subject."""
-        edited = subject.read()
+        edited, protocol, row = subject.read(), self.protocol, subject.row
         if edited.shape[:3] != subject.source.shape:
-            raise UserError(f"{subject.row.video}: its frames changed while they were scored")
-        if self._source is None or not self._source.is_of(subject.source):
-            self._source = _SourceScores(self, subject.source)
-        source, frames, masks = self._source, self._source.frames, self._source.masks
+            raise UserError(f"{row.video}: its frames changed while they were scored")
+        source = self._scores_of(subject.source)
+        frames, masks = source.frames, source.masks
         whole, inside, outside = metrics.ssim(edited, frames, masks)
+        tested = f"forward-backward, alpha1 {motion.ALPHA1}, alpha2 {motion.ALPHA2}"
         measures = {
-            "protocol": self._record(subject.row),
+            "protocol": {
+                "flow": protocol.flow,
+                "flow_weights": self._weights_name,
+                "occlusion": "ground truth" if protocol.flow == "truth" else tested,
+                "resolution": f"{row.height}x{row.width}",
+                "mask": inputs.MASK_RULE if protocol.masks else None,
+                "clip_model": protocol.clip_model,
+                "dino_model": protocol.dino_model,
+                "versions": versions() | {"torchvision": str(torchvision.__version__)},
+            },
             "warp_error": metrics.warp_error(edited, source.motion),
             "psnr": psnr(edited, frames),
             "ssim": whole,
@@ -151,78 +157,44 @@ class Evaluator:
         if masks is not None:
             measures["psnr_object"] = psnr(edited, frames, masks)
             measures["psnr_background"] = psnr(edited, frames, ~masks)
-        if self.protocol.clip_model:
-            measures |= self._clip_scores(edited, subject.row, source)
-        if self.protocol.dino_model:
+        if protocol.clip_model:
+            embeddings, text = self.clip.embed_frames(edited), self.clip.embed_text(row.prompt)
+            measures["clip_score"] = metrics.clip_score(embeddings, text)
+            measures["clip_frame"] = metrics.clip_frame_consistency(embeddings)
+            if row.source_prompt:
+                texts = text, self.clip.embed_text(row.source_prompt)
+                directional = metrics.clip_directional(embeddings, source.embeddings, *texts)
+                measures["clip_directional"] = directional
+        if protocol.dino_model:
             measures["dino_distance"] = metrics.structure_distance(self.dino(edited), source.keys)
-        return subject.row.model_copy(update=measures)
+        return row.model_copy(update=measures)
 
-    def _clip_scores(
-        self, edited: np.ndarray, row: Row, source: _SourceScores
-    ) -> dict[str, float | None]:
-        frames, text = self.clip.embed_frames(edited), self.clip.embed_text(row.prompt)
-        direction = None
-        if row.source_prompt:
-            source_text = self.clip.embed_text(row.source_prompt)
-            direction = metrics.clip_directional(frames, source.embeddings, text, source_text)
-        return {
-            "clip_score": metrics.clip_score(frames, text),
-            "clip_frame": metrics.clip_frame_consistency(frames),
-            "clip_directional": direction,
-        }
-
-    def _record(self, row: Row) -> dict[str, object]:
-        protocol, tested = (
-            self.protocol,
-            f"forward-backward, alpha1 {motion.ALPHA1}, alpha2 {motion.ALPHA2}",
-        )
-        return {
-            "flow": protocol.flow,
-            "flow_weights": self._weights_name,
-            "occlusion": "ground truth" if protocol.flow == "truth" else tested,
-            "resolution": f"{row.height}x{row.width}",
-            "mask": inputs.MASK_RULE if protocol.masks else None,
-            "clip_model": protocol.clip_model,
-            "dino_model": protocol.dino_model,
-            "versions": versions() | {"torchvision": str(torchvision.__version__)},
-        }
+    def _scores_of(self, source: inputs.Source) -> _SourceScores:
+        """The last source's if it has the same frames: its cache may be another model's."""
+        frames, kept, protocol = source.read(), self._kept, self.protocol
+        if kept is None or kept.source != source or not np.array_equal(kept.frames, frames):
+            if protocol.flow == "truth":
+                moved = inputs.read_truth(source, inputs.find_truth(source, protocol.truth))
+            else:
+                moved = motion.motion_by(self.flow, frames)
+            masks = None
+            if protocol.masks is not None:
+                masks = inputs.read_masks(source, inputs.find_masks(source, protocol.masks))
+            embeddings = self.clip.embed_frames(frames) if protocol.clip_model else None
+            keys = self.dino(frames) if protocol.dino_model else None
+            self._kept = _SourceScores(source, frames, moved, masks, embeddings, keys)
+        return self._kept
 
 
-class _SourceScores:
-    """What the scores of all edits of one source share, computed when first asked for."""
+class _SourceScores(NamedTuple):
+    """What the scores of all edits of one source share."""
 
-    def __init__(self, evaluator: Evaluator, source: inputs.Source) -> None:
-        self.evaluator, self.source = evaluator, source
-        self.frames = source.read()
-
-    def is_of(self, source: inputs.Source) -> bool:
-        """Whether another source has the same frames; its cache may be another model's."""
-        facts = [(s.path, s.shape, s.start, s.stride, s.fit) for s in (self.source, source)]
-        return facts[0] == facts[1] and np.array_equal(self.frames, source.read())
-
-    @cached_property
-    def motion(self) -> motion.Motion:
-        protocol = self.evaluator.protocol
-        if protocol.flow == "truth":
-            return inputs.read_truth(self.source, inputs.find_truth(self.source, protocol.truth))
-        return motion.motion_by(self.evaluator.flow, self.frames)
-
-    @cached_property
-    def masks(self) -> np.ndarray | None:
-        folder = self.evaluator.protocol.masks
-        return (
-            None
-            if folder is None
-            else inputs.read_masks(self.source, inputs.find_masks(self.source, folder))
-        )
-
-    @cached_property
-    def embeddings(self) -> Tensor:
-        return self.evaluator.clip.embed_frames(self.frames)
-
-    @cached_property
-    def keys(self) -> Tensor:
-        return self.evaluator.dino(self.frames)
+    source: inputs.Source
+    frames: np.ndarray
+    motion: motion.Motion
+    masks: np.ndarray | None
+    embeddings: Tensor | None
+    keys: Tensor | None
 
 
 def open_results(

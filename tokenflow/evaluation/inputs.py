@@ -5,7 +5,7 @@ and any other program's videos.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class Source:
 
     clip: str
     path: Path  # the clip's, for the ground truth next to it
-    read: Callable[[], np.ndarray]  # the frames, (n, H, W, 3) uint8, resized as for the edit
+    # The frames, (n, H, W, 3) uint8, resized as for the edit.
+    read: Callable[[], np.ndarray] = field(compare=False)
     shape: tuple[int, int, int]  # n, H, W
     start: int = 0  # which of the clip's frames they are
     stride: int = 1
