@@ -310,7 +310,7 @@ def model_folder(name: str, work: Path) -> Path:
 def clip_of(source: Path, n_frames: int, work: Path) -> Path:
     """The clip itself if it is long enough, else one in `work` that plays it back and forth."""
     source = resolve_clip(source)
-    clip = read_clip(source, n_frames, size=read_clip(source, 1).native_size)
+    clip = read_clip(source, n_frames, own_size=True)
     missing = n_frames - len(clip.frames)
     if not missing:
         return source

@@ -18,7 +18,7 @@ from tokenflow.evaluation.motion import Motion, load_motion, resize_motion, trut
 from tokenflow.evaluation.score_table import Row
 from tokenflow.storage.images import load_frames, opened_image
 from tokenflow.storage.schema import Model
-from tokenflow.storage.video import Clip, clip_name, read_clip
+from tokenflow.storage.video import clip_name, read_clip
 from util import MissingFileError, UserError
 
 MASK_RULE = "object: not 0; resized by nearest neighbour; pixels pooled over the clip"
@@ -137,7 +137,10 @@ def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
     """
     source, edited = Path(other.source), Path(other.edited)
     n_frames, start, size = other.n_frames, other.start, (other.H, other.W) if other.H else None
-    clips = [_read(source, n_frames, start, size), _read(edited, n_frames, 0, size)]
+    clips = [
+        read_clip(path, n_frames, start=first, size=size, own_size=True)
+        for path, first in ((source, start), (edited, 0))
+    ]
     (n, *frame_size), (n_edited, *edited_size) = (clip.frames.shape[:3] for clip in clips)
     if frame_size != edited_size:
         (h, w), (h_edited, w_edited) = frame_size, edited_size
@@ -167,12 +170,6 @@ def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
     )
     original = Source(row.clip, source, lambda: clips[0].frames, (n, *frame_size), start)
     return Subject(row, original, lambda: clips[1].frames)
-
-
-def _read(path: Path, n_frames: int | None, start: int, size: tuple[int, int] | None) -> Clip:
-    if size is None:
-        size = read_clip(path, 1, start=start, size=(8, 8)).native_size
-    return read_clip(path, n_frames, start=start, size=size)
 
 
 # ---------------------------------------------------------------------------------------------

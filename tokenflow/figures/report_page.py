@@ -59,7 +59,7 @@ def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
     results = []
     for folder in sorted(map(Path.resolve, finished)):
         try:
-            native_size(folder / "edited.mp4")  # refuses what is no video
+            read_clip(folder / "edited.mp4", 1)  # refuses what is no video
             results.append(read_result(folder))
         except UserError as error:
             log.warning("left out: %s", error)
@@ -126,11 +126,6 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 # ---------------------------------------------------------------- media
 
 
-def native_size(path: Path) -> tuple[int, int]:
-    """A video's height and width. Raises: UserError if it cannot be read."""
-    return read_clip(path, 1, size=(8, 8)).native_size
-
-
 def add_video(
     media: Path, video: Path | tuple[np.ndarray, Fraction], name: str, n_frames: int
 ) -> dict[str, Any]:
@@ -150,8 +145,8 @@ def add_video(
             os.link(os.path.realpath(video), path)
         except OSError:
             shutil.copyfile(video, path)
-    height, width = native_size(path)
-    first = read_clip(path, 1, size=(height, width))
+    first = read_clip(path, 1, own_size=True)
+    height, width = first.native_size
     image = Image.fromarray(first.frames[0])
     image.thumbnail((POSTER_SIDE, POSTER_SIDE))
     image.save(poster, quality=92)
@@ -174,7 +169,7 @@ def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
     both_files = (result.folder / "side_by_side.mp4" for result in group.results)
     for path in filter(Path.is_file, both_files):
         try:
-            both = read_clip(path, None, size=native_size(path))
+            both = read_clip(path, None, own_size=True)
             return both.frames[:, :, : both.native_size[1] // 4 * 2], both.fps
         except UserError as error:
             log.warning("%s", error)

@@ -138,6 +138,7 @@ def read_clip(
     start: int = 0,
     stride: int = 1,
     size: tuple[int, int] | None = None,
+    own_size: bool = False,
     fit: str = "stretch",
     fps: Fraction | None = None,
 ) -> Clip:
@@ -154,6 +155,7 @@ def read_clip(
         start: index of the first frame.
         stride: step between frames; the frame rate is divided by it.
         size: (height, width) in pixels; None chooses `default_size`.
+        own_size: without a size, take the first frame's.
         fit: "stretch" or "crop", as in `fit_frame`.
         fps: the result's frame rate; None takes the source's average rate (a folder's is
             DEFAULT_FOLDER_FPS) divided by stride.
@@ -176,7 +178,7 @@ def read_clip(
 
     def keep(image: Image.Image, there: int) -> None:
         native.append((image.height, image.width))
-        fitted = size or default_size(*native[0])
+        fitted = size or (native[0] if own_size else default_size(*native[0]))
         # Before memory is full. A header may be wrong, so the frames read so far count too.
         check_memory(max(len(frames) + 1, min(most, there)), *fitted)
         frames.append(np.asarray(fit_frame(image, fitted, fit)))
