@@ -5,6 +5,7 @@ python -m scripts.options_doc
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def _table(cls: type[Model], names: Iterable[str], dashes: str = "") -> str:
         if dashes and field.default is True:
             aliases.append(f"no_{name}")
         shown = ", ".join(f"`{dashes}{each}`" for each in (name, *aliases))
-        cells = shown, _value(field, bool(dashes)), _default(field, bool(dashes)), field.description
+        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        cells = shown, _value(field, bool(dashes)), default, field.description
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -81,16 +83,6 @@ def _value(field: FieldInfo, command_line: bool) -> str:
     for no_bound in (MAX_COUNT, MAX_SEED):
         bounds = bounds.removesuffix(f" and at most {no_bound}")
     return f"{kind}, {bounds}" if bounds else kind
-
-
-def _default(field: FieldInfo, command_line: bool) -> str:
-    if field.is_required():
-        return "required"
-    if field.default is None or isinstance(field.default, bool):
-        return (
-            {None: "null", True: "true", False: "false"}[field.default] if not command_line else ""
-        )
-    return f"`{field.default}`" if field.default != "" else "empty"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -625,8 +625,8 @@ def test_features_are_added_to_a_cache_that_is_there_and_made_once(tiny_model, t
 
 def test_a_disk_without_room_is_an_error_before_the_work(tiny_model, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     monkeypatch.setattr(build, "load_stable_diffusion", no_model_may_load)
     clip = make_clip(tmp_path / "clip.mp4")
-    with pytest.raises(UserError, match=r"needed, 50 kB are free; .*or --no_cache_features"):
+    with pytest.raises(UserError, match=r"needed, 0\.1 MB are free; .*or --no_cache_features"):
         invert(clip, tmp_path / "latents", tiny_model, cache_features="")

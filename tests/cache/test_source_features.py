@@ -29,7 +29,6 @@ from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditSession, plan_steps
 from tokenflow.editing.techniques import load_technique
 from tokenflow.figures import features
-from tokenflow.storage.disk import check_free_space, format_bytes
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from tokenflow_utils import ATTENTION_LAYERS, TokenFlowContext
 from util import UserError
@@ -298,21 +297,3 @@ def test_a_manifest_of_another_format_is_refused(keys, tiny_model, tmp_path, cha
     save_yaml(path, {**load_yaml(path), **changes})
     with pytest.raises(UserError, match=f"manifest.yaml: {said}.*; run: rm -r"):
         pnp(other)
-
-
-# ---------------------------------------------------------------- small parts
-
-
-def test_no_room_is_an_error_that_says_how_much(tmp_path):
-    check_free_space(tmp_path / "not" / "yet", 1, "do without")
-    with pytest.raises(UserError, match=r"1000000000 GB are needed, .* are free; do without"):
-        check_free_space(tmp_path / "not" / "yet", 10**18, "do without")
-
-
-def test_sizes_are_for_people():
-    assert [format_bytes(x) for x in (12, 12_300, 3_400_000, 2.94e9)] == [
-        "12 bytes",
-        "12 kB",
-        "3.4 MB",
-        "2.9 GB",
-    ]

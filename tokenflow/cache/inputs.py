@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from tokenflow.diffusion.model_names import ControlSettings, control_settings
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch
-from tokenflow.storage.disk import check_free_space, format_bytes
 from tokenflow.storage.video import Clip, clip_name, read_clip, resolve_clip, source_sha256
 from tokenflow.storage.work_dir import unfinished_bytes
 from util import UserError, check_writable
@@ -182,11 +182,13 @@ def check_disk(inputs: PreprocessInputs, inverted: bool) -> None:
     fix_hint = "make some, or use --save_dir on another disk"
     if inputs.features is not None:
         features = feature_bytes(unet, grid, inputs.features)
-        log.info(
-            "source features: %s in %d files", format_bytes(features), inputs.features.n_timesteps
-        )
+        log.info("source features: %.1f MB", features / 1e6)
         needed += features
         fix_hint += ", or --no_cache_features"
     # What an interrupted run left is resumed, or makes room.
     needed -= unfinished_bytes(inputs.folder) + unfinished_bytes(inputs.folder / FEATURES)
-    check_free_space(inputs.folder, needed, fix_hint)
+    parents = (inputs.folder, *inputs.folder.absolute().parents)
+    free = shutil.disk_usage(next(place for place in parents if place.exists())).free
+    if needed > free:
+        megabytes = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
+        raise UserError(f"{inputs.folder}: {megabytes}; {fix_hint}")

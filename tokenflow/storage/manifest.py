@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,11 +18,6 @@ class FileRecord(TypedDict):
 
     bytes: int
     sha256: str
-
-
-def file_record(path: Path) -> FileRecord:
-    """What manifests say of a file now."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def load_manifest(cls: type[M], path: Path, version: int, fix_hint: str) -> M:
@@ -79,11 +73,9 @@ def refuse_unexpected_files(folder: Path, expected: Iterable[str], apart: str = 
     Raises:
         UserError: naming the first.
     """
-    expected = set(expected)
-    for place, below, names in os.walk(folder):
-        inside = [name for name in sorted(below) if not name.startswith(".")]
-        below[:] = [name for name in inside if Path(place, name) != folder / apart]
-        for name in sorted(names):
-            path = Path(place, name)
-            if path.relative_to(folder).as_posix() not in expected and not name.startswith("."):
-                raise UserError(f"{path}: does not belong there; run: rm {shlex.quote(str(path))}")
+    expected = {folder / name for name in expected}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        shown = parts[0] != apart and not any(part.startswith(".") for part in parts)
+        if shown and path not in expected and not path.is_dir():
+            raise UserError(f"{path}: does not belong there; run: rm {shlex.quote(str(path))}")

@@ -30,8 +30,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
-from tokenflow.storage.manifest import FileRecord, file_record
-from util import MissingFileError, UserError, save_tensors, sync_folder
+from tokenflow.storage.manifest import FileRecord
+from util import MissingFileError, UserError, save_tensors, sha256_file, sync_folder
 
 log = logging.getLogger("tokenflow")
 
@@ -187,7 +187,10 @@ class WorkDir:
         Raises:
             MissingFileError: a file of the last checkpoint has vanished.
         """
-        return {name: file_record(self.folder / name) for name in self._list_files()}
+        return {
+            name: {"bytes": n_bytes, "sha256": sha256_file(self.folder / name)}
+            for name, n_bytes in self._list_files().items()
+        }
 
     def _list_files(self) -> dict[str, int]:
         found = {
