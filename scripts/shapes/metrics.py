@@ -10,7 +10,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from scripts.shapes.world import (
     BACKGROUNDS,
@@ -25,7 +24,6 @@ from scripts.shapes.world import (
 from tokenflow.diffusion.vae import psnr
 from tokenflow.evaluation import metrics
 from tokenflow.evaluation.motion import Motion
-from util import MissingFileError
 
 LEAST_CHROMA = 20  # of a pixel with a hue, of 255: its distance from the grey of its brightness
 ATTRIBUTES = ("fill", "color", "shape", "background")
@@ -142,32 +140,20 @@ class Judge:
     """The model's CLIP, asked which caption of a scene with one object fits a picture best.
 
     Raises:
-        MissingFileError: the folder holds no CLIP model.
+        UserError: the folder holds no CLIP model.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        if not (folder / "config.json").is_file():
-            raise MissingFileError(
-                f"{folder}: holds no judge (a CLIP model); run `python -m scripts.tiny_model.train "
-                "judge` first"
-            )
-        self.processor = CLIPImageProcessor.from_pretrained(folder)
-        self.model = CLIPModel.from_pretrained(folder).float().to(device).eval()
+        self.clip = metrics.ClipEmbedder(folder, device)
         every = itertools.product(FILLS, COLORS, SHAPES, BACKGROUNDS)
         self.choices = [choice for choice in every if choice[1] != choice[3]]
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        captions = [caption_of([choice[:3]], choice[3]) for choice in self.choices]
-        tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-        self.tokens = tokens.to(device)
+        captions = (caption_of([choice[:3]], choice[3]) for choice in self.choices)
+        self.texts = torch.stack([self.clip.embed_text(caption) for caption in captions], dim=1)
 
-    @torch.inference_mode()
     def __call__(self, frames: np.ndarray) -> list[tuple[str, str, str, str]]:
         """Fill, colour, shape and background of each of (n, H, W, 3) uint8 frames."""
-        pixels = self.processor(images=list(frames), return_tensors="pt").pixel_values
-        similarity = self.model(
-            input_ids=self.tokens, pixel_values=pixels.to(self.tokens.device)
-        ).logits_per_image
-        return [self.choices[best] for best in similarity.argmax(dim=1).tolist()]
+        best = (self.clip.embed_frames(frames) @ self.texts).argmax(dim=1)
+        return [self.choices[number] for number in best.tolist()]
 
 
 def attributes(scene: Scene) -> tuple[str, str, str, str]:

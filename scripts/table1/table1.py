@@ -35,6 +35,7 @@ from tokenflow.evaluation.score_table import (
 )
 from tokenflow.storage.reports import check_report_path, write_report, write_reports
 from tokenflow.storage.schema import parse
+from tokenflow.storage.yaml_files import load_yaml
 from util import (
     ArgumentParser,
     UserError,
@@ -44,48 +45,19 @@ from util import (
     setup_logging,
 )
 
-# What distinguishes the rows; a list of clips cannot change it.
-TOKENFLOW = {
-    "consistency": "tokenflow",
-    "keyframes": "random",
-    "propagation": "paper",
-    "blend": "sigmoid",
-    "correspondence": "nn",
-}
+_ROWS = load_yaml(Path(__file__).with_name("rows.yaml"))
+TOKENFLOW = _ROWS["tokenflow"]
 
 
-def _row(name: str, technique: str, **changes: object) -> Variant:
+def _row(name: str, technique: str, changes: Mapping[str, object]) -> Variant:
     """A row: its technique, and the settings in which it differs from TokenFlow."""
     if technique in baselines.BASELINES:
         return Variant(name, "pnp", PnPConfig, baselines.BASELINES[technique], TOKENFLOW)
     return replace(VARIANTS[technique], name=name, settings=TOKENFLOW | changes)
 
 
-METHODS = (
-    _row("VAE reconstruction", "reconstruction"),
-    _row("PnP, per frame", "pnp", consistency="none"),
-    _row("Text2Video-Zero", "controlnet", consistency="first_frame", use_ddim_noise=False),
-    _row("RGB propagation", "rgb_propagation"),
-    _row("PnP, extended attention", "pnp", consistency="extended_attention"),
-    _row("PnP, fixed keyframes", "pnp", keyframes="fixed"),
-    _row("PnP, TokenFlow", "pnp"),
-    _row("PnP, TokenFlow (released)", "pnp", propagation="released"),
-    _row("PnP, TokenFlow (linear blend)", "pnp", blend="linear"),
-    _row("PnP, TokenFlow (optical flow)", "pnp", correspondence="flow"),
-    _row("SDEdit, per frame", "sdedit", consistency="none"),
-    _row("SDEdit, TokenFlow", "sdedit"),
-    _row("ControlNet, per frame", "controlnet", consistency="none"),
-    _row("ControlNet, TokenFlow", "controlnet"),
-)
-PAPER = {  # warp error x1e-3, CLIP score; by warp error
-    "VAE reconstruction": (2.0, 0.23),
-    "PnP, TokenFlow": (3.0, 0.33),
-    "PnP, fixed keyframes": (3.7, 0.33),
-    "PnP, extended attention": (5.9, 0.33),
-    "PnP, per frame": (11.3, 0.33),
-    "Text2Video-Zero": (12.5, 0.33),
-    "Tune-A-Video": (30.0, 0.31),  # trains a model on the clip: its videos enter by --also
-}
+METHODS = tuple(_row(*row) for row in _ROWS["rows"])
+PAPER = _ROWS["paper"]
 ORDER = tuple(PAPER)[:5]  # the methods whose order `verdict` checks
 SHOWN = ("warp_error", "clip_score", "clip_frame", "psnr_background", "seconds_per_frame")
 PAPER_NOTE = (

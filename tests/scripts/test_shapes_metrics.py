@@ -14,7 +14,7 @@ from scripts.shapes.metrics import (
     warp_error,
 )
 from scripts.shapes.world import COLORS, HUES, random_scene, render, render_clip
-from util import MissingFileError
+from util import UserError
 
 MASK = np.ones((4, 4), bool)
 
@@ -113,5 +113,5 @@ def test_only_what_is_away_from_the_objects_counts_as_background():
 
 
 def test_a_folder_without_a_judge_is_refused(tmp_path):
-    with pytest.raises(MissingFileError, match="holds no judge"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         Judge(tmp_path, torch.device("cpu"))
