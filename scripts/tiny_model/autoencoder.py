@@ -14,6 +14,7 @@ from tqdm import tqdm
 from scripts.shapes.pictures import SIZE, held_out_pictures, save_sheet, to_frames, to_pixels
 from scripts.tiny_model.model_files import make_vae, save_weights
 from scripts.tiny_model.settings import Training
+from scripts.tiny_model.trainer import train
 from util import load_tensors, save_tensors
 
 log = logging.getLogger("tokenflow")
@@ -59,7 +60,7 @@ def train_vae(training: Training) -> None:
         model.quant_conv.weight[4:] = 0
         model.quant_conv.bias[4:] = 2 * np.log(LATENT_NOISE)
     model = model.to(training.device, memory_format=torch.channels_last)
-    vae = training.train("vae", model, loss, sheet, training.hashes())
+    vae = train(training, "vae", model, loss, sheet, training.hashes())
     latents = _encode(vae, pictures[:1024], training)
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     save_weights(training.model / "vae", vae, torch.float16)

@@ -38,6 +38,7 @@ from scripts.tiny_model.model_files import (
     write_model_index,
 )
 from scripts.tiny_model.settings import Training
+from scripts.tiny_model.trainer import train
 from tokenflow.diffusion.conditions import canny_edges
 from util import sha256_file
 
@@ -74,7 +75,8 @@ def train_unet(training: Training) -> None:
     inputs = training.hashes("vae")
     for name, size in (("unet_small", SIZE // 2), ("unet", SIZE)):
         batches = NoisyLatents(training, size, training.budget.recipes[name].batch_size)
-        averaged = training.train(
+        averaged = train(
+            training,
             name,
             model,
             partial(_noise_loss, batches),
@@ -245,8 +247,8 @@ def train_controlnet(training: Training) -> None:
     torch.manual_seed(training.seed)
     model = EdgesToNoise(unet).to(training.device)
     model.controlnet.to(memory_format=torch.channels_last)
-    averaged = training.train(
-        "controlnet", model, loss, sheet, training.hashes("vae", "unet", "text_encoder")
+    averaged = train(
+        training, "controlnet", model, loss, sheet, training.hashes("vae", "unet", "text_encoder")
     )
     save_weights(training.model / "controlnet", averaged.controlnet, torch.float16)
 

@@ -17,6 +17,7 @@ from scripts.shapes.pictures import held_out_pictures, save_sheet
 from scripts.shapes.world import random_scene
 from scripts.tiny_model.model_files import NETWORKS, save_weights
 from scripts.tiny_model.settings import Training
+from scripts.tiny_model.trainer import train
 
 log = logging.getLogger("tokenflow")
 
@@ -70,7 +71,7 @@ def train_judge(training: Training) -> None:
     )
     model = CLIPModel(config).to(training.device)
     sheet = _JudgeSheet(training, processor)
-    judge = training.train("judge", model, loss, sheet, training.hashes())
+    judge = train(training, "judge", model, loss, sheet, training.hashes())
     save_weights(training.model / "judge", judge, torch.float16)
     processor.save_pretrained(training.model / "judge")
     training.write_tokenizer(training.model / "judge")

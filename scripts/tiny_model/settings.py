@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from scripts.shapes.pictures import SIZE, open_pictures, world_version
 from scripts.shapes.world import BACKGROUNDS, FILLS, SHAPES, random_scene
 from scripts.tiny_model.model_files import bpe_vocabulary, text_config, write_tokenizer
-from scripts.tiny_model.trainer import Loss, Recipe, Sheet, train
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.yaml_files import load_yaml
 from util import MissingFileError, sha256_file
@@ -24,6 +25,26 @@ from util import MissingFileError, sha256_file
 MAX_TOKENS = 32
 WORDS = ("a", "and", "on", "background", *SHAPES, *FILLS, *BACKGROUNDS)
 VOCABULARY, MERGES = bpe_vocabulary(WORDS)
+
+
+class Recipe(Model):
+    """How one part is trained.
+
+    The learning rate rises linearly over `warmup` steps and falls to zero along a cosine. A run may
+    be resumed with more `steps` (the learning rate then jumps back to the longer cosine), and with
+    no other change.
+    """
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float
+    warmup: int = Field(200, ge=1)
+    weight_decay: float = 0.01
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of step 0, 1, ... `steps` - 1."""
+        rise = min((step + 1) / self.warmup, 1.0)
+        return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 class Budget(Model):
@@ -98,11 +119,3 @@ class Training:
     def hashes(self, *parts: str) -> dict[str, str]:
         """What a part learns from: the world, and the weights of the parts before it."""
         return {"world": self.world} | {p: sha256_file(self.trained(p))[:12] for p in parts}
-
-    def train(
-        self, name: str, model: nn.Module, loss: Loss, sheet: Sheet, inputs: dict[str, str]
-    ) -> nn.Module:
-        """Train one part, see `trainer.train`."""
-        recipe, folder = self.budget.recipes[name], self.work / name
-        own = {"seed": self.seed, "dtype": self.dtype, "sheet_every": self.sheet_every}
-        return train(name, model, loss, recipe, folder, inputs=inputs, sheet=sheet, **own)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from tokenflow.storage.schema import Model
+from scripts.tiny_model.settings import Recipe, Training
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import UserError, atomic_file, load_tensors, save_tensors
 
@@ -25,26 +23,6 @@ log = logging.getLogger("tokenflow")
 SAVE_SECONDS = 120  # between two saves of the state
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 Sheet = Callable[[nn.Module, Path], None]
-
-
-class Recipe(Model):
-    """How one part is trained.
-
-    The learning rate rises linearly over `warmup` steps and falls to zero along a cosine. A run may
-    be resumed with more `steps` (the learning rate then jumps back to the longer cosine), and with
-    no other change.
-    """
-
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    learning_rate: float
-    warmup: int = Field(200, ge=1)
-    weight_decay: float = 0.01
-
-    def learning_rate_at(self, step: int) -> float:
-        """Of step 0, 1, ... `steps` - 1."""
-        rise = min((step + 1) / self.warmup, 1.0)
-        return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 def average_share(step: int) -> float:
@@ -56,33 +34,26 @@ def average_share(step: int) -> float:
 
 
 def train(
+    training: Training,
     name: str,
     model: nn.Module,
     loss: Loss,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    seed: int,
-    inputs: Mapping[str, str],
-    dtype: torch.dtype,
     sheet: Sheet,
-    sheet_every: int,
+    inputs: Mapping[str, str],
 ) -> nn.Module:
-    """Train a model, or resume an interrupted run.
+    """Train one part of the small model, or resume an interrupted run.
 
     Step k draws its batch from a generator seeded with (seed, k), so that a run in several pieces
-    sees what a run in one piece sees.
+    sees what a run in one piece sees. The part's folder in the work folder gets state.safetensors,
+    recipe.yaml, log.csv and the sheets.
 
     Args:
-        name: for the progress bar.
+        name: of the part, whose recipe is the budget's.
         model: on its device, in float32; trained in place.
         loss: of one batch that it draws with the generator (on the CPU).
-        recipe: steps, learning rate, ...
-        folder: for state.safetensors, recipe.yaml, log.csv and the sheets.
-        inputs: hashes of what the part learns from; a state made from others is refused.
-        dtype: float32, or bfloat16 for mixed precision.
         sheet: draws a picture of what the averaged model can do, and is called every
             `sheet_every` steps and at the end.
+        inputs: hashes of what the part learns from; a state made from others is refused.
 
     Returns:
         The model with the moving average of its weights, in evaluation mode.
@@ -91,7 +62,8 @@ def train(
         UserError: the folder holds a run of another recipe, seed or inputs, or the loss is not
             finite.
     """
-    run = _Run(folder, recipe, seed, inputs, model)
+    recipe, folder = training.budget.recipes[name], training.work / name
+    run = _Run(folder, recipe, training.seed, inputs, model)
     first = run.resume()
     if first >= recipe.steps:
         log.info("%s: %d steps are done already", name, first)
@@ -99,7 +71,7 @@ def train(
     saved = time.monotonic()
     bar = tqdm(range(first, recipe.steps), name, initial=first, total=recipe.steps, unit="step")
     for step in bar:
-        value = run.step(step, loss, dtype)
+        value = run.step(step, loss, training.dtype)
         done, last = step + 1, step + 1 == recipe.steps
         saves = time.monotonic() - saved > SAVE_SECONDS or last
         logs = done % 20 == 0 or last
@@ -114,7 +86,7 @@ def train(
         if saves:
             run.save(done)
             saved = time.monotonic()
-        if done % sheet_every == 0 or last:
+        if done % training.sheet_every == 0 or last:
             sheet(run.averaged, folder / f"sheet_{done:06d}.png")
     return run.averaged
 

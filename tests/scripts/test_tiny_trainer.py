@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.tiny_model import trainer as training
-from scripts.tiny_model.trainer import Recipe, train
+from scripts.tiny_model import trainer
+from scripts.tiny_model.settings import Recipe
+from scripts.tiny_model.trainer import train
 from tests.helpers import contents
 from tokenflow.storage.yaml_files import load_yaml
 from util import UserError, load_tensors
@@ -36,10 +37,17 @@ def regression(model, generator):
     return (model(inputs)[:, 0] - (inputs @ SLOPES + 0.3)).square().mean()
 
 
-def run(folder, loss=regression, recipe=RECIPE, *, model=None, **changes):
-    given = {"seed": 0, "inputs": INPUTS, "dtype": torch.float32}
-    given |= {"sheet": lambda model, path: None, "sheet_every": 1000}
-    return train("tiny", model or a_model(), loss, recipe, folder, **given | changes)
+def no_sheet(model, path):
+    pass
+
+
+def run(
+    folder, loss=regression, recipe=RECIPE, *, model=None, sheet=no_sheet, inputs=INPUTS, **changes
+):
+    given = {"seed": 0, "dtype": torch.float32, "sheet_every": 1000, "work": folder.parent}
+    given["budget"] = SimpleNamespace(recipes={folder.name: recipe})
+    training = SimpleNamespace(**given | changes)
+    return train(training, folder.name, model or a_model(), loss, sheet, inputs)
 
 
 def interrupted_at(step, loss=regression):
@@ -83,7 +91,7 @@ def rows(folder):
 
 @pytest.fixture
 def saves_every_step(monkeypatch):
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", -1)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +237,7 @@ def test_a_run_interrupted_before_the_first_save_starts_again(finished, tmp_path
 def test_the_state_is_saved_when_the_time_has_come(tmp_path, monkeypatch):
     clock = itertools.count(0, 30)  # seconds: a step takes half a minute
     fake = SimpleNamespace(monotonic=lambda: next(clock), time=lambda: 0.0)
-    monkeypatch.setattr(training, "time", fake)
+    monkeypatch.setattr(trainer, "time", fake)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, interrupted_at(9))
     # More than 120 seconds after the beginning is after step 5; saving takes a reading too.
@@ -243,7 +251,7 @@ def test_a_finished_run_returns_at_once(finished, caplog):
     again = run(folder, unreachable, model=a_model(seed=5), sheet=unreachable, sheet_every=1)
     assert_same(again, averaged)
     assert not again.training
-    assert "tiny: 30 steps are done already" in caplog.text
+    assert f"{folder.name}: 30 steps are done already" in caplog.text
     before.pop("recipe.yaml")
     assert before.items() <= contents(folder).items()
 
@@ -296,7 +304,7 @@ def test_a_loss_that_is_not_finite_is_refused(value, tmp_path):
     def loss(model, generator):
         return regression(model, generator) * value
 
-    with pytest.raises(UserError, match=f"tiny: the loss is (nan|{value}) at step 19"):
+    with pytest.raises(UserError, match=f": the loss is (nan|{value}) at step 19"):
         run(tmp_path, loss)
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
 
