@@ -25,9 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scripts.batch.clip_list import INVERSION, VARIANTS, Batch, Job, read_batch, shown_name, title
+from scripts.batch.clip_list import INVERSION, VARIANTS, Batch, read_batch, shown_name, title
 from scripts.batch.engine import FAILED, FOUND, MADE, NOT_TRIED, Outcome, duration, log, run_jobs
-from tokenflow.cache.options import default, preprocess_command
 from tokenflow.evaluation.score_table import aligned
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import (
@@ -65,7 +64,7 @@ def summary_of(
         if outcome.reason != NOT_TRIED:
             entry["seconds"] = round(outcome.seconds, 2)
         if outcome.state == FAILED:
-            entry |= {"reason": outcome.reason, "alone": _alone(job, command)}
+            entry |= {"reason": outcome.reason, "alone": shlex.join([*command, "--only", job.key])}
         clips[job.clip].append(entry)
     failed = [clip for clip, jobs in clips.items() if any(j["state"] == FAILED for j in jobs)]
     return {
@@ -76,17 +75,6 @@ def summary_of(
         "failed_clips": failed,
         "clips": clips,
     }
-
-
-def _alone(job: Job, command: Sequence[str]) -> str:
-    """The command that repeats a job."""
-    if job.kind == INVERSION:
-        given = {name: value for name, value in job.work.items() if value != default(name)}
-        flags = {True: "", False: None}
-        words = {name: flags[v] if isinstance(v, bool) else v for name, v in given.items()}
-        words |= {f"no_{name}": "" for name, value in given.items() if value is False}
-        return preprocess_command(words)
-    return shlex.join([*command, "--only", job.key])
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:

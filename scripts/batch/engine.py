@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +201,7 @@ def run_jobs(
     """
     with ray_cluster() as ray:
         start, n_processes = _starter(ray, jobs, n_processes)
-        progress, running = Progress(jobs, n_processes), {}
-        queue, outcomes = list(jobs), progress.outcomes
+        queue, running, outcomes = list(jobs), {}, {}
         idle = [start() for _ in range(n_processes)]
         try:
             ray.get([worker.__ray_ready__.remote() for worker in idle])
@@ -224,7 +223,7 @@ def run_jobs(
                     if not isinstance(error, ray.exceptions.RayTaskError) and queue:
                         worker = start()
                 idle.append(worker)
-                progress.report(job, outcome)
+                report(jobs, outcomes, job, outcome, n_processes)
                 queue = [job for job in queue if job.key not in outcomes]
     return outcomes
 
@@ -270,39 +269,28 @@ def _crash(error: Exception, job: Job, log_file: Path) -> Outcome:
 # -------------------------------------------------------------------------------------- progress
 
 
-@dataclass
-class Progress:
-    """Records how jobs end, and logs how far a batch is with an estimate of the time left."""
+def report(
+    jobs: Sequence[Job], outcomes: dict[str, Outcome], job: Job, outcome: Outcome, n_processes: int
+) -> None:
+    """Records and logs how a job ended, with an estimate of the time left.
 
-    jobs: Sequence[Job]
-    n_processes: int
-    outcomes: dict[str, Outcome] = field(default_factory=dict)  # by the keys of jobs
-
-    def report(self, job: Job, outcome: Outcome) -> None:
-        """Records and logs how a job ended; the edits of a failed inversion fail too."""
-        self.outcomes[job.key] = outcome
-        if outcome.state == FAILED:
-            needy = [edit for edit in self.jobs if edit.needs == job.key]
-            self.outcomes |= {edit.key: Outcome(FAILED, reason=NOT_TRIED) for edit in needy}
-        how = {
-            MADE: f"{MADE} in {duration(outcome.seconds)}",
-            FOUND: "found finished",
-            FAILED: f"failed: {outcome.reason}",
-        }[outcome.state]
-        level = logging.ERROR if outcome.state == FAILED else logging.INFO
-        done, total = len(self.outcomes), len(self.jobs)
-        log.log(level, "[%d/%d] %s: %s%s", done, total, job.title, how, self._rest())
-
-    def _rest(self) -> str:
-        """The estimate, by the mean seconds of each kind; if none of it ran yet, of all jobs."""
-        ended = [(job.kind, self.outcomes.get(job.key)) for job in self.jobs]
-        made = [(kind, o.seconds) for kind, o in ended if o and o.state == MADE]
-        left = [kind for kind, outcome in ended if not outcome]
-        if not left or not made:
-            return ""
-        overall = [seconds for _, seconds in made]
-        rest = sum(statistics.mean([s for k, s in made if k == kind] or overall) for kind in left)
-        return f"; about {duration(rest / self.n_processes)} left"
+    The edits of a failed inversion fail too.
+    """
+    outcomes[job.key] = outcome
+    if outcome.state == FAILED:
+        needy = [edit for edit in jobs if edit.needs == job.key]
+        outcomes |= {edit.key: Outcome(FAILED, reason=NOT_TRIED) for edit in needy}
+    how = {
+        MADE: f"{MADE} in {duration(outcome.seconds)}",
+        FOUND: "found finished",
+        FAILED: f"failed: {outcome.reason}",
+    }[outcome.state]
+    made = [each.seconds for each in outcomes.values() if each.state == MADE]
+    if made and len(outcomes) < len(jobs):
+        left = statistics.mean(made) * (len(jobs) - len(outcomes)) / n_processes
+        how += f"; about {duration(left)} left"
+    level = logging.ERROR if outcome.state == FAILED else logging.INFO
+    log.log(level, "[%d/%d] %s: %s", len(outcomes), len(jobs), job.title, how)
 
 
 def duration(seconds: float) -> str:

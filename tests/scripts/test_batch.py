@@ -16,7 +16,7 @@ import torch
 
 from scripts.batch import batch, engine
 from scripts.batch.clip_list import VARIANTS, Job, Variant
-from scripts.batch.engine import FAILED, FOUND, MADE, KeptModels, Outcome, Progress
+from scripts.batch.engine import FAILED, FOUND, MADE, KeptModels, Outcome
 from tests.helpers import contents, make_clip, write_list
 from tokenflow.storage.yaml_files import load_yaml
 from util import Interrupted, UserError
@@ -70,7 +70,7 @@ def test_a_broken_clip_costs_no_other_its_edits_and_finished_work_is_kept(
     assert re.search(r"^bad +1 failed +1 failed +1 failed$", out, re.MULTILINE)
     assert "4 made, 4 failed of 8 edits; something failed of 2 of 4 clips:" in out
     assert "  bad: inversion: bad.mp4: not a video that can be read" in out
-    assert "    alone: python preprocess.py " in out
+    assert "    alone: python -m scripts.batch.batch list.yaml --only " in out
     assert f"  {gone}: inversion: {gone}: no such video or folder" in out
     ends = {"a": MADE, "bad": FAILED, "b": MADE, gone: FAILED}
     assert states() == {clip: [state] * 3 for clip, state in ends.items()}
@@ -196,18 +196,17 @@ def test_the_time_left_is_estimated_from_what_was_made(caplog):
     caplog.set_level(logging.INFO)
     inversion = Job("a", None, {})
     edits = [Job("a", VARIANTS["pnp"], {"prompt": p}, inversion.key) for p in "pqr"]
-    progress = Progress([inversion, *edits], n_processes=2)
-    outcomes = [(FOUND, 0.01), (FOUND, 0.01), (MADE, 30.0), (FAILED, 0.1)]
-    for job, (state, seconds) in zip(progress.jobs, outcomes, strict=True):
-        progress.report(job, Outcome(state, seconds, "why" * (state == FAILED)))
+    jobs, outcomes = [inversion, *edits], {}
+    ends = [(FOUND, 0.01), (FOUND, 0.01), (MADE, 30.0), (FAILED, 0.1)]
+    for job, (state, seconds) in zip(jobs, ends, strict=True):
+        engine.report(jobs, outcomes, job, Outcome(state, seconds, "why" * (state == FAILED)), 2)
     assert caplog.messages == [
         "[1/4] a: inversion: found finished",
         '[2/4] a: pnp: "p": found finished',
         '[3/4] a: pnp: "q": made in 30 s; about 15 s left',
         '[4/4] a: pnp: "r": failed: why',
     ]
-    progress = Progress([inversion, *edits], n_processes=2)
-    progress.report(inversion, Outcome(FAILED, reason="why"))  # which settles its edits
+    engine.report(jobs, {}, inversion, Outcome(FAILED, reason="why"), 2)  # which settles its edits
     assert caplog.messages[-1] == "[4/4] a: inversion: failed: why"
     assert [engine.duration(s) for s in (99, 600, 7200)] == ["99 s", "10 min", "2.0 h"]
 
