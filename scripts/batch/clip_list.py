@@ -15,7 +15,8 @@ from pydantic import ConfigDict, Field, create_model, field_validator, model_val
 
 from scripts.batch.davis import sequences
 from tokenflow.cache.options import PreprocessOptions
-from tokenflow.diffusion.checkpoints import checkpoint_folder, model_key_for
+from tokenflow.diffusion.checkpoints import checkpoint_folder
+from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import resolve_device
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.results import TECHNIQUES
@@ -318,7 +319,7 @@ def _jobs(edits: Sequence[_Edit]) -> Iterator[Job]:
     caches: dict[tuple, dict[tuple, list[_Edit]]] = {}
     for edit in edits:
         config = edit.config
-        checkpoint = model_key_for(config.sd_version, config.model_key), config.dtype
+        checkpoint = config.model_key or MODELS[config.sd_version], config.dtype
         cache = edit.clip, config.sd_version, config.n_inversion_steps, config.n_frames
         cache += config.frame_start, config.frame_stride
         caches.setdefault(checkpoint, {}).setdefault(cache, []).append(edit)
@@ -364,7 +365,7 @@ def _check_models(edits: Sequence[_Edit]) -> None:
     seen = set()
     for edit in edits:
         config, technique = edit.config, edit.variant.section
-        model = model_key_for(config.sd_version, config.model_key)
+        model = config.model_key or MODELS[config.sd_version]
         control = (getattr(config, key, None) for key in ("control", "controlnet_key"))
         what = technique, model, config.device, config.allow_pickle, *control
         if what not in seen:

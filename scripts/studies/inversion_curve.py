@@ -28,9 +28,10 @@ from tabulate import tabulate
 
 from scripts.shapes.world import SAMPLES, random_scene
 from tokenflow.cache.options import FAST
-from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision, model_key_for
+from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
 from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.inversion import inversion_timesteps, invert, reconstruct
+from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import (
     StableDiffusion,
     load_stable_diffusion,
@@ -216,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging()
     args = parse_args(argv)
     device = resolve_device(args.device)
-    folder = checkpoint_folder(model_key_for("tiny", args.model))
+    folder = checkpoint_folder(args.model or MODELS["tiny"])
     dtype = resolve_dtype("auto", device)
     about = {
         "model": checkpoint_revision(folder),

@@ -10,13 +10,13 @@ import torch
 
 from scripts.shapes.world import SAMPLE_FRAMES, SAMPLES, random_scene, render_clip
 from scripts.tiny_model import check as check_tiny
-from tokenflow.diffusion.checkpoints import check_controlnet_fits, model_key_for
-from tokenflow.diffusion.model_names import CONTROLNETS
+from tokenflow.diffusion.checkpoints import check_controlnet_fits
+from tokenflow.diffusion.model_names import CONTROLNETS, MODELS
 from tokenflow.diffusion.vae import psnr
 from tokenflow.storage.video import read_clip
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = Path(model_key_for("tiny"))
+MODEL = Path(MODELS["tiny"])
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SEED = 3_000_000  # neither trained on nor shipped as a sample
 

@@ -18,12 +18,11 @@ from tokenflow.diffusion.checkpoints import (
     checkpoint_folder,
     checkpoint_revision,
     load_unet_skeleton,
-    model_key_for,
     single_model_folder,
 )
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.diffusion.inversion import InversionTimesteps, inversion_timesteps
-from tokenflow.diffusion.model_names import ControlSettings, control_settings
+from tokenflow.diffusion.model_names import MODELS, ControlSettings, control_settings
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch
@@ -87,7 +86,7 @@ def open_inputs(
         )
     if source_sha256(source) != sha256:  # its frames would go by the name of others
         raise UserError(f"{source}: changed while it was read; run the same command again")
-    model_key = model_key_for(options.sd_version, options.model_key)
+    model_key = options.model_key or MODELS[options.sd_version]
     checkpoint = checkpoint_folder(model_key, options.allow_pickle)
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
     timesteps = inversion_timesteps(

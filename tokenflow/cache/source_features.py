@@ -19,6 +19,7 @@ The files are memory-mapped. Each file's checksum is compared before the file is
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenflow.cache.source_cache import FEATURES, MANIFEST, SourceCache
-from tokenflow.diffusion.unet_layers import grid_of_block, layer_sizes
 from tokenflow.storage.manifest import (
     FileRecord,
     check_file,
@@ -40,7 +40,12 @@ from tokenflow.storage.manifest import (
     refuse_unexpected_files,
 )
 from tokenflow.storage.schema import Model
-from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, TokenFlowContext
+from tokenflow_utils import (
+    ATTENTION_LAYERS,
+    FEATURE_LAYER,
+    TokenFlowContext,
+    self_attention_layers,
+)
 from util import UserError
 
 FORMAT = 2
@@ -116,18 +121,38 @@ def feature_bytes(
     injected = sum(h * w * c for layer, (h, w, c) in sizes.items() if layer in ATTENTION_LAYERS)
     total = settings.attention_steps * settings.n_keyframes * injected * width
     total += steps * n * sum(2 * h * w * index_dtype(h * w).itemsize for h, w, _ in sizes.values())
-    total += settings.feature_steps * n * _feature_size(unet, grid) * width
+    convolution = dict(unet.named_modules()).get(FEATURE_LAYER)
+    if convolution is not None:
+        size = math.prod(_grid_at(unet, FEATURE_LAYER, grid)) * convolution.out_channels
+        total += settings.feature_steps * n * size * width
     if settings.save_tokens == "all":
         total += steps * n * sum(h * w * c for h, w, c in sizes.values()) * width
     return total
 
 
-def _feature_size(unet: UNet2DConditionModel, grid: tuple[int, int]) -> int:
-    layer = dict(unet.named_modules()).get(FEATURE_LAYER)
-    if layer is None:
-        return 0
-    h, w = grid_of_block(unet, FEATURE_LAYER, grid)
-    return layer.out_channels * h * w
+def layer_sizes(
+    unet: UNet2DConditionModel, grid: tuple[int, int]
+) -> dict[str, tuple[int, int, int]]:
+    """(h, w, c) of the tokens of each self-attention layer; arguments of `feature_bytes`."""
+    return {
+        layer: (
+            *_grid_at(unet, layer, grid),
+            unet.get_submodule(layer.removesuffix(".processor")).to_q.in_features,
+        )
+        for layer in self_attention_layers(unet)
+    }
+
+
+def _grid_at(unet: UNet2DConditionModel, module: str, grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid at a module of the UNet; each level halves the one above, rounding up."""
+    block, index = module.split(".")[:2]
+    level = len(unet.config.block_out_channels) - 1  # mid_block
+    if block == "down_blocks":
+        level = int(index)
+    elif block == "up_blocks":
+        level -= int(index)
+    h, w = (-(-side // 2**level) for side in grid)
+    return h, w
 
 
 def index_dtype(n_tokens: int) -> torch.dtype:

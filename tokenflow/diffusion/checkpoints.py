@@ -16,7 +16,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from tokenflow.diffusion.model_names import MODELS
 from util import MissingFileError, UserError
 
 # The names of a model's weights file, and of its pickled form.
@@ -44,11 +43,6 @@ LOADS_OTHERS = (
     "quantization_config",
     "transformers_weights",
 )
-
-
-def model_key_for(sd_version: str, model_key: str | None = None) -> str:
-    """The checkpoint to load: `model_key` where given, else the table's entry for `sd_version`."""
-    return model_key or MODELS[sd_version]
 
 
 def checkpoint_folder(key: str, allow_pickle: bool = False) -> Path:

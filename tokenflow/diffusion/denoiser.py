@@ -41,8 +41,6 @@ class Denoiser:
         depth: Tensor | None = None,
         control: Control | None = None,
     ) -> None:
-        if models.takes_depth != (depth is not None):
-            raise ValueError("depth maps go with a depth-conditioned UNet, and only with one")
         self.models, self.text, self.depth, self.control = models, text, depth, control
         self.image_forwards = 0
 

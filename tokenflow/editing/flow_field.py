@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenflow.cache.source_features import layer_sizes
 from tokenflow.cache.source_pass import LiveSource
 from tokenflow.diffusion.conditions import optical_flow
 from tokenflow.diffusion.denoiser import Denoiser
-from tokenflow.diffusion.unet_layers import layer_sizes
 from tokenflow_utils import TokenFlowContext
 
 

@@ -17,9 +17,9 @@ from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
     checkpoint_folder,
     checkpoint_revision,
-    model_key_for,
 )
 from tokenflow.diffusion.ddim import NoiseSchedule
+from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
@@ -65,7 +65,7 @@ def open_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -> Edi
     _check_backend(config.attention_backend, device)
     check_writable(config.output_path, "output_path")
     check_path(config.latents_path, "latents_path")
-    model_key = model_key_for(config.sd_version, config.model_key)
+    model_key = config.model_key or MODELS[config.sd_version]
     checkpoint = checkpoint_folder(model_key, config.allow_pickle)
     cache = _find_cache(config, checkpoint)
     manifest = cache.manifest
