@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from tokenflow.cache.options import Dtype, SdVersion
 from tokenflow.storage.images import MAX_SIDE
-from tokenflow.storage.schema import MAX_COUNT, MAX_SEED, Model, load_config
+from tokenflow.storage.schema import MAX_COUNT, MAX_SEED, Count, Model, load_config
 from tokenflow.storage.video import MAX_FPS
 from util import ArgumentParser
 
@@ -28,6 +28,9 @@ FEATURE_OPTIONS = {
 }
 
 
+CountOrNull = Annotated[int | None, Field(ge=1, le=MAX_COUNT)]
+
+
 class EditConfig(Model):
     """The keys that all techniques share."""
 
@@ -41,21 +44,15 @@ class EditConfig(Model):
         "latents", description="folder of the caches, preprocess.py's save_dir"
     )
     output_path: str = Field("tokenflow-results", description="folder of the results")
-    n_inversion_steps: int | None = Field(
+    n_inversion_steps: CountOrNull = Field(
         None,
-        ge=1,
-        le=MAX_COUNT,
         description="preprocess.py's steps, if the clip has several caches; null: its only one",
     )
     frame_start: int | None = Field(
         None, ge=0, le=MAX_COUNT, description="preprocess.py's frame_start, likewise"
     )
-    frame_stride: int | None = Field(
-        None, ge=1, le=MAX_COUNT, description="preprocess.py's frame_stride, likewise"
-    )
-    n_frames: int = Field(
-        40, ge=1, le=MAX_COUNT, description="use the first frames of the cache, at most this many"
-    )
+    frame_stride: CountOrNull = Field(None, description="preprocess.py's frame_stride, likewise")
+    n_frames: Count = Field(40, description="use the first frames of the cache, at most this many")
     H: int | None = Field(
         None,
         ge=8,
@@ -110,11 +107,9 @@ class EditConfig(Model):
         7.5, ge=0, description="classifier-free guidance; 1 is none, at half the time"
     )
     # TokenFlow
-    batch_size: int = Field(8, ge=1, le=MAX_COUNT, description="frames per keyframe")
-    chunk_size: int | None = Field(
+    batch_size: Count = Field(8, description="frames per keyframe")
+    chunk_size: CountOrNull = Field(
         None,
-        ge=1,
-        le=MAX_COUNT,
         description="frames evaluated at once: lower it if memory runs out; changes no result; "
         "null: batch_size",
     )

@@ -32,9 +32,9 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -42,6 +42,7 @@ from tokenflow.storage.yaml_files import MAX_CONFIG_BYTES, load_yaml, parse_yaml
 from util import UserError, check_text, shown, shown_key
 
 MAX_COUNT = 1_000_000  # of frames, steps or a batch: far beyond use, far below overflow
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 MAX_SEED = 2**63 - 1  # torch's generators accept no more
 
 
