@@ -117,15 +117,8 @@ def _find_work(inputs: PreprocessInputs) -> tuple[bool, bool]:
     return inverted, complete
 
 
-def _has_inversion(inputs: PreprocessInputs, verify: bool = False) -> bool:
-    """Whether the cache exists, apart from its features, and has the same settings.
-
-    Args:
-        verify: compare all checksums.
-
-    Raises:
-        UserError: if it has other settings (named) or is damaged.
-    """
+def _has_inversion(inputs: PreprocessInputs, verify: bool) -> bool:
+    """Whether the cache exists, apart from its features; refuses other settings and damage."""
     if not inputs.folder.exists():
         return False
     found = open_cache(inputs.folder, lambda _: "run the same command with", verify).manifest
@@ -151,17 +144,8 @@ def _was_overwritten(inputs: PreprocessInputs) -> bool:
         return False
 
 
-def _has_features(inputs: PreprocessInputs, verify: bool = False) -> bool:
-    """Whether the finished cache has features that fit what is asked for.
-
-    If it has others, the log says that they will be replaced, and why.
-
-    Args:
-        verify: compare all checksums.
-
-    Raises:
-        UserError: if they are damaged.
-    """
+def _has_features(inputs: PreprocessInputs, verify: bool) -> bool:
+    """Whether the finished cache has features that fit; logs why others will be replaced."""
     found = find_features(open_cache(inputs.folder), "the same command")
     if found is None:
         return False
@@ -291,11 +275,7 @@ class _Inversion:
     def _invert(self, clean: Tensor) -> Tensor:
         """Writes the latents of the saved timesteps, from the newest ones on if there are some.
 
-        Args:
-            clean: (n, 4, h, w) latents of the clip.
-
-        Returns:
-            (n, 4, h, w) latents that the reconstruction starts from.
+        Returns those, (n, 4, h, w) as all are, that the reconstruction starts from.
         """
         timesteps, resumed = self.inputs.timesteps, self.work.checkpoint
         latents, t, start, past = clean, CLEAN, None, []
@@ -372,15 +352,10 @@ class _Inversion:
         return {stage: sum(self.group.all_gather(n)) for stage, n in self.image_forwards.items()}
 
     def _save_reconstruction(self, clean: Tensor, latents: Tensor) -> dict[str, float]:
-        """Decodes the reconstruction and the clean latents in step, and writes inverted.mp4.
+        """Decodes the latents of the clip and of its reconstruction in step; writes inverted.mp4.
 
-        No more than a chunk of each decoding is held (of several processes, a chunk each).
-
-        Args:
-            clean, latents: (n, 4, h, w) of the clip and of its reconstruction.
-
-        Returns:
-            the three PSNRs of the manifest.
+        No more than a chunk of each decoding is held (of several processes, a chunk each). Returns
+        the three PSNRs of the manifest.
         """
         pairs = {
             "psnr": SquaredError(),  # reconstruction and frames

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,6 @@ from util import UserError, check_writable
 log = logging.getLogger("tokenflow")
 
 VAE_FACTOR = 8  # pixels per latent cell along one side, of every Stable Diffusion
-LATENT_BYTES = 4 * 4  # four channels of float32
-DEPTH_BYTES = 4  # float32 a pixel
 
 
 @dataclass(frozen=True)
@@ -71,21 +68,9 @@ def open_inputs(
     """
     device = resolve_device(options.device, group)
     dtype = resolve_dtype(options.dtype, device)
-    source = resolve_clip(options.data_path)
-    sha256 = source_sha256(source)
     watch = Stopwatch(device)
     with watch("read"):
-        clip = read_clip(
-            source,
-            options.n_frames,
-            start=options.frame_start,
-            stride=options.frame_stride,
-            size=(options.H, options.W) if options.H else None,
-            fit=options.fit,
-            fps=options.fps,
-        )
-    if source_sha256(source) != sha256:  # its frames would go by the name of others
-        raise UserError(f"{source}: changed while it was read; run the same command again")
+        source, sha256, clip = _read(options)
     model_key = options.model_key or MODELS[options.sd_version]
     checkpoint = checkpoint_folder(model_key, options.allow_pickle)
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
@@ -94,7 +79,7 @@ def open_inputs(
     )
     control, depth_model = _conditions(options, checkpoint)
     n_frames, height, width, _ = clip.frames.shape
-    own = dict(
+    found = dict(
         clip=clip_name(source),
         source_name=source.name,
         source_sha256=sha256,
@@ -111,7 +96,7 @@ def open_inputs(
         depth_model=depth_model,
     )
     recorded = options.model_dump(include=set(Manifest.model_fields))
-    manifest = Manifest(**{**recorded, **own})
+    manifest = Manifest(**recorded | found)
     check_writable(cache_folder(options.save_dir, manifest), "--save_dir")
     return PreprocessInputs(
         options=options,
@@ -126,6 +111,24 @@ def open_inputs(
         read_seconds=watch.seconds["read"],
         group=group,
     )
+
+
+def _read(options: PreprocessOptions) -> tuple[Path, str, Clip]:
+    """The clip's path, its checksum, and its frames."""
+    source = resolve_clip(options.data_path)
+    sha256 = source_sha256(source)
+    clip = read_clip(
+        source,
+        options.n_frames,
+        start=options.frame_start,
+        stride=options.frame_stride,
+        size=(options.H, options.W) if options.H else None,
+        fit=options.fit,
+        fps=options.fps,
+    )
+    if source_sha256(source) != sha256:  # its frames would go by the name of others
+        raise UserError(f"{source}: changed while it was read; run the same command again")
+    return source, sha256, clip
 
 
 def _feature_settings(options: PreprocessOptions, manifest: Manifest) -> FeatureSettings:
@@ -173,11 +176,10 @@ def check_disk(inputs: PreprocessInputs, inverted: bool) -> None:
     manifest, unet = inputs.manifest, load_unet_skeleton(inputs.checkpoint)
     grid = manifest.height // VAE_FACTOR, manifest.width // VAE_FACTOR
     needed = 0
-    if not inverted:
-        needed = LATENT_BYTES * (len(manifest.timesteps) + 1) * manifest.n_frames * math.prod(grid)
-        needed += inputs.clip.frames.nbytes  # of frames/, at most
-        if manifest.depth_model is not None:
-            needed += DEPTH_BYTES * manifest.n_frames * manifest.height * manifest.width
+    if not inverted:  # frames/ at most, depth, and latents of four channels; these in float32
+        depth = 4 * (manifest.depth_model is not None)
+        a_pixel = 3 + depth + 4 * 4 * (len(manifest.timesteps) + 1) / VAE_FACTOR**2
+        needed = manifest.n_frames * manifest.height * manifest.width * a_pixel
     fix_hint = "make some, or use --save_dir on another disk"
     if inputs.features is not None:
         features = feature_bytes(unet, grid, inputs.features)

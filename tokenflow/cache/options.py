@@ -31,10 +31,6 @@ def _spelled(settings: dict[str, Any]) -> str:
     return " ".join(f"--{name} {value:g}" for name, value in settings.items())
 
 
-def _frame_rate(value: Any) -> Fraction:
-    return frame_rate(str(value))
-
-
 def _batch_size(value: Any) -> Any:
     """None for auto."""
     if isinstance(value, str) and value != "auto":
@@ -42,7 +38,9 @@ def _batch_size(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-FrameRate = Annotated[Fraction, PlainValidator(_frame_rate), PlainSerializer(str)]
+FrameRate = Annotated[
+    Fraction, PlainValidator(lambda value: frame_rate(str(value))), PlainSerializer(str)
+]
 SdVersion = Literal[tuple(MODELS)]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 

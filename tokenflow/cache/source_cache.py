@@ -318,12 +318,7 @@ def _listed(
 
 
 def _no_cache(clip_folder: Path, steps: str, found: list[str], advice: str) -> str:
-    """Says that a clip has no cache that fits, what there is instead, and what to do.
-
-    Args:
-        steps: the name of the folder that was looked into, or a pattern.
-        found: caches of the clip that do not fit.
-    """
+    """Says that a clip has no cache that fits, what there is instead, and what to do."""
     latents = clip_folder.parent.parent
     elsewhere = sorted(latents.glob(f"*/{glob.escape(clip_folder.name)}/steps_*"))
     others = [str(p.relative_to(latents)) for p in elsewhere if p.parent != clip_folder]

@@ -224,10 +224,8 @@ def _fault_text(cls: type[Model], fault: ErrorDetails, where: str, command_line:
         return f"is missing; expected {text}" if text else "is missing"
     if fault["type"] in _RANGES and limits(field):
         text = limits(field)
-    elif fault["type"] == "finite_number":
-        text = "a finite number"
-    elif fault["type"] == "multiple_of":
-        text = f"a multiple of {fault['ctx']['multiple_of']}"
+    elif fault["type"] in ("finite_number", "multiple_of"):
+        text = ""  # pydantic says it
     text = text or _TYPE_NAMES.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
     value = fault["input"]
     got = "nothing" if value is None else shown(value)

@@ -58,18 +58,6 @@ _BT709 = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709
 # beyond the tree of a small frame.
 _REPRODUCIBLE = {"x264-params": "cpu-independent=1"}
 
-# (a, b, c, d) of the display matrix, (x, y) -> (a x + c y, b x + d y) with y down.
-_DISPLAY_TRANSPOSE = {
-    (1, 0, 0, 1): None,
-    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
-    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
-    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
-    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
-    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
-    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
-    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
@@ -230,20 +218,18 @@ def _read_video(
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         there = len(range(wanted.start, max(wanted.start, stream.frames), wanted.step))
         n_seen = 0
-        frames = container.decode(stream)
-        while n_seen <= wanted[-1]:
-            try:
-                frame = next(frames, None)
-            except av.FFmpegError as error:
-                raise _corrupt_frame(path, n_seen, error.strerror) from error
-            if frame is None:
-                break
-            if n_seen in wanted:
-                if frame.is_corrupt:
-                    raise _corrupt_frame(path, n_seen, "damaged data")
-                check_size(path, frame.height, frame.width)
-                keep(_displayed(path, frame), there)
-            n_seen += 1
+        try:
+            for frame in container.decode(stream):
+                if n_seen in wanted:
+                    if frame.is_corrupt:
+                        raise _corrupt_frame(path, n_seen, "damaged data")
+                    check_size(path, frame.height, frame.width)
+                    keep(_displayed(path, frame), there)
+                n_seen += 1
+                if n_seen > wanted[-1]:
+                    break
+        except av.FFmpegError as error:
+            raise _corrupt_frame(path, n_seen, error.strerror) from error
         rate = stream.average_rate or stream.guessed_rate
     if not n_seen:
         raise UserError(f"{path}: has no frame that can be decoded")
@@ -262,16 +248,15 @@ def _corrupt_frame(path: Path, index: int, reason: str) -> UserError:
 def _displayed(path: Path, frame: av.VideoFrame) -> Image.Image:
     """Convert a decoded frame to RGB and turn it as its display matrix says."""
     # Without an explicit target, PyAV up to 16 at least ignores the frame's own colour matrix.
-    image = Image.fromarray(frame.to_ndarray(format="rgb24", dst_colorspace="ITU601"))
+    array = frame.to_ndarray(format="rgb24", dst_colorspace="ITU601")
     matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
-    if matrix is None:
-        return image
-    turn = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].flatten() / 65536
-    key = tuple(np.rint(turn / max(np.abs(turn).max(), 1e-5)).astype(int).tolist())
-    if key not in _DISPLAY_TRANSPOSE:
-        raise UserError(f"{path}: is rotated by something other than quarter turns")
-    transpose = _DISPLAY_TRANSPOSE[key]
-    return image if transpose is None else image.transpose(transpose)
+    if matrix is not None:  # (x, y) -> (a x + c y, b x + d y) with y down
+        turn = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].flatten() / 65536
+        a, b, c, d = np.rint(turn / max(np.abs(turn).max(), 1e-5)).astype(int).tolist()
+        if sorted(map(abs, (a, b, c, d))) != [0, 0, 1, 1] or a * d == b * c:
+            raise UserError(f"{path}: is rotated by something other than quarter turns")
+        array = array[::d, ::a] if a else array.swapaxes(0, 1)[::b, ::c]
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _read_folder(
@@ -283,13 +268,13 @@ def _read_folder(
     """
     images = folder_images(path)
     chosen = images[wanted.start : wanted.stop : wanted.step]
-    first: tuple[str, tuple[int, int]] | None = None
+    first = None
     for image_path in chosen:
         image = read_image(image_path)
-        first = first or (image_path.name, image.size)
-        if image.size != first[1]:
-            named = ((first[0], first[1]), (image_path.name, image.size))
-            sizes = " and ".join(f"{name} ({w}x{h})" for name, (w, h) in named)
+        own = f"{image_path.name} ({image.width}x{image.height})"
+        first = first or (image.size, own)
+        if image.size != first[0]:
+            sizes = f"{first[1]} and {own}"
             raise UserError(f"{path}: images of different sizes: {sizes}, as width x height")
         keep(image, len(chosen))
     return len(images), Fraction(DEFAULT_FOLDER_FPS)

@@ -54,13 +54,9 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many nodes a tree has with every alias written out; infinite if one holds itself.
-
-    Args:
-        known: the result for nodes seen before, by identity; a node being counted is infinite.
-    """
+    """How many nodes a tree has with every alias written out; infinite if one holds itself."""
     if id(node) not in known:
-        known[id(node)] = math.inf
+        known[id(node)] = math.inf  # while it is counted
         if isinstance(node, yaml.MappingNode):
             children = [child for pair in node.value for child in pair]
         else:
