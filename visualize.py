@@ -35,8 +35,7 @@ class KeyframeOptions(Model):
 def draw_keyframes(options: KeyframeOptions) -> list[Path]:
     """The keyframes of each step of a result.
 
-    Returns:
-        the file: keyframes.png.
+    Returns the file: keyframes.png.
     """
     result, out = read_result(Path(options.result)), Path(options.out)
     technique = result.run.get("technique")

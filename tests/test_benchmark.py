@@ -255,7 +255,7 @@ def test_three_branch_loop_gives_the_edit(words, models, technique):
     ours, theirs = (bench.prepare_edit(name, models) for name in ("tokenflow", "three_branch"))
     if technique == "pnp":  # steps with both injections, with one and with none
         assert (ours.plan.attention_steps, ours.plan.feature_steps) == (2, 3)
-    found, expected = (edit.loop(edit.session, edit.plan) for edit in (ours, theirs))
+    found, expected = (edit.session.edit_latents(edit.plan) for edit in (ours, theirs))
     assert found.shape == (FRAMES, 4, 6, 8)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
     assert float((ours.plan.start - expected).norm() / expected.norm()) > 0.1

@@ -140,7 +140,7 @@ def assert_unpatched(seen):
 def test_tokens_are_what_tokenflow_matches_and_propagates(cache):
     """Input tokens are phi of a source pass, outputs are what it would propagate."""
     view = view_of(cache)
-    assert view.layer == KEY
+    assert (view.layer, view.grid) == (KEY, (3, 5))
     denoiser = view.source_denoiser([0, 3])
     noisy = cache.latents(view.timestep, N_FRAMES)[[0, 3]]
     context = TokenFlowContext(propagate_source=True)

@@ -100,15 +100,6 @@ def test_pixels_show_the_cell_that_their_middle_lies_in():
     assert (features.cells_to_pixels(video, (5, 3))[1] == shown[..., None] + 6).all()
 
 
-@pytest.mark.parametrize(
-    ("n_tokens", "grid"), [(48 * 84, (48, 84)), (12 * 21, (12, 21)), (6 * 11, (6, 11))]
-)
-def test_the_grid_of_a_layer_s_tokens(n_tokens, grid):
-    assert features.token_grid((48, 84), n_tokens) == grid
-    with pytest.raises(ValueError, match="fit no grid"):
-        features.token_grid((48, 84), n_tokens + 1)
-
-
 def test_xt_slices_are_one_row_over_time():
     frames = shapes_frames(4, HEIGHT, WIDTH)
     found = drawing.xt_slice(frames, 7)

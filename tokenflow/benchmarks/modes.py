@@ -292,7 +292,7 @@ def profile(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     second = schedule(wait=1, warmup=1, active=1, repeat=1)
     with torch_profile(activities=activities, schedule=second) as watch.profiler:
-        edit.loop(edit.session, edit.plan)
+        edit.session.edit_latents(edit.plan)
     key = f"self_{'cuda' if cuda else 'cpu'}_time_total"
     averages = watch.profiler.key_averages()
     text = averages.table(key, row_limit=PROFILE_ROWS, max_name_column_width=60)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,8 +17,8 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from tokenflow.benchmarks import three_branch
 from tokenflow.benchmarks.meters import TOTAL, Meter
+from tokenflow.benchmarks.three_branch import ThreeBranchSession
 from tokenflow.cache.build import build_cache
 from tokenflow.cache.options import FAST, Dtype, PreprocessOptions, arguments, parse_args
 from tokenflow.cache.source_cache import FORMAT
@@ -142,12 +142,11 @@ def setting_kind(name: str) -> Literal["edit", "preprocess"]:
 
 
 class PreparedEdit(NamedTuple):
-    """An edit under a setting, ready to run: `loop(session, plan)` gives latents (n, 4, h, w)."""
+    """An edit under a setting, ready to run: `session.edit_latents(plan)`."""
 
     name: str
     session: EditSession
     plan: EditPlan
-    loop: Callable[[EditSession, EditPlan], Tensor]
 
 
 class Bench:
@@ -252,12 +251,9 @@ class Bench:
         """Opens an edit under a setting; it shares the models unless it compiles its own."""
         inputs = open_inputs(self.edit_config(name))
         self.technique.check(inputs.config, inputs.checkpoint, inputs.cache.has_depth)
-        session = EditSession(inputs, self.load() if inputs.config.compile else models)
-        plan = self.technique.plan(session)
-        if "three_branch" not in name.split("+"):
-            return PreparedEdit(name, session, plan, EditSession.edit_latents)
-        three_branch.check(session)
-        return PreparedEdit(name, session, plan, three_branch.edit_latents)
+        kind = ThreeBranchSession if "three_branch" in name.split("+") else EditSession
+        session = kind(inputs, self.load() if inputs.config.compile else models)
+        return PreparedEdit(name, session, self.technique.plan(session))
 
     def time_preprocess(self, name: str, models: StableDiffusion) -> tuple[Meter, Path]:
         """Times inversion and reconstruction of latents, without the VAE, reading and writing.
@@ -281,7 +277,7 @@ def time_edit(edit: PreparedEdit) -> tuple[Meter, Tensor]:
     models = edit.session.models
     meter = Meter(models.device)
     with meter.watching(models.unet), meter(TOTAL):
-        latents = edit.loop(edit.session, edit.plan)
+        latents = edit.session.edit_latents(edit.plan)
     if "cached" in edit.name.split("+") and edit.session.source_features != "cached":
         raise UserError(f"{edit.name}: the edit was computed live; the log says why")
     return meter, latents

@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from tokenflow.diffusion.ddim import CLEAN, ddim_step
 from tokenflow.diffusion.denoiser import encode_prompts
+from tokenflow.diffusion.models import StableDiffusion
+from tokenflow.editing.inputs import EditInputs
 from tokenflow.editing.loop import EditPlan, EditSession, plan_steps
 from tokenflow_utils import (
     ATTENTION_LAYERS,
@@ -97,58 +99,60 @@ def most_similar(tokens: Tensor, others: Tensor) -> Tensor:
     return (unit @ others.transpose(-1, -2)).argmax(dim=-1)
 
 
-@torch.inference_mode()
-def edit_latents(session: EditSession, plan: EditPlan) -> Tensor:
-    """The denoising loop, from the plan's start to clean edited latents, (n, 4, h, w).
+class ThreeBranchSession(EditSession):
+    """An edit whose denoising loop is the one above.
 
-    Args:
-        session: one that `check` accepts.
+    Raises:
+        UserError: naming a setting that it does not serve.
     """
-    config, models, cache = session.config, session.models, session.cache
-    n_frames, schedule = len(session.frames), models.schedule
-    texts = [cache.manifest.inversion_prompt, config.negative_prompt, config.prompt]
-    with session.watch("edit"):
-        texts = encode_prompts(models, texts)
 
-    def predict(x: Tensor, source: Tensor, t: int, frames: Tensor) -> Tensor:
-        """The guided noise of some frames, (m, 4, h, w) float32 on the models' device."""
-        edited = x[frames].to(models.device)
-        batch = torch.cat([source[frames].to(models.device), edited, edited]).to(models.dtype)
-        text = texts.repeat_interleave(len(frames), dim=0)
-        found = models.unet(batch, t, encoder_hidden_states=text, return_dict=False)[0].float()
-        _, uncond, cond = found.chunk(BRANCHES)
-        guided = uncond + config.guidance_scale * (cond - uncond)
-        if schedule.prediction_type == "v_prediction":
-            alpha, sigma = schedule.alpha_sigma(t)
-            guided = alpha * guided + sigma * edited
-        return guided
+    def __init__(self, inputs: EditInputs, models: StableDiffusion) -> None:
+        super().__init__(inputs, models)
+        for key, value in SERVED.items():
+            found = getattr(self.config, key)
+            if found != value:
+                raise UserError(f"three_branch: {key}: {found}, expected {value}")
+        if self.config.guidance_scale == 1:
+            raise UserError("three_branch: guidance_scale: 1 leaves a branch out, expected another")
+        if models.takes_depth or self.cache.manifest.control:
+            raise UserError("three_branch: takes neither a ControlNet nor a depth model")
 
-    x, state, eps = plan.start, _State(), torch.empty_like(plan.start)
-    steps = list(zip(plan_steps(config, plan, n_frames), [*plan.timesteps[1:], CLEAN], strict=True))
-    with _patch(models.unet, state):
-        for step, t_next in tqdm(steps, desc="edit", unit="step"):
-            with session.watch("edit"):
-                source = cache.latents(step.t, n_frames)
-                state.inject_attention, state.inject_features = step.attention, step.features
-                state.near = None
-                predict(x, source, step.t, step.keyframes)
-                for chunk in torch.arange(n_frames).split(session.chunk_size):
-                    state.near = neighbours(chunk, step.keyframes, config.blend).to(models.device)
-                    eps[chunk] = predict(x, source, step.t, chunk).cpu()
-                x = ddim_step(x, eps, schedule, step.t, t_next)
-    return x
+    @torch.inference_mode()
+    def edit_latents(self, plan: EditPlan) -> Tensor:
+        """From the plan's start to clean edited latents, (n, 4, h, w)."""
+        config, models, n_frames = self.config, self.models, len(self.frames)
+        texts = [self.cache.manifest.inversion_prompt, config.negative_prompt, config.prompt]
+        with self.watch("edit"):
+            texts = encode_prompts(models, texts)
 
+        def predict(x: Tensor, source: Tensor, t: int, frames: Tensor) -> Tensor:
+            """The guided noise of some frames, (m, 4, h, w) float32 on the models' device."""
+            edited = x[frames].to(models.device)
+            batch = torch.cat([source[frames].to(models.device), edited, edited]).to(models.dtype)
+            text = texts.repeat_interleave(len(frames), dim=0)
+            found = models.unet(batch, t, encoder_hidden_states=text, return_dict=False)[0].float()
+            _, uncond, cond = found.chunk(BRANCHES)
+            guided = uncond + config.guidance_scale * (cond - uncond)
+            if models.schedule.prediction_type == "v_prediction":
+                alpha, sigma = models.schedule.alpha_sigma(t)
+                guided = alpha * guided + sigma * edited
+            return guided
 
-def check(session: EditSession) -> None:
-    """Refuses what the loop does not do, by a UserError that names it."""
-    for key, value in SERVED.items():
-        found = getattr(session.config, key)
-        if found != value:
-            raise UserError(f"three_branch: {key}: {found}, expected {value}")
-    if session.config.guidance_scale == 1:
-        raise UserError("three_branch: guidance_scale: 1 leaves a branch out, expected another")
-    if session.models.takes_depth or session.cache.manifest.control:
-        raise UserError("three_branch: takes neither a ControlNet nor a depth model")
+        x, state, eps = plan.start, _State(), torch.empty_like(plan.start)
+        following = iter([*plan.timesteps[1:], CLEAN])
+        with _patch(models.unet, state):
+            for step in tqdm(plan_steps(config, plan, n_frames), desc="edit", unit="step"):
+                with self.watch("edit"):
+                    source = self.latents(step.t)
+                    state.inject_attention, state.inject_features = step.attention, step.features
+                    state.near = None
+                    predict(x, source, step.t, step.keyframes)
+                    for chunk in torch.arange(n_frames).split(self.chunk_size):
+                        near = neighbours(chunk, step.keyframes, config.blend)
+                        state.near = near.to(models.device)
+                        eps[chunk] = predict(x, source, step.t, chunk).cpu()
+                    x = ddim_step(x, eps, models.schedule, step.t, next(following))
+        return x
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tokenflow.cache.options import Dtype
 from tokenflow.cache.source_cache import CLEAN_LATENTS, SourceCache
-from tokenflow.cache.source_features import find_features
+from tokenflow.cache.source_features import find_features, layer_sizes
 from tokenflow.diffusion.checkpoints import (
     checkpoint_folder,
     checkpoint_revision,
@@ -120,18 +120,19 @@ class View:
     def models(self) -> StableDiffusion:
         return load_stable_diffusion(self.checkpoint, self.device, self.dtype)
 
-    def describe(self, grid: tuple[int, int]) -> str:
-        """What the features are, for a figure's title."""
-        return (
-            f"self-attention {self.what} tokens of {self.name} ({grid[0]} x {grid[1]}) at timestep "
-            f"{self.timestep}"
-        )
-
-    def grid(self, tokens: Tensor) -> tuple[int, int]:
+    @cached_property
+    def grid(self) -> tuple[int, int]:
         """The (h, w) in which a frame's tokens lie."""
         factor = self.models.vae_factor
         latents = self.manifest.height // factor, self.manifest.width // factor
-        return token_grid(latents, tokens.shape[1])
+        return layer_sizes(self.models.unet, latents)[self.layer][:2]
+
+    @property
+    def title(self) -> str:
+        """What the features are, for a figure."""
+        h, w = self.grid
+        where = f"{self.name} ({h} x {w}) at timestep {self.timestep}"
+        return f"self-attention {self.what} tokens of {where}"
 
     def source_tokens(self, chosen: Sequence[int]) -> Tensor:
         """The tokens of some of the clip's frames, from what the cache holds of them."""
@@ -297,20 +298,6 @@ def feature_colours(
     coordinates, explained = principal_components(together.flatten(0, 2))
     colours = component_colours(coordinates.numpy()).reshape(*together.shape[:2], *grid, 3)
     return [cells_to_pixels(video, size) for video in colours], float(explained.sum())
-
-
-def token_grid(latent_grid: tuple[int, int], n_tokens: int) -> tuple[int, int]:
-    """The (h, w) of a layer with this many tokens: the UNet halves the latents' grid, rounding up.
-
-    Raises:
-        ValueError: if no such grid has that many.
-    """
-    h, w = latent_grid
-    while h * w > n_tokens and h * w > 1:
-        h, w = (h + 1) // 2, (w + 1) // 2
-    if h * w != n_tokens:
-        raise ValueError(f"{n_tokens} tokens fit no grid of latents of {latent_grid}")
-    return h, w
 
 
 def cells_to_pixels(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:

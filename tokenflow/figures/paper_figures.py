@@ -38,14 +38,19 @@ class FeatureOptions(features.ViewOptions):
 def draw_features(options: FeatureOptions) -> list[Path]:
     """Figure 2: frames, features and x-t slices of the source and of edits of it.
 
-    Returns:
-        the files: features.png, features_xt.png, features.mp4.
+    Returns the files: features.png, features_xt.png, features.mp4.
     """
     edits = [read_result(Path(name)) for name in (options.per_frame, options.result) if name]
     cache = edits[-1].cache()
     for other in edits[:-1]:
         _check_same_clip(other, cache)
-    n_frames = _frames_to_draw(options.n_frames, edits)
+    n_frames = options.n_frames or edits[-1].n_frames
+    shortest = min(edit.n_frames for edit in edits)
+    if n_frames > shortest:
+        raise UserError(
+            f"--n_frames: {n_frames}, but there are only {shortest} frames of one edit; choose a "
+            f"common part: --n_frames {shortest}"
+        )
     height, size = cache.manifest.height, (cache.manifest.height, cache.manifest.width)
     y = height // 2 if options.row is None else options.row
     if not 0 <= y < height:
@@ -58,12 +63,10 @@ def draw_features(options: FeatureOptions) -> list[Path]:
     tokens = [view.source_tokens(range(n_frames))]
     for edit, frames in zip(edits, videos[1:], strict=True):
         tokens.append(view.edit_tokens(frames, edit.prompt or ""))
-    grid = view.grid(tokens[0])
-    colours, explained = features.feature_colours(tokens, grid, size)
+    colours, explained = features.feature_colours(tokens, view.grid, size)
     labels = ["source", *(edit.method.replace(", ", "\n", 1) for edit in edits)]
     title = (
-        f"PCA of {view.describe(grid)}\n"
-        f"3 components with {explained:.0%} of the variance, one basis for all"
+        f"PCA of {view.title}\n3 components with {explained:.0%} of the variance, one basis for all"
     )
     picks = np.linspace(0, n_frames - 1, min(options.columns, n_frames)).round().astype(int)
     pairs = list(zip(videos, colours, strict=True))
@@ -106,27 +109,15 @@ def _moments(
     return drawing.video_frames(figure, show_moment, len(videos[0]))
 
 
-def _frames_to_draw(n_frames: int | None, edits: Sequence[Result]) -> int:
-    lengths = {edit.n_frames for edit in edits}
-    if n_frames is None and len(lengths) > 1:
-        raise UserError(
-            f"{edits[0].folder} has {edits[0].n_frames} frames, {edits[1].folder} "
-            f"{edits[1].n_frames}; choose a common part: --n_frames {min(lengths)}"
-        )
-    if n_frames is not None and n_frames > min(lengths):
-        raise UserError(f"--n_frames: {n_frames}, but there are only {min(lengths)} frames")
-    return n_frames or min(lengths)
-
-
 def _check_same_clip(edit: Result, cache: SourceCache) -> None:
     """Refuses a result of other frames; it may be of another cache of the same ones."""
-    other, mine = edit.cache().manifest, cache.manifest
+    manifest = edit.cache().manifest
     for key in ("source_sha256", "frame_start", "frame_stride", "height", "width", "fit"):
-        if getattr(other, key) != getattr(mine, key):
+        theirs, ours = getattr(manifest, key), getattr(cache.manifest, key)
+        if theirs != ours:
             raise UserError(
-                f"{edit.folder}: a result of another clip ({other.source_name}: {key} "
-                f"{getattr(other, key)}) than {cache.folder} ({mine.source_name}: {key} "
-                f"{getattr(mine, key)})"
+                f"{edit.folder}: a result of another clip than {cache.folder}: {key} {theirs}, "
+                f"not {ours}"
             )
 
 
@@ -153,8 +144,7 @@ class CorrespondenceOptions(features.ViewOptions):
 def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
     """Figure 3: a frame rebuilt from another one's pixels, and from its tokens.
 
-    Returns:
-        the file: correspondence.png.
+    Returns the file: correspondence.png.
     """
     if options.result is not None:
         result = read_result(Path(options.result))
@@ -171,9 +161,8 @@ def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
 
     frame, keyframe = cache.frames(max(chosen) + 1)[chosen]
     tokens = view.source_tokens(chosen)
-    grid = view.grid(tokens)
     match = nearest_tokens(tokens[:1], tokens[1:], torch.zeros(1, 1, dtype=torch.long))[0, 0]
-    field = features.displacements(match.numpy(), grid, frame.shape[:2])
+    field = features.displacements(match.numpy(), view.grid, frame.shape[:2])
 
     denoiser = view.source_denoiser(chosen)
     start = cache.latents(view.sampling[0], max(chosen) + 1)[chosen]
@@ -195,7 +184,7 @@ def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
     captions = [f"{name}\nPSNR: {score}" for name, score in scores.items()]
     title = (
         f"Frame {options.frame} rebuilt from keyframe {options.keyframe}\n"
-        f"(a), (b): by {view.describe(grid)}; (c): all layers, all {len(view.sampling)} steps"
+        f"(a), (b): by {view.title}; (c): all layers, all {len(view.sampling)} steps"
     )
     pictures = [frame, *rebuilt.values()]
     captions.insert(0, f"frame {options.frame},\nto be rebuilt")

@@ -358,11 +358,7 @@ def check_out(out: Path, results: Sequence[Result], caches: Sequence[SourceCache
         if folder.is_relative_to(out):
             raise UserError(f"--out: {out}: holds {folder}, which the report shows")
     is_empty = out.is_dir() and not any(out.iterdir())
-    if os.path.lexists(out) and not is_empty and not is_report(out):
+    page = out / PAGE
+    is_report = page.is_file() and GENERATOR.encode() in page.read_bytes()[:4096]
+    if os.path.lexists(out) and not is_empty and not is_report:
         raise UserError(f"--out: {out}: exists and is not a report; name another folder")
-
-
-def is_report(folder: Path) -> bool:
-    """Whether a folder was written by this script."""
-    page = folder / PAGE
-    return page.is_file() and GENERATOR.encode() in page.read_bytes()[:4096]
