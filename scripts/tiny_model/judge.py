@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,36 +71,27 @@ def train_judge(training: Training) -> None:
         projection_dim=VISION["projection_dim"],
     )
     model = CLIPModel(config).to(training.device)
-    sheet = _JudgeSheet(training, processor)
+    sheet = partial(_sheet, training, processor)
     judge = train(training, "judge", model, loss, sheet, training.hashes())
     save_weights(training.model / "judge", judge, torch.float16)
     processor.save_pretrained(training.model / "judge")
     training.write_tokenizer(training.model / "judge")
 
 
-class _JudgeSheet:
-    """Draws held-out pictures; the text file of the same name has the captions found for them."""
-
-    def __init__(self, training: Training, processor: CLIPImageProcessor) -> None:
-        self.training = training
-        self.frames, self.captions = held_out_pictures(256)
-        self.pixels = _judge_pixels(processor, self.frames).to(training.device)
-
-    @torch.inference_mode()
-    def __call__(self, model: CLIPModel, path: Path) -> None:
-        choices = sorted(set(self.captions))
-        similarity = model(
-            input_ids=self.training.tokens(choices), pixel_values=self.pixels
-        ).logits_per_image
-        found = [choices[best] for best in similarity.argmax(dim=1).tolist()]
-        right = sum(map(str.__eq__, found, self.captions))
-        log.info(
-            "judge: %.1f %% of held-out pictures found their caption among %d",
-            100 * right / len(found),
-            len(choices),
-        )
-        save_sheet(path, self.frames[:16])
-        path.with_suffix(".txt").write_text("\n".join(found[:16]) + "\n", encoding="utf-8")
+@torch.inference_mode()
+def _sheet(training: Training, processor: CLIPImageProcessor, model: CLIPModel, path: Path) -> None:
+    """Held-out pictures; the text file of the same name has the captions found for them."""
+    frames, captions = held_out_pictures(256)
+    pixels, choices = _judge_pixels(processor, frames), sorted(set(captions))
+    similarity = model(
+        input_ids=training.tokens(choices), pixel_values=pixels.to(training.device)
+    ).logits_per_image
+    found = [choices[best] for best in similarity.argmax(dim=1).tolist()]
+    right = 100 * np.mean(np.array(found) == captions)
+    told = "judge: %.1f %% of held-out pictures found their caption among %d"
+    log.info(told, right, len(choices))
+    save_sheet(path, frames[:16])
+    path.with_suffix(".txt").write_text("\n".join(found[:16]) + "\n", encoding="utf-8")
 
 
 def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
