@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scripts.batch.clip_list import INVERSION, VARIANTS, Batch, read_batch, shown_name, title
+from scripts.batch.clip_list import INVERSION, VARIANTS, Batch, read_batch, shown_name
 from scripts.batch.engine import FAILED, FOUND, MADE, NOT_TRIED, Outcome, duration, log, run_jobs
 from tokenflow.evaluation.score_table import aligned
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
@@ -58,9 +58,7 @@ def summary_of(
     clips: dict[str, list[dict[str, Any]]] = {clip: [] for clip in batch.clips}
     for job in batch.jobs:
         outcome = outcomes[job.key]
-        entry: dict[str, Any] = {"kind": job.kind, "state": outcome.state}
-        if job.kind != INVERSION:
-            entry["prompt"] = job.work["prompt"]
+        entry = {"title": job.title, "kind": job.kind, "state": outcome.state}
         if outcome.reason != NOT_TRIED:
             entry["seconds"] = round(outcome.seconds, 2)
         if outcome.state == FAILED:
@@ -80,21 +78,20 @@ def summary_of(
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """The table of clips and techniques, and what failed."""
     clips = summary["clips"]
-    jobs = [(clip, job) for clip, of_clip in clips.items() for job in of_clip]
-    found = {job["kind"] for _, job in jobs}
-    kinds = [INVERSION, *(name for name in VARIANTS if name in found)]
+    jobs = [job for of_clip in clips.values() for job in of_clip]
+    found = {job["kind"] for job in jobs}
+    kinds = [kind for kind in (INVERSION, *VARIANTS) if kind in found]
     table = [["clip", *kinds]]
     for clip, of_clip in clips.items():
         cells = [_cell([job for job in of_clip if job["kind"] == kind]) for kind in kinds]
         table.append([shown_name(clip), *cells])
-    edits = [job for _, job in jobs if job["kind"] != INVERSION]
+    edits = [job for job in jobs if job["kind"] != INVERSION]
     lines = [aligned(table), "", f"{_counts(edits)} of {len(edits)} edits"]
     if n_failed := len(summary["failed_clips"]):
         lines[-1] += f"; something failed of {n_failed} of {len(clips)} clips:"
-    for clip, job in jobs:
+    for job in jobs:
         if job["state"] == FAILED and job["reason"] != NOT_TRIED:
-            name = title(clip, job["kind"], job.get("prompt"))
-            lines += [f"  {name}: {job['reason']}", f"    alone: {job['alone']}"]
+            lines += [f"  {job['title']}: {job['reason']}", f"    alone: {job['alone']}"]
     return lines
 
 

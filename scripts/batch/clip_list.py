@@ -87,7 +87,10 @@ class Job:
 
     @property
     def title(self) -> str:
-        return title(self.clip, self.kind, self.work.get("prompt"))
+        """The job in one line."""
+        prompt = self.work.get("prompt")
+        quoted = [] if prompt is None else [json.dumps(prompt, ensure_ascii=False)]
+        return ": ".join([shown_name(self.clip), self.kind, *quoted])
 
     @property
     def log_name(self) -> str:
@@ -98,12 +101,6 @@ class Job:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def title(clip: str, kind: str, prompt: str | None) -> str:
-    """A job in one line."""
-    quoted = [] if prompt is None else [json.dumps(prompt, ensure_ascii=False)]
-    return ": ".join([shown_name(clip), kind, *quoted])
 
 
 def shown_name(clip: str) -> str:
