@@ -13,6 +13,7 @@ from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.techniques import Technique
+from tokenflow.storage.schema import Share
 from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, self_attention_layers
 from util import UserError, command_line
 
@@ -20,18 +21,13 @@ from util import UserError, command_line
 class PnPConfig(EditConfig):
     """The keys of configs/config_pnp.yaml."""
 
-    pnp_attn_t: float = Field(
+    pnp_attn_t: Share = Field(
         0.5,
-        ge=0,
-        le=1,
         description="share of the steps in which source queries and keys are injected; higher "
         "keeps more of the source's structure",
     )
-    pnp_f_t: float = Field(
-        0.8,
-        ge=0,
-        le=1,
-        description="share of the steps in which source convolution features are injected",
+    pnp_f_t: Share = Field(
+        0.8, description="share of the steps in which source convolution features are injected"
     )
 
 

@@ -22,7 +22,7 @@ SD_SCHEDULER = {
 
 @pytest.fixture(scope="module")
 def schedule():
-    return NoiseSchedule.from_scheduler(DDIMScheduler(**SD_SCHEDULER))
+    return NoiseSchedule(DDIMScheduler(**SD_SCHEDULER))
 
 
 def alike(eps_model):
@@ -84,7 +84,7 @@ def test_one_iteration_is_plain_ddim_inversion(schedule):
 def test_other_predictions_are_refused():
     scheduler = DDIMScheduler(**SD_SCHEDULER, prediction_type="sample")
     with pytest.raises(UserError, match="prediction_type sample"):
-        NoiseSchedule.from_scheduler(scheduler)
+        NoiseSchedule(scheduler)
 
 
 def test_inversion_of_a_noise_that_ignores_x_is_exact_at_once(schedule):

@@ -17,7 +17,16 @@ from pydantic import (
 
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, MODELS, ControlKind
 from tokenflow.storage.images import check_size
-from tokenflow.storage.schema import MAX_COUNT, MAX_SEED, Model, add_arguments, from_arguments
+from tokenflow.storage.schema import (
+    MAX_COUNT,
+    Count,
+    CountOrNull,
+    Model,
+    Seed,
+    Share,
+    add_arguments,
+    from_arguments,
+)
 from tokenflow.storage.video import frame_rate
 from util import ArgumentParser, shown
 
@@ -51,8 +60,8 @@ class PreprocessOptions(Model):
     data_path: str = Field(description="video, GIF or folder of images")
     save_dir: str = Field("latents", description="folder of the caches")
     frame_start: int = Field(0, ge=0, le=MAX_COUNT, description="first frame to use")
-    frame_stride: int = Field(1, ge=1, le=MAX_COUNT, description="use every N-th frame")
-    n_frames: int = Field(40, ge=1, le=MAX_COUNT, description="frames to use, at most")
+    frame_stride: Count = Field(1, description="use every N-th frame")
+    n_frames: Count = Field(40, description="frames to use, at most")
     H: int | None = Field(
         None,
         ge=8,
@@ -78,13 +87,9 @@ class PreprocessOptions(Model):
         False, description="also load models that have pickled weights (.bin) only"
     )
     inversion_prompt: str = Field("", description="what the clip shows (default: empty)")
-    steps: int = Field(500, ge=1, le=MAX_COUNT, description="inversion steps")
-    save_steps: int = Field(
-        50, ge=1, le=MAX_COUNT, description="sampling steps whose latents are saved"
-    )
-    inversion_iters: int = Field(
-        1, ge=1, le=MAX_COUNT, description="noise evaluations per step, at most"
-    )
+    steps: Count = Field(500, description="inversion steps")
+    save_steps: Count = Field(50, description="sampling steps whose latents are saved")
+    inversion_iters: Count = Field(1, description="noise evaluations per step, at most")
     inversion_tol: float = Field(
         0.0,
         ge=0,
@@ -97,8 +102,8 @@ class PreprocessOptions(Model):
         description="a tenth of the work and a better reconstruction: the same as "
         f"{_spelled(FAST)}, none of which may be given too",
     )
-    recon_steps: int | None = Field(
-        None, ge=1, le=MAX_COUNT, description="steps of the reconstruction (default: save_steps)"
+    recon_steps: CountOrNull = Field(
+        None, description="steps of the reconstruction (default: save_steps)"
     )
     batch_size: Annotated[int | None, BeforeValidator(_batch_size)] = Field(
         None,
@@ -111,12 +116,10 @@ class PreprocessOptions(Model):
     cache_features: bool = Field(
         True, description="also run the source pass of edits and save its results (default)"
     )
-    interval: int = Field(
-        8, ge=1, le=MAX_COUNT, description="frames per keyframe, batch_size in the edits' configs"
-    )
-    keyframe_seed: int = Field(1, ge=0, le=MAX_SEED, description="seed of the edits' keyframes")
-    pnp_attn_t: float = Field(0.5, ge=0, le=1, description="largest pnp_attn_t of the edits")
-    pnp_f_t: float = Field(0.8, ge=0, le=1, description="largest pnp_f_t of the edits")
+    interval: Count = Field(8, description="frames per keyframe, batch_size in the edits' configs")
+    keyframe_seed: Seed = Field(1, description="seed of the edits' keyframes")
+    pnp_attn_t: Share = Field(0.5, description="largest pnp_attn_t of the edits")
+    pnp_f_t: Share = Field(0.8, description="largest pnp_f_t of the edits")
     save_tokens: Literal["keyframes", "all"] = Field(
         "keyframes",
         description="all: also the tokens of every frame, layer and step, for figures",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,42 +14,34 @@ from util import UserError
 CLEAN = -1  # the "timestep" of a clean latent, one step below the last sampling timestep
 
 
-@dataclass(frozen=True)
 class NoiseSchedule:
     """The noise levels alpha_t, sigma_t of a checkpoint, and its sampling timesteps.
 
     x_t = alpha_t * x_0 + sigma_t * eps, with alpha_t^2 + sigma_t^2 = 1.
+
+    Attributes:
+        alphas_cumprod, final_alpha_cumprod: alpha_t^2, and alpha^2 at CLEAN.
+        prediction_type: "epsilon" or "v_prediction".
+
+    Raises:
+        UserError: if the model predicts something else.
     """
 
-    config: dict
-    alphas_cumprod: tuple[float, ...]  # alpha_t^2
-    final_alpha_cumprod: float  # alpha^2 at CLEAN
-    prediction_type: str  # "epsilon" or "v_prediction"
-
-    @classmethod
-    def from_scheduler(cls, scheduler: DDIMScheduler) -> NoiseSchedule:
-        """Reads the schedule off a diffusers scheduler.
-
-        Raises:
-            UserError: if the model predicts something else than epsilon or v.
-        """
-        prediction_type = scheduler.config.prediction_type
-        if prediction_type not in ("epsilon", "v_prediction"):
+    def __init__(self, scheduler: DDIMScheduler) -> None:
+        self.config = dict(scheduler.config)
+        self.alphas_cumprod = scheduler.alphas_cumprod.double().tolist()
+        self.final_alpha_cumprod = float(scheduler.final_alpha_cumprod)
+        self.prediction_type = scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(
-                f"this checkpoint's scheduler has prediction_type {prediction_type}; "
+                f"this checkpoint's scheduler has prediction_type {self.prediction_type}; "
                 "only epsilon and v_prediction models can be inverted here"
             )
-        return cls(
-            config=dict(scheduler.config),
-            alphas_cumprod=tuple(scheduler.alphas_cumprod.double().tolist()),
-            final_alpha_cumprod=float(scheduler.final_alpha_cumprod),
-            prediction_type=prediction_type,
-        )
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> NoiseSchedule:
-        """Reads the schedule of a checkpoint's folder. Raises: see `from_scheduler`."""
-        return cls.from_scheduler(DDIMScheduler.from_pretrained(folder, subfolder="scheduler"))
+        """Reads the schedule of a checkpoint's folder."""
+        return cls(DDIMScheduler.from_pretrained(folder, subfolder="scheduler"))
 
     def timesteps(self, n_steps: int) -> list[int]:
         """The n_steps sampling timesteps, noisiest first, spaced as the checkpoint configures.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from tokenflow.cache.options import Dtype, SdVersion
 from tokenflow.storage.images import MAX_SIDE
-from tokenflow.storage.schema import MAX_COUNT, MAX_SEED, Count, Model, load_config
+from tokenflow.storage.schema import MAX_COUNT, Count, CountOrNull, Model, Seed, load_config
 from tokenflow.storage.video import MAX_FPS
 from util import ArgumentParser
 
@@ -26,9 +26,6 @@ FEATURE_OPTIONS = {
     "pnp_attn_t": "pnp_attn_t",
     "pnp_f_t": "pnp_f_t",
 }
-
-
-CountOrNull = Annotated[int | None, Field(ge=1, le=MAX_COUNT)]
 
 
 class EditConfig(Model):
@@ -97,9 +94,7 @@ class EditConfig(Model):
         "first; files that are read are always compared",
     )
     # sampling
-    seed: int = Field(
-        1, ge=0, le=MAX_SEED, description="seed of Gaussian noise, where a technique draws any"
-    )
+    seed: Seed = Field(1, description="seed of Gaussian noise, where a technique draws any")
     n_timesteps: int = Field(
         50, ge=1, le=1000, description="sampling steps; the cache must hold their latents"
     )
@@ -125,7 +120,7 @@ class EditConfig(Model):
         description="largest number of keyframes that attend to each other, for very long clips; "
         "an approximation (docs/performance.md); null: all, as in the paper",
     )
-    keyframe_seed: int = Field(1, ge=0, le=MAX_SEED, description="seed of the random keyframes")
+    keyframe_seed: Seed = Field(1, description="seed of the random keyframes")
     consistency: Literal["tokenflow", "extended_attention", "first_frame", "none"] = Field(
         "tokenflow",
         description="tokenflow, or one to compare with: extended_attention (all frames attend to "

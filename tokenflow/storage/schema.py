@@ -43,7 +43,10 @@ from util import UserError, check_text, shown, shown_key
 
 MAX_COUNT = 1_000_000  # of frames, steps or a batch: far beyond use, far below overflow
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+CountOrNull = Annotated[int | None, Field(ge=1, le=MAX_COUNT)]
+Share = Annotated[float, Field(ge=0, le=1)]
 MAX_SEED = 2**63 - 1  # torch's generators accept no more
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class Model(BaseModel):
