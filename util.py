@@ -132,7 +132,7 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
     except KeyboardInterrupt as error:
         again = shlex.join(["python", *_this_command()])
         print(f"\ninterrupted; {_GO_ON}: {again}", file=sys.stderr)
-        sys.exit(128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT))
+        sys.exit(128 + (error.args[0] if isinstance(error, Interrupted) else signal.SIGINT))
     sys.exit(0)
 
 
@@ -152,25 +152,18 @@ _DISK_ERRORS = (
 
 def _close_broken_stdout() -> bool:
     """Whether standard output has no reader; if so, Python does not try to flush it at exit."""
-    poll = select.poll()
-    poll.register(_STDOUT, 0)
+    stdout, poll = 1, select.poll()
+    poll.register(stdout, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, _STDOUT)
+    os.dup2(null, stdout)
     os.close(null)
     return True
 
 
-_STDOUT = 1  # its file descriptor
-
-
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    """A signal, of the number that it is made with, asked the process to end."""
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:

@@ -155,7 +155,7 @@ def test_a_signal_to_the_command_ends_it_amid_a_job(shared_ray):
             engine.run_jobs(jobs, Path("logs"))
     finally:
         signal.signal(signal.SIGTERM, old)
-    assert end.value.number == signal.SIGTERM
+    assert end.value.args == (signal.SIGTERM,)
 
 
 def test_a_process_that_does_not_start_fails_no_job(tiny_model, shared_ray, monkeypatch, capsys):

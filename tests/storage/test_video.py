@@ -763,14 +763,14 @@ def test_clip_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a\nb", r"the clip's name 'a\\nb' holds control characters; rename it"),
+        ("a\nb", r"the clip's name 'a\\nb' holds control characters .*; rename it"),
         ("a\x1b[31m.mp4", "holds control characters"),
         ("a\x85b", "holds control characters"),
         ("a\0b", "holds a NUL character"),
         (os.fsdecode(b"caf\xe9"), "is not valid Unicode text"),
-        ("x" * 201, "the clip's name is 201 bytes long, at most 200 fit"),
-        ("\N{WOLF FACE}" * 51 + ".mp4", "the clip's name is 204 bytes long"),
-        ("x" * 10_000, "the clip's name is 10000 bytes long"),
+        ("x" * 201, "the clip's name 'xxx.*' holds .* more than 200 bytes"),
+        ("\N{WOLF FACE}" * 51 + ".mp4", "more than 200 bytes"),
+        ("x" * 10_000, "more than 200 bytes"),
     ],
     ids=range(8),
 )
@@ -885,13 +885,6 @@ def test_frames_survive_saving(tmp_path):
     assert sorted(os.listdir(tmp_path / "frames")) == [f"0000{i}.png" for i in range(4)]
     assert np.array_equal(images.load_frames(tmp_path / "frames"), frames)
     assert np.array_equal(images.load_frames(tmp_path / "frames", 2), frames[:2])
-
-
-def test_a_shorter_run_leaves_no_frames_of_a_longer_one(tmp_path):
-    images.save_frames(tmp_path, greys(4))
-    (tmp_path / "mask.png").write_bytes(b"not ours")
-    images.save_frames(tmp_path, iter(greys(2)))
-    assert sorted(os.listdir(tmp_path)) == ["00000.png", "00001.png", "mask.png"]
 
 
 def test_load_frames_names_what_is_missing(tmp_path):

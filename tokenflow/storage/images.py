@@ -159,14 +159,10 @@ def frame_name(index: int) -> str:
 
 
 def save_frames(folder: str | Path, frames: Iterable[np.ndarray]) -> None:
-    """Write RGB uint8 (H, W, 3) frames as 00000.png, ...; frames of a longer earlier run go."""
-    folder = Path(folder)
-    count = 0
-    for count, array in enumerate(frames, start=1):
-        with atomic_file(folder / frame_name(count - 1)) as temporary:
+    """Write RGB uint8 (H, W, 3) frames as 00000.png, ..."""
+    for index, array in enumerate(frames):
+        with atomic_file(Path(folder) / frame_name(index)) as temporary:
             Image.fromarray(array).save(temporary)
-    for stale in _saved_frames(folder)[count:]:
-        stale.unlink()
 
 
 def load_frames(folder: str | Path, n_frames: int | None = None) -> np.ndarray:
@@ -177,7 +173,7 @@ def load_frames(folder: str | Path, n_frames: int | None = None) -> np.ndarray:
         UserError: a frame cannot be read or differs in size.
     """
     folder = Path(folder)
-    count = n_frames if n_frames is not None else max(len(_saved_frames(folder)), 1)
+    count = n_frames if n_frames is not None else max(len(list(folder.glob("[0-9]*.png"))), 1)
     frames: list[np.ndarray] = []
     for path in (folder / frame_name(index) for index in range(count)):
         if not path.is_file():
@@ -186,8 +182,3 @@ def load_frames(folder: str | Path, n_frames: int | None = None) -> np.ndarray:
         if frames[-1].shape != frames[0].shape:
             raise UserError(f"{path}: differs in size from the frames before it")
     return np.stack(frames)
-
-
-def _saved_frames(folder: Path) -> list[Path]:
-    frames = (p for p in folder.glob("*.png") if re.fullmatch(r"[0-9]{5,}", p.stem))
-    return sorted(frames, key=_natural_key)

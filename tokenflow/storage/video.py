@@ -26,7 +26,7 @@ from tokenflow.storage.images import (
     folder_images,
     read_image,
 )
-from util import MissingFileError, UserError, atomic_file, check_text, sha256_file
+from util import MissingFileError, UserError, atomic_file, check_text, sha256_file, shown
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +85,11 @@ def clip_name(path: str | Path) -> str:
     if not name:
         raise UserError(f"{path}: has no name to call the clip by")
     check_text(name, "the clip's name")
-    if any(unicodedata.category(character) == "Cc" for character in name):
-        raise UserError(f"{path}: the clip's name {name!r} holds control characters; rename it")
-    n_bytes = len(os.fsencode(name))
-    if n_bytes > _MAX_CLIP_NAME_BYTES:
+    has_control = any(unicodedata.category(character) == "Cc" for character in name)
+    if has_control or len(os.fsencode(name)) > _MAX_CLIP_NAME_BYTES:
         raise UserError(
-            f"{name[:60]}...: the clip's name is {n_bytes} bytes long, at most "
-            f"{_MAX_CLIP_NAME_BYTES} fit beside what is added to it; rename it"
+            f"the clip's name {shown(name)} holds control characters or more than "
+            f"{_MAX_CLIP_NAME_BYTES} bytes; rename it"
         )
     return name
 

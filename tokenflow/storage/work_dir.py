@@ -35,6 +35,8 @@ from util import MissingFileError, UserError, save_tensors, sha256_file, sync_fo
 
 log = logging.getLogger("tokenflow")
 
+CHECKPOINT = "checkpoint.safetensors"
+
 
 # ---------------------------------------------------------------------------------------- locks
 
@@ -179,7 +181,7 @@ class WorkDir:
         # Copies, since safetensors takes no two tensors that share memory.
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         state = {"work": self.work, "stage": stage, "figures": figures, "sizes": self.sizes}
-        save_tensors(_checkpoint_file(self.folder.parent), copies, {"state": json.dumps(state)})
+        save_tensors(self.folder.parent / CHECKPOINT, copies, {"state": json.dumps(state)})
 
     def record_files(self) -> dict[str, FileRecord]:
         """What a manifest says of each file: bytes and sha256, by path within the directory.
@@ -252,11 +254,11 @@ def resumable_dir(
 def _resume(folder: Path, label: str) -> WorkDir | None:
     """The same work as last saved; None where nothing was saved, or it is damaged."""
     place = _work_place(folder)
-    if not _checkpoint_file(place).is_file():
+    if not (place / CHECKPOINT).is_file():
         return None
     checkpoint, state = _read_checkpoint(place)
     if checkpoint is None:
-        log.warning("%s: damaged; the work starts from the beginning", _checkpoint_file(place))
+        log.warning("%s: damaged; the work starts from the beginning", place / CHECKPOINT)
         return None
     if state["work"] != label:
         return None
@@ -275,13 +277,9 @@ def _resume(folder: Path, label: str) -> WorkDir | None:
 def _read_checkpoint(place: Path) -> tuple[Checkpoint | None, dict[str, Any]]:
     """The last checkpoint, and all that its header says; None if it cannot be read."""
     try:
-        with safe_open(_checkpoint_file(place), framework="pt") as file:
+        with safe_open(place / CHECKPOINT, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             state = json.loads((file.metadata() or {})["state"])
         return Checkpoint(state["stage"], tensors, state["figures"]), state
     except (SafetensorError, OSError, ValueError, KeyError):
         return None, {}
-
-
-def _checkpoint_file(place: Path) -> Path:
-    return place / "checkpoint.safetensors"
