@@ -1,5 +1,6 @@
 """The denoising loop on the tiny model, whole, against a loop-written float64 reference."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from tokenflow.cache.source_pass import INJECTED_BLOCK
 from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.editing.inputs import open_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
+from tokenflow.storage.work_dir import WorkDir, resumable_dir
 
 N_FRAMES = 7  # of 48x80: latents of 6x10, token grids of 6x10, 3x5, 2x3 and 1x2
 STEPS = 5
@@ -119,6 +121,30 @@ def test_two_runs_are_bit_equal(keys):
     start = {"use_ddim_noise": False}
     assert torch.equal(sdedit(keys, **start), sdedit(keys, **start))
     assert not torch.equal(sdedit(keys, **start), sdedit(keys, **start, seed=2))
+
+
+@pytest.mark.parametrize("saves", range(1, STEPS + 1))
+def test_an_edit_resumes_from_each_checkpoint(keys, tmp_path, monkeypatch, saves):
+    """Also from the last one, after which no step is left."""
+    inputs = open_inputs(PnPConfig(**keys, checkpoint_every=1))
+    whole = EditSession(inputs)
+    expected = whole.edit_latents(run_tokenflow_pnp.plan(whole))
+    numbers, save = itertools.count(1), WorkDir.save
+
+    def save_and_stop(self, *args, **figures):
+        save(self, *args, **figures)
+        if next(numbers) == saves:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WorkDir, "save", save_and_stop)
+        with resumable_dir(tmp_path / "result", {}) as work:
+            session = EditSession(inputs, work=work)
+            session.edit_latents(run_tokenflow_pnp.plan(session))
+    with resumable_dir(tmp_path / "result", {}) as work:
+        session = EditSession(inputs, work=work)
+        assert torch.equal(session.edit_latents(run_tokenflow_pnp.plan(session)), expected)
+    assert session.image_forwards == whole.image_forwards
 
 
 @pytest.mark.parametrize("consistency", ["tokenflow", "first_frame", "none"])

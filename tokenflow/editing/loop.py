@@ -165,6 +165,7 @@ class EditSession:
             x, done = saved.tensors["latents"], saved.figures["steps"]
             before = saved.figures["image_forwards"]
             self.watch.add("edit", saved.figures["seconds"])
+        self.image_forwards = before
         prompts = [config.negative_prompt, config.prompt]
         if config.guidance_scale == 1.0:  # the unconditional branch would have weight 0
             prompts = [config.prompt]
