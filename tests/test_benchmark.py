@@ -85,7 +85,7 @@ def test_stages_are_all_there(stages):
     assert "--size 48x64" in written["command"]
     assert {"versions", "device_name", "dtype", "frames", "matrix_flops_per_second"} <= set(written)
     assert written["keyframes"] == KEYFRAMES
-    lines = modes.stage_table(found["stages"]).splitlines()
+    lines = modes.table(found["stages"]).splitlines()
     assert len(lines) == 1 + len(found["stages"])
     assert lines[0].split()[:3] == ["part", "stage", "seconds"]
     assert any(line.startswith("edit        decode") for line in lines)
@@ -100,11 +100,12 @@ def test_stages_count_image_forwards_and_flops(stages):
     assert rows["edit", "total"]["image_forwards"] == 2 * (FRAMES + KEYFRAMES) * STEPS
     for key in (("preprocess", "inversion"), ("preprocess", "vae"), ("edit", "decode")):
         row = rows[key]
-        assert row["flops"] > 0
-        rate = stages[0]["matrix_flops_per_second"]
-        assert row["utilisation"] == pytest.approx(row["flops"] / row["seconds"] / rate)
-        assert row["peak_memory_bytes"] > 0
-    assert rows["edit", "write"]["flops"] is None
+        assert row["TFLOP"] > 0
+        rate = stages[0]["matrix_flops_per_second"] / 1e12
+        assert row["TFLOP/s"] == pytest.approx(row["TFLOP"] / row["seconds"])
+        assert row["utilisation"] == pytest.approx(row["TFLOP/s"] / rate)
+        assert row["peak MiB"] > 0
+    assert rows["edit", "write"]["TFLOP"] is None
     assert rows["preprocess", "read"]["seconds"] > 0
     assert rows["preprocess", "rest"]["seconds"] >= 0
 
@@ -112,7 +113,7 @@ def test_stages_count_image_forwards_and_flops(stages):
 def test_only_a_part_is_timed_where_asked(words):
     found = benchmark.main([*words, "--only", "edit", "--warm_up", "0"])
     assert {row["part"] for row in found["stages"]} == {"models", "edit"}
-    assert all(row["flops"] is None for row in found["stages"])  # counted in warm-up runs only
+    assert all(row["TFLOP"] is None for row in found["stages"])  # counted in warm-up runs only
 
 
 def test_row_is_the_median_of_the_runs():
@@ -122,10 +123,10 @@ def test_row_is_the_median_of_the_runs():
         meter.seconds["edit"], meter.peak["edit"], meter.images["edit"] = seconds, peak, 6
         meter.add_total()
         runs.append(meter)
-    row, total = modes.stage_rows("edit", runs, {"edit": 100, "total": 100}, rate=200.0)
-    assert (row["seconds"], row["seconds_low"], row["seconds_high"]) == (2.0, 1.0, 4.0)
-    assert (row["peak_memory_bytes"], row["image_forwards"]) == (30, 6)
-    assert (row["flops_per_second"], row["utilisation"]) == (50.0, 0.25)
+    row, total = modes.stage_rows("edit", runs, {"edit": 1e12, "total": 1e12}, rate=2e12)
+    assert (row["seconds"], row["lowest"], row["highest"]) == (2.0, 1.0, 4.0)
+    assert (row["peak MiB"] * modes.MIB, row["image_forwards"]) == (30, 6)
+    assert (row["TFLOP/s"], row["utilisation"]) == (0.5, 0.25)
     assert total == {**row, "stage": "total"}
 
 
@@ -318,13 +319,13 @@ def test_scaling_has_a_row_for_each_number_of_frames(words, monkeypatch):
     monkeypatch.setattr(modes, "ProcessPoolExecutor", lambda *_, **__: here)
     options = ["--preprocess_options", "--batch_size 3", "--inversion", "plain8"]
     found = benchmark.main([*words, *options, "--scaling", "2", "5"])
-    stages = {row["stage"]: row for row in found["rows"][1]["preprocess_stages"]}
-    assert stages["inversion"]["image_forwards"] == 5 * 8
+    stages = {(row["frames"], row["stage"]): row for row in found["stages"]}
+    assert stages[5, "inversion"]["image_forwards"] == 5 * 8
     assert [(row["frames"], row["keyframes"]) for row in found["rows"]] == [(2, 1), (5, 3)]
     for row in found["rows"]:
         for part in modes.PARTS:
-            assert row[f"{part}_seconds"] > 0
-            assert row[f"{part}_peak_memory_bytes"] > row["load_peak_memory_bytes"] / 2
+            assert row[f"{part} s"] > 0
+            assert row[f"{part} MiB"] > row["load MiB"] / 2
     assert found["edit_ratio"] > 0.5
 
 

@@ -85,11 +85,11 @@ def time_stages(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
         rows += stage_rows(part, runs, flops, rate)
         images = rows[-1]["image_forwards"] / options.frames
         lines.append(f"{part}: {images:.1f} image-forwards of the UNet a frame")
-    return {"stages": rows, "matrix_flops_per_second": rate}, "\n".join([stage_table(rows), *lines])
+    return {"stages": rows, "matrix_flops_per_second": rate}, "\n".join([table(rows), *lines])
 
 
 def stage_rows(part: str, runs: list[Meter], flops: Mapping[str, int], rate: float) -> list[dict]:
-    """A row for each stage of some equal runs.
+    """A row for each stage of some equal runs; what was not measured is None.
 
     Args:
         flops: of each stage; empty where they were not counted.
@@ -98,49 +98,28 @@ def stage_rows(part: str, runs: list[Meter], flops: Mapping[str, int], rate: flo
     rows = []
     for stage in runs[0].seconds:
         seconds = [run.seconds[stage] for run in runs]
-        speed = flops.get(stage, 0) / median(seconds)
+        work = flops.get(stage) or None
+        speed = work and work / median(seconds)
         rows.append(
             {
                 "part": part,
                 "stage": stage,
                 "seconds": median(seconds),
-                "seconds_low": min(seconds),
-                "seconds_high": max(seconds),
+                "lowest": min(seconds),
+                "highest": max(seconds),
                 "image_forwards": runs[-1].images[stage],
-                "flops": flops.get(stage) or None,
-                "flops_per_second": speed or None,
-                "utilisation": speed / rate if speed else None,
-                "peak_memory_bytes": max(run.peak[stage] for run in runs) or None,
+                "TFLOP": work and work / 1e12,
+                "TFLOP/s": speed and speed / 1e12,
+                "utilisation": speed and speed / rate,
+                "peak MiB": max(run.peak[stage] for run in runs) / MIB or None,
             }
         )
     return rows
 
 
-def stage_table(rows: Sequence[Mapping]) -> str:
-    """The rows of `stage_rows` for the terminal."""
-    units = {
-        "TFLOP": ("flops", 1e12),
-        "TFLOP/s": ("flops_per_second", 1e12),
-        "% of peak": ("utilisation", 0.01),
-        "peak MiB": ("peak_memory_bytes", MIB),
-    }
-    cells = [
-        {
-            "part": row["part"],
-            "stage": row["stage"],
-            "seconds": row["seconds"],
-            "spread": f"{row['seconds_low']:.3f}-{row['seconds_high']:.3f}",
-            "forwards": row["image_forwards"] or None,
-            **{name: row[key] and row[key] / unit for name, (key, unit) in units.items()},
-        }
-        for row in rows
-    ]
-    return table(cells, ("", "", ".3f", "", "", ".4g", ".3g", ".0f", ".0f"))
-
-
-def table(rows: Sequence[Mapping[str, object]], formats: Sequence[str]) -> str:
-    """Rows as text in columns, each number as its column's format says."""
-    return tabulate(rows, headers="keys", tablefmt="plain", floatfmt=formats)
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as text in columns."""
+    return tabulate(rows, headers="keys", tablefmt="plain", floatfmt=".5g")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -210,38 +189,29 @@ def scale(options: Options, args: argparse.Namespace) -> tuple[dict, str]:
 
     This process loads no model: a child's peak memory starts from its parent's.
     """
-    rows = []
+    rows, stages = [], []
     for frames in sorted(args.scaling):
         row: dict = {"frames": frames}
         for part in PARTS:
             one = options.model_copy(update={"frames": frames, "warm_up": 0, "repeats": 1})
             found = in_fresh_process(one, args, part)
-            loading, *stages = found["stages"]
+            loading, total = found["stages"][0], found["stages"][-1]
             row |= {
                 "keyframes": found["keyframes"],
-                "load_peak_memory_bytes": loading["peak_memory_bytes"],
-                f"{part}_seconds": stages[-1]["seconds"],
-                f"{part}_peak_memory_bytes": stages[-1]["peak_memory_bytes"],
-                f"{part}_stages": stages,
+                "load MiB": loading["peak MiB"],
+                f"{part} s": total["seconds"],
+                f"{part} MiB": total["peak MiB"],
             }
+            stages += [{"frames": frames, **stage} for stage in found["stages"]]
         log.info("%d frames: done", frames)
         rows.append(row)
     first, last = rows[0], rows[-1]
-    peaks = {part: f"{part}_peak_memory_bytes" for part in PARTS}
-    ratios = {f"{part}_ratio": last[peak] / first[peak] for part, peak in peaks.items()}
-    cells = [
-        {"frames": row["frames"], "keyframes": row["keyframes"]}
-        | {f"{part} s": row[f"{part}_seconds"] for part in PARTS}
-        | {f"{part} MiB": row[peak] / MIB for part, peak in peaks.items()}
-        for row in rows
-    ]
-    text = [
-        table(cells, ("", "", ".2f", ".2f", ".0f", ".0f")),
-        f"the models alone, as they load: {first['load_peak_memory_bytes'] / MIB:.0f} MiB",
-        f"peak for {last['frames']} frames over that for {first['frames']}: "
-        f"preprocess {ratios['preprocess_ratio']:.3f}, edit {ratios['edit_ratio']:.3f}",
-    ]
-    return {"rows": rows, **ratios}, "\n".join(text)
+    ratios = {f"{part}_ratio": last[f"{part} MiB"] / first[f"{part} MiB"] for part in PARTS}
+    text = (
+        f"{table(rows)}\npeak for {last['frames']} frames over that for {first['frames']}: "
+        f"preprocess {ratios['preprocess_ratio']:.3f}, edit {ratios['edit_ratio']:.3f}"
+    )
+    return {"rows": rows, "stages": stages, **ratios}, text
 
 
 def in_fresh_process(options: Options, args: argparse.Namespace, part: str) -> dict:

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import Field, model_validator
 
 from tokenflow.editing.results import frame_files, read_result
 from tokenflow.evaluation.motion import Motion, load_motion, resize_motion, truth_file, truth_shape
 from tokenflow.evaluation.score_table import Row
-from tokenflow.storage.images import load_frames, opened_image
+from tokenflow.storage.images import fit_frame, load_frames, opened_image
 from tokenflow.storage.schema import Model
 from tokenflow.storage.video import clip_name, read_clip
 from util import MissingFileError, UserError
@@ -227,7 +227,6 @@ def find_masks(source: Source, masks: str | Path) -> list[Path]:
 
 def read_masks(source: Source, files: list[Path]) -> np.ndarray:
     """Masks resized as the frames were: (n, H, W) bool, True where the file is not 0."""
-    height, width = source.shape[1:]
     masks = []
     for path in files:
         with opened_image(path, "a mask") as image:
@@ -235,9 +234,6 @@ def read_masks(source: Source, files: list[Path]) -> np.ndarray:
             one_channel = image.mode in ("P", "L", "1", "I", "I;16")
             values = np.asarray(image if one_channel else image.convert("RGB"))
         mask = Image.fromarray((values.reshape(*values.shape[:2], -1) != 0).any(-1).astype("u1"))
-        if source.fit == "crop":
-            mask = ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST)
-        else:
-            mask = mask.resize((width, height), Image.Resampling.NEAREST)
+        mask = fit_frame(mask, source.shape[1:], source.fit, Image.Resampling.NEAREST)
         masks.append(np.asarray(mask) > 0)
     return np.stack(masks)

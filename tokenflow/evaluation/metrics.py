@@ -107,12 +107,11 @@ class ClipEmbedder:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        model = _load(CLIPModel, folder)
-        self.model, self.device = for_inference(model, device), device
+        self.model, self.device = _load(CLIPModel, folder, device), device
         self.processor = CLIPImageProcessor.from_pretrained(folder)
         # The others need no such word: their class is named here, not by the folder's files.
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.most_tokens = model.config.text_config.max_position_embeddings
+        self.most_tokens = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
     def embed_frames(self, frames: np.ndarray) -> Tensor:
@@ -179,8 +178,8 @@ class DinoKeys:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        model = _load(ViTModel, folder, add_pooling_layer=False)
-        self.model, self.device = for_inference(model, device), device
+        model = _load(ViTModel, folder, device, add_pooling_layer=False)
+        self.model, self.device = model, device
         self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         # transformers 4 calls this projection key, transformers 5 k_proj.
         names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in ("key", "k_proj")]
@@ -204,14 +203,11 @@ def structure_distance(keys: Tensor, source_keys: Tensor) -> float:
 
     Source: Tumanyan et al., Splicing ViT Features, CVPR 2022, Eq. 2-3, as a mean.
     """
-    pairs = zip(keys, source_keys, strict=True)
-    return float(np.mean([F.mse_loss(_self_similarity(a), _self_similarity(b)) for a, b in pairs]))
-
-
-def _self_similarity(keys: Tensor) -> Tensor:
-    """Cosines of all pairs of (tokens, d): (tokens, tokens)."""
-    unit = F.normalize(keys, dim=-1)
-    return unit @ unit.T
+    distances = []
+    for pair in zip(keys, source_keys, strict=True):
+        a, b = (F.normalize(keys, dim=-1) for keys in pair)  # (tokens, d)
+        distances.append(F.mse_loss(a @ a.T, b @ b.T))
+    return float(np.mean(distances))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,13 +228,13 @@ def model_folder(key: str, option: str) -> Path:
         ) from error
 
 
-def _load(cls: type, folder: Path, **options: object) -> torch.nn.Module:
+def _load(cls: type, folder: Path, device: torch.device, **options: object) -> torch.nn.Module:
     kind = cls.config_class.model_type
     found = cls.config_class.get_config_dict(folder)[0].get("model_type")
     if found != kind:
         raise UserError(f"{folder}: its model_type is {found}, expected {kind}")
     # In float32 whatever its weights are saved in: half precision would show in the cosines.
-    return load_model(cls, folder, **options).float()
+    return for_inference(load_model(cls, folder, **options).float(), device)
 
 
 def _pixels(frames: np.ndarray, processor: Callable, device: torch.device) -> Iterator[Tensor]:

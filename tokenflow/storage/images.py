@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Resampling
 
 from util import MissingFileError, UserError, atomic_file
 
@@ -140,8 +141,10 @@ def default_size(height: int, width: int) -> tuple[int, int]:
     return (384, 672) if width > height else (672, 384)
 
 
-def fit_frame(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
-    """Resize to (height, width) with Lanczos.
+def fit_frame(
+    image: Image.Image, size: tuple[int, int], fit: str, how: Resampling = Resampling.LANCZOS
+) -> Image.Image:
+    """Resize to (height, width).
 
     Args:
         image: an RGB image.
@@ -150,7 +153,7 @@ def fit_frame(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Imag
     """
     height, width = size
     resize = ImageOps.fit if fit == "crop" else Image.Image.resize
-    return resize(image, (width, height), Image.Resampling.LANCZOS)
+    return resize(image, (width, height), how)
 
 
 def frame_name(index: int) -> str:
