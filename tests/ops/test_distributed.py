@@ -484,7 +484,7 @@ def test_the_command_line(clip, tiny_model, keys, tmp_path):
     done = launch(2, "preprocess.py", *small)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cache: ") == 1
-    assert done.stderr.count("reconstruction: ") == 1
+    assert done.stderr.count("reconstruction PSNR") == 1
     config = keys | {"latents_path": str(tmp_path / "latents")}
     config |= {"output_path": str(tmp_path / "results")}
     save_yaml(tmp_path / "config.yaml", config)
