@@ -185,9 +185,10 @@ def read_config(
     text = "override one key of the file; any number of times"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     for key in flags:
-        text = f"{cls.model_fields[key].description}; the same as --set {key}=..."
-        value = {} if key == "device" else {"action": "store_const", "const": "true"}
-        add(f"--{key}", help=text, **value)
+        options = {} if key == "device" else {"action": "store_const", "const": "true"}
+        value = options.get("const", "...")
+        text = f"{cls.model_fields[key].description}; the same as --set {key}={value}"
+        add(f"--{key}", help=text, **options)
     add("--overwrite", action="store_true", help="replace a finished result")
     args = parser.parse_args(argv)
     overrides = [f"{key}={getattr(args, key)}" for key in flags if getattr(args, key)]
