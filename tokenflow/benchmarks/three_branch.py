@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -27,7 +26,6 @@ from tokenflow.editing.loop import EditPlan, EditSession, plan_steps
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,
-    Neighbours,
     neighbours,
     propagate,
     self_attention_layers,
@@ -43,42 +41,32 @@ SERVED = {
 }
 
 
-@dataclass
-class _State:
-    """What the loop tells the layers; kept: each layer's source tokens and edited outputs."""
-
-    inject_attention: bool = False
-    inject_features: bool = False
-    near: Neighbours | None = None  # of a chunk's frames; None on keyframes
-    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
 class _ThreeBranchAttention:
     """The processor of one self-attention layer."""
 
-    def __init__(self, layer: str, state: _State) -> None:
-        self.layer, self.state = layer, state
+    def __init__(self, layer: str, session: ThreeBranchSession) -> None:
+        self.layer, self.session = layer, session
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         """The layer's output, (3 * m, L, c), for its input tokens of that shape."""
         tokens = hidden_states.unflatten(0, (BRANCHES, -1))  # (3, m, L, c)
-        source, state = tokens[0], self.state
-        if state.near is None:
+        source, near, kept = tokens[0], self.session.near, self.session.kept
+        if near is None:
             query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-            if state.inject_attention and self.layer in ATTENTION_LAYERS:
+            if self.session.step.attention and self.layer in ATTENTION_LAYERS:
                 query, key = query[:1].expand_as(query), key[:1].expand_as(key)
             # The edited branches: all keyframes as one long sequence, (2, k * L, c).
             joint = (x[1:].flatten(1, 2) for x in (query, key, value))
             edited = explicit_attention(*joint, attn.heads).unflatten(1, tokens.shape[1:3])
             edited = attn.to_out[0](edited)
-            state.kept[self.layer] = source, edited
+            kept[self.layer] = source, edited
             alone = query[0], key[0], value[0]
         else:
-            keyframe_tokens, base = state.kept[self.layer]
-            keyframes = state.near.which.unbind(dim=1)
+            keyframe_tokens, base = kept[self.layer]
+            keyframes = near.which.unbind(dim=1)
             where = [most_similar(source, keyframe_tokens[k]) for k in keyframes]
             where = torch.stack(where, dim=1)  # (m, 2, L)
-            edited = propagate(base, where, state.near)
+            edited = propagate(base, where, near)
             alone = attn.to_q(source), attn.to_k(source), attn.to_v(source)
         alone = attn.to_out[0](explicit_attention(*alone, attn.heads))  # a frame by itself
         return torch.cat([alone[None], edited]).flatten(0, 1)
@@ -101,6 +89,11 @@ def most_similar(tokens: Tensor, others: Tensor) -> Tensor:
 
 class ThreeBranchSession(EditSession):
     """An edit whose denoising loop is the one above.
+
+    Attributes:
+        step: the current one; it says what is injected.
+        near: neighbours of a chunk's frames; None on keyframes.
+        kept: each layer's source tokens and edited outputs of the keyframes.
 
     Raises:
         UserError: naming a setting that it does not serve.
@@ -138,36 +131,34 @@ class ThreeBranchSession(EditSession):
                 guided = alpha * guided + sigma * edited
             return guided
 
-        x, state, eps = plan.start, _State(), torch.empty_like(plan.start)
+        x, eps, self.kept = plan.start, torch.empty_like(plan.start), {}
         following = iter([*plan.timesteps[1:], CLEAN])
-        with _patch(models.unet, state):
+        with self._patched(models.unet):
             for step in tqdm(plan_steps(config, plan, n_frames), desc="edit", unit="step"):
                 with self.watch("edit"):
                     source = self.latents(step.t)
-                    state.inject_attention, state.inject_features = step.attention, step.features
-                    state.near = None
+                    self.step, self.near = step, None
                     predict(x, source, step.t, step.keyframes)
                     for chunk in torch.arange(n_frames).split(self.chunk_size):
                         near = neighbours(chunk, step.keyframes, config.blend)
-                        state.near = near.to(models.device)
+                        self.near = near.to(models.device)
                         eps[chunk] = predict(x, source, step.t, chunk).cpu()
                     x = ddim_step(x, eps, models.schedule, step.t, next(following))
         return x
 
+    @contextmanager
+    def _patched(self, unet: UNet2DConditionModel) -> Iterator[None]:
+        original = unet.attn_processors
+        ours = {layer: _ThreeBranchAttention(layer, self) for layer in self_attention_layers(unet)}
 
-@contextmanager
-def _patch(unet: UNet2DConditionModel, state: _State) -> Iterator[None]:
-    original = unet.attn_processors
-    ours = {layer: _ThreeBranchAttention(layer, state) for layer in self_attention_layers(unet)}
+        def inject(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            injected = output.chunk(BRANCHES)[0].repeat(BRANCHES, 1, 1, 1)
+            return injected if self.step.features else None
 
-    def inject(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        injected = output.chunk(BRANCHES)[0].repeat(BRANCHES, 1, 1, 1)
-        return injected if state.inject_features else None
-
-    hook = unet.get_submodule(FEATURE_LAYER).register_forward_hook(inject)
-    try:
-        unet.set_attn_processor({**original, **ours})
-        yield
-    finally:
-        hook.remove()
-        unet.set_attn_processor(dict(original))
+        hook = unet.get_submodule(FEATURE_LAYER).register_forward_hook(inject)
+        try:
+            unet.set_attn_processor({**original, **ours})
+            yield
+        finally:
+            hook.remove()
+            unet.set_attn_processor(dict(original))

@@ -6,8 +6,6 @@ predicted by looking up the one before it, and every pixel gets exactly one valu
 
 from __future__ import annotations
 
-import logging
-import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,6 @@ from tokenflow.diffusion.checkpoints import for_inference
 from tokenflow.diffusion.conditions import optical_flow
 from tokenflow.storage.video import clip_name
 from util import MissingFileError, UserError, load_tensors, save_tensors, sha256_file
-
-log = logging.getLogger("tokenflow")
 
 ALPHA1, ALPHA2 = 0.01, 0.5  # of the occlusion test; Sundaram et al. 2010
 RAFT_WEIGHTS = Raft_Large_Weights.C_T_SKHT_V2
@@ -196,7 +192,7 @@ def find_raft_weights(weights: Path | None) -> Path:
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(RAFT_WEIGHTS.url, str(cached), digest)
-        except (OSError, urllib.error.URLError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise MissingFileError(
                 f"--flow raft: its weights are not at {cached} and cannot be fetched from "
                 f"{RAFT_WEIGHTS.url} ({error}); {OFFLINE}"
