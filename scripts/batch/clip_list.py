@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ class Job:
     def kind(self) -> str:
         return INVERSION if self.variant is None else self.variant.name
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Identifies the job, in every run of the list."""
         return _digest(json.dumps([self.kind, self.work], sort_keys=True))[:12]

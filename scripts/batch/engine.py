@@ -98,7 +98,11 @@ class Worker:
         """Runs a job; everything that it prints is appended to the log file."""
         calls, start = self.load.calls, time.monotonic()
         try:
-            redirect_output(log_file)
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            with log_file.open("a") as file:  # of the whole process, libraries included
+                for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+                    stream.flush()
+                    os.dup2(file.fileno(), number)
             log.info("--- %s, %s", time.strftime("%Y-%m-%d %H:%M:%S"), job.title)
             folder = make(job, self.load)
         except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
@@ -132,16 +136,6 @@ def reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory; lower n_frames, or H and W"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def redirect_output(path: Path) -> None:
-    """Appends stdout and stderr of the whole process, libraries included, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
 
 
 # -------------------------------------------------------------------------------- in the command
