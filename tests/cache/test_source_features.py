@@ -223,7 +223,8 @@ def test_tokens_of_all_frames_can_be_saved(keys, tiny_model, tmp_path, monkeypat
     for layer in ATTENTION_LAYERS:
         everyone = found.tokens(t, layer)
         assert len(everyone) == N_FRAMES
-        injected = found.of_keyframes(t, kf, attention=True, features=False)[f"tokens/{layer}"]
+        with found.open(t) as file:
+            injected = file.get_tensor(f"tokens/{layer}")
         assert torch.allclose(everyone[kf], injected, atol=1e-4)
     # visualize.py takes them from there.
     monkeypatch.setattr(features, "load_stable_diffusion", no_model_may_load)

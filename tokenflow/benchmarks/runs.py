@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -243,8 +244,8 @@ class Bench:
 
     def build(self, name: str, models: StableDiffusion, meter: Meter, **changes: object) -> Path:
         """Builds a setting's cache in any case, with changed options; returns its folder."""
-        changes |= {"overwrite": True}
         options = self.preprocess_options(name).model_copy(update=changes)
+        shutil.rmtree(options.save_dir, ignore_errors=True)  # of this setting's caches alone
         return build_cache(options, load=lambda *_: models, watch=meter)
 
     def prepare_edit(self, name: str, models: StableDiffusion) -> PreparedEdit:

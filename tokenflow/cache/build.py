@@ -75,7 +75,7 @@ def build_cache(
         UserError: an option does not fit the clip or the model, or the cache has other settings.
     """
     with group.raise_together():
-        inputs = open_inputs(options, group)
+        inputs = open_inputs(options, group, watch)
     settings = json.dumps(identity(inputs.manifest), sort_keys=True)
     group.assert_same(settings, "clip, model and settings")
     with locked(inputs.folder, group):
@@ -87,16 +87,17 @@ def build_cache(
         if complete:
             log.info("%s already exists with these settings", inputs.folder)
         else:
-            watch = watch or Stopwatch(inputs.device)
-            with watch("load"):
+            with inputs.watch("load"):
                 key = inputs.checkpoint, inputs.device, inputs.dtype, options.allow_pickle
                 models = (load or load_stable_diffusion)(*key)
             if not inverted:
-                manifest = invert_clip(inputs, models, watch)
+                depends_on = {"format": FORMAT, **identity(inputs.manifest)}
+                with resumable_dir(inputs.folder, depends_on, group) as work:
+                    manifest = _Inversion(inputs, models, work).run()
                 if group.is_main:
-                    report_reconstruction(manifest)
+                    _report_reconstruction(manifest)
             if inputs.features is not None:
-                add_features(inputs, models, watch)
+                _add_features(inputs, models)
     return inputs.folder
 
 
@@ -161,27 +162,8 @@ def _has_features(inputs: PreprocessInputs, verify: bool) -> bool:
 # Building it
 
 
-def invert_clip(inputs: PreprocessInputs, models: StableDiffusion, watch: Stopwatch) -> Manifest:
-    """Inverts the clip and writes its cache, without features.
-
-    Args:
-        models: of `inputs.checkpoint`, on its device in its dtype.
-        watch: times the stages.
-
-    Returns:
-        the manifest, with the figures of the reconstruction.
-    """
-    watch.add("read", inputs.read_seconds)
-    depends_on = {"format": FORMAT, **identity(inputs.manifest)}
-    with resumable_dir(inputs.folder, depends_on, inputs.group) as work:
-        return _Inversion(inputs, models, work, watch).run()
-
-
-def add_features(inputs: PreprocessInputs, models: StableDiffusion, watch: Stopwatch) -> None:
-    """Runs the source pass of edits and adds its features to the finished cache.
-
-    Args: see `invert_clip`.
-    """
+def _add_features(inputs: PreprocessInputs, models: StableDiffusion) -> None:
+    """Runs the source pass of edits and adds its features to the finished cache."""
     cache = open_cache(inputs.folder)
     manifest, frames = cache.manifest, inputs.clip.frames
     denoiser = make_denoiser(
@@ -191,7 +173,7 @@ def add_features(inputs: PreprocessInputs, models: StableDiffusion, watch: Stopw
     batch_size, size = inputs.options.batch_size, frames.shape[1:3]
     at_once = unet_batch_size(batch_size, denoiser, size, most=FEATURE_BATCH)
     what = inputs.timesteps.sampling, inputs.features
-    build_features(cache, denoiser, *what, at_once, watch, inputs.group)
+    build_features(cache, denoiser, *what, at_once, inputs.watch, inputs.group)
 
 
 class _Inversion:
@@ -200,18 +182,16 @@ class _Inversion:
     Of several processes each computes its shard of the frames, and the main one writes.
     """
 
-    def __init__(
-        self, inputs: PreprocessInputs, models: StableDiffusion, work: WorkDir, watch: Stopwatch
-    ) -> None:
+    def __init__(self, inputs: PreprocessInputs, models: StableDiffusion, work: WorkDir) -> None:
         self.inputs, self.manifest, self.frames = inputs, inputs.manifest, inputs.clip.frames
-        self.models, self.work, self.watch = models, work, watch
+        self.models, self.work, self.watch = models, work, inputs.watch
         self.batch_size = inputs.options.batch_size
         self.group, self.shard = inputs.group, inputs.group.shard(len(self.frames))
         self.image_forwards = dict.fromkeys(COUNTED_STAGES, 0)  # of this process
         if work.checkpoint is not None and self.group.is_main:  # of all processes of earlier runs
             self.image_forwards.update(work.checkpoint.figures["image_forwards"])
             for stage, seconds in work.checkpoint.figures["seconds"].items():
-                watch.add(stage, seconds)
+                self.watch.add(stage, seconds)
 
     def run(self) -> Manifest:
         """Runs the stages that are left; returns the manifest, which the main process wrote."""
@@ -383,7 +363,7 @@ class _Inversion:
         return {name: round(error.psnr, 3) for name, error in pairs.items()}
 
 
-def report_reconstruction(manifest: Manifest) -> None:
+def _report_reconstruction(manifest: Manifest) -> None:
     """Logs how good the inversion is, and what to do if it is not."""
     log.info(
         "reconstruction PSNR %.2f dB (upper bound of the VAE: %.2f dB); %.2f dB against the VAE's "

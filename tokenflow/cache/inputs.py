@@ -42,7 +42,7 @@ class PreprocessInputs:
         manifest: the cache's, but for the figures of its making.
         folder: the cache's.
         features: settings of the cached features; None with --no_cache_features.
-        read_seconds: what reading the clip took.
+        watch: times the stages.
     """
 
     options: PreprocessOptions
@@ -54,21 +54,26 @@ class PreprocessInputs:
     manifest: Manifest
     folder: Path
     features: FeatureSettings | None
-    read_seconds: float
+    watch: Stopwatch
     group: ProcessGroup = SINGLE_PROCESS  # the processes that make this cache together
 
 
 def open_inputs(
-    options: PreprocessOptions, group: ProcessGroup = SINGLE_PROCESS
+    options: PreprocessOptions,
+    group: ProcessGroup = SINGLE_PROCESS,
+    watch: Stopwatch | None = None,
 ) -> PreprocessInputs:
     """Reads the clip, and checks all that can go wrong before a model is loaded.
+
+    Args:
+        group, watch: as in `build.build_cache`.
 
     Raises:
         UserError: naming what is missing or does not fit, and what mends it.
     """
     device = resolve_device(options.device, group)
     dtype = resolve_dtype(options.dtype, device)
-    watch = Stopwatch(device)
+    watch = watch or Stopwatch(device)
     with watch("read"):
         source, sha256, clip = _read(options)
     model_key = options.model_key or MODELS[options.sd_version]
@@ -108,7 +113,7 @@ def open_inputs(
         manifest=manifest,
         folder=cache_folder(options.save_dir, manifest),
         features=_feature_settings(options, manifest) if options.cache_features else None,
-        read_seconds=watch.seconds["read"],
+        watch=watch,
         group=group,
     )
 

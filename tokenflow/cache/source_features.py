@@ -178,30 +178,6 @@ class CachedFeatures:
     files: dict[str, dict]
     advice: str
 
-    def of_keyframes(
-        self, t: int, keyframes: Tensor, attention: bool, features: bool
-    ) -> dict[str, Tensor]:
-        """What is injected at timestep t.
-
-        Args:
-            keyframes: whose "features" are read; "tokens/<layer>" are those of all keyframes.
-        """
-        with self._open(t) as file:
-            names = [name for name in file.keys() if name.startswith("tokens/") and attention]  # noqa: SIM118
-            found = {name: file.get_tensor(name) for name in names}
-            if features:
-                rows = file.get_slice("features")
-                found["features"] = torch.cat([rows[i : i + 1] for i in keyframes.tolist()])
-        return found
-
-    def of_chunk(self, t: int, frames: Tensor, features: bool) -> dict[str, Tensor]:
-        """Of consecutive frames at timestep t: "previous/<layer>", "next/<layer>", "features"."""
-        start, end = int(frames[0]), int(frames[-1]) + 1
-        with self._open(t) as file:
-            names = [name for name in file.keys() if name.startswith(("previous/", "next/"))]  # noqa: SIM118
-            names += ["features"] if features else []
-            return {name: file.get_slice(name)[start:end] for name in names}
-
     def tokens(self, t: int, layer: str) -> Tensor:
         """(n, L, c) tokens of every frame, where they were saved (save_tokens: all).
 
@@ -209,7 +185,7 @@ class CachedFeatures:
             UserError: if the file is missing or damaged.
         """
         self.check(t, "tokens")
-        with self._open(t, "tokens") as file:
+        with self.open(t, "tokens") as file:
             return file.get_tensor(f"all_tokens/{layer}")
 
     def check(self, t: int, kind: str = "step") -> None:
@@ -226,7 +202,12 @@ class CachedFeatures:
             check_file(self.folder, name, self.files, self.advice)
         refuse_unexpected_files(self.folder, {MANIFEST, *self.files})
 
-    def _open(self, t: int, kind: str = "step") -> safe_open:
+    def open(self, t: int, kind: str = "step") -> safe_open:
+        """A timestep's file, memory-mapped.
+
+        Raises:
+            UserError: if it is missing or damaged.
+        """
         path = self.folder / file_name(t, kind)
         try:
             return safe_open(path, framework="pt")
@@ -310,15 +291,26 @@ class CachedSource:
         if t not in self._keyframes or not torch.equal(frames, self._keyframes[t]):
             raise LookupError(f"timestep {t}: holds no features of keyframes {frames.tolist()}")
         self._checks[t].result()
-        context = self.context
-        injected = context.inject_attention, context.inject_features
-        found = self._moved(self.features.of_keyframes(t, context.shard(frames), *injected))
+        context, found = self.context, {}
+        with self.features.open(t) as file:
+            if context.inject_attention:
+                names = [name for name in file.keys() if name.startswith("tokens/")]  # noqa: SIM118
+                found = {name: file.get_tensor(name) for name in names}
+            if context.inject_features:
+                rows = file.get_slice("features")
+                own = context.shard(frames).tolist()
+                found["features"] = torch.cat([rows[i : i + 1] for i in own])
+        found = self._moved(found)
         context.features = found.pop("features", None)
         context.tokens = {name.removeprefix("tokens/"): x for name, x in found.items()}
 
     def load_chunk(self, t: int, frames: Tensor) -> None:
         """Fills `matches` and `features` of consecutive frames (m,) of the keyframes' step."""
-        found = self._moved(self.features.of_chunk(t, frames, self.context.inject_features))
+        start, end = int(frames[0]), int(frames[-1]) + 1
+        kinds = ("previous/", "next/", "features")[: 2 + self.context.inject_features]
+        with self.features.open(t) as file:
+            names = [name for name in file.keys() if name.startswith(kinds)]  # noqa: SIM118
+            found = self._moved({name: file.get_slice(name)[start:end] for name in names})
         layers = [name.removeprefix("next/") for name in found if name.startswith("next/")]
         self.context.matches = {
             layer: torch.stack([found[f"previous/{layer}"], found[f"next/{layer}"]], dim=1).long()
