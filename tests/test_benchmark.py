@@ -75,7 +75,7 @@ def test_stages_are_all_there(stages):
     found, written = stages
     parts = {
         "models": "load",
-        "preprocess": "load read vae inversion reconstruction features rest total",
+        "preprocess": "read load vae inversion reconstruction features rest total",
         "edit": "load edit decode write rest total",
     }
     assert [(row["part"], row["stage"]) for row in written["stages"]] == [
