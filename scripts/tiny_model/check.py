@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ from scripts.shapes.metrics import (
 from scripts.shapes.pictures import HELD_OUT, SIZE
 from scripts.shapes.world import (
     SAMPLE_FRAMES,
-    Scene,
     another_color,
     random_scene,
     recolored,
@@ -136,81 +134,66 @@ def check_text_to_image(
 # ------------------------------------------------------------------------------------------ clips
 
 
-@dataclass(frozen=True)
-class ClipCheck:
-    """With what the clips are checked, and where their caches and edits are kept."""
+def check_clip(
+    models: StableDiffusion,
+    model: Path,
+    work: Path,
+    config: Mapping[str, Any],
+    accuracy: Mapping[str, int],
+    seed: int,
+) -> dict:
+    """Invert and edit the clip of a scene with one object, and measure the results.
 
-    models: StableDiffusion
-    model: Path
-    work: Path
-    config: Mapping[str, Any]  # of the demo's edit
-    accuracy_steps: int  # of the inversions whose accuracy is measured, apart from the edits'
-    accuracy_frames: int  # of those inversions
+    Args:
+        work: for the clip, its caches and its edits.
+        config: of the demo's edit.
+        accuracy: steps and frames of the inversions that are measured.
+    """
+    scene = random_scene(seed, n_objects=1)
+    clip = render_clip(scene, SAMPLE_FRAMES, SIZE)
+    source, target = work / "clips" / f"{seed}", another_color(scene)
+    save_frames(source, clip.frames)
+    true, masks = clip.frames[: config["n_frames"]], clip.masks[: config["n_frames"]]
+    decoded = decode_latents(models, encode_frames(models, true))
+    shared = {"data_path": str(source), "model_key": str(model), "device": str(models.device)}
 
-    def __call__(self, seed: int) -> dict:
-        """Invert and edit the clip of a scene with one object, and measure the results."""
-        scene = random_scene(seed, n_objects=1)
-        clip = render_clip(scene, SAMPLE_FRAMES, SIZE)
-        source = self.work / "clips" / f"{seed}"
-        save_frames(source, clip.frames)
-        target = another_color(scene)
-        n_frames = self.config["n_frames"]
-        true = clip.frames[:n_frames]
-        decoded = decode_latents(self.models, encode_frames(self.models, true))
-
-        options = inversion_options(self.config)
-        self._invert(source, scene, "latents", options)
-        options |= {"n_frames": self.accuracy_frames, "no_cache_features": ""}
-        options |= {"steps": self.accuracy_steps, "save_steps": self.accuracy_steps}
-        plain = self._invert(source, scene, "plain", {**options, "inversion_iters": 1})
-        refined = self._invert(source, scene, "refined", {**options, "inversion_iters": 5})
-        edited = {name: self._edit(source, scene, target, METHODS[name]) for name in METHODS}
-        frames, masks = edited["tokenflow"], clip.masks[:n_frames]
-        found = [hue_of_object(f, m > 0) for f, m in zip(frames, masks, strict=True)]
-        clips = {"source": true, "vae": decoded, **edited}
-        return {
-            "seed": seed,
-            "caption": scene.caption,
-            "target": target,
-            "vae_psnr": psnr(decoded, true),
-            "inversion_vae_psnr": plain.vae_psnr,
-            "inversion_psnr": plain.psnr,
-            "inversion_iters_5_psnr": refined.psnr,
-            "edit_color_success": float(np.mean([color == target for color in found])),
-            "background_psnr": background_psnr(frames, decoded, masks, self.models.vae_factor),
-            "warp_error": {name: warp_error(frames, clip) for name, frames in clips.items()},
-        }
-
-    def _invert(
-        self, source: Path, scene: Scene, save_dir: str, options: Mapping[str, object]
-    ) -> Manifest:
-        options = {
-            **options,
-            "data_path": source,
-            "save_dir": self.work / save_dir,
-            "model_key": self.model,
-            "fps": FPS,
-            "inversion_prompt": scene.caption,
-            "device": self.models.device,
-        }
+    def invert(save_dir: str, **changes: object) -> Manifest:
+        options = inversion_options(config) | shared | changes
+        options |= {"save_dir": work / save_dir, "fps": FPS, "inversion_prompt": scene.caption}
         return open_cache(preprocess.preprocess(preprocess.parse_args(arguments(options)))).manifest
 
-    def _edit(
-        self, source: Path, scene: Scene, target: str, method: Mapping[str, str]
-    ) -> np.ndarray:
+    def edit(method: Mapping[str, str]) -> np.ndarray:
         settings = {
-            **self.config,
-            "data_path": str(source),
-            "model_key": str(self.model),
-            "latents_path": str(self.work / "latents"),
-            "output_path": str(self.work / "results"),
+            **config,
+            **shared,
+            "latents_path": str(work / "latents"),
+            "output_path": str(work / "results"),
             "prompt": recolored(scene, target),
             "negative_prompt": scene.caption,
-            "device": str(self.models.device),
             **method,
         }
-        config = parse(pnp.PnPConfig, settings, f"{CONFIG} for {source}")
-        return load_frames(pnp.edit(config) / "frames")
+        return load_frames(pnp.edit(parse(pnp.PnPConfig, settings, CONFIG)) / "frames")
+
+    invert("latents")
+    few = {"n_frames": accuracy["accuracy_frames"], "no_cache_features": ""}
+    few |= dict.fromkeys(("steps", "save_steps"), accuracy["accuracy_steps"])
+    plain = invert("plain", **few, inversion_iters=1)
+    refined = invert("refined", **few, inversion_iters=5)
+    clips = {"source": true, "vae": decoded} | {name: edit(m) for name, m in METHODS.items()}
+    frames = clips["tokenflow"]
+    found = [hue_of_object(f, m > 0) for f, m in zip(frames, masks, strict=True)]
+    return {
+        "seed": seed,
+        "caption": scene.caption,
+        "target": target,
+        "vae_psnr": psnr(decoded, true),
+        "inversion_vae_psnr": plain.vae_psnr,
+        "inversion_psnr": plain.psnr,
+        "inversion_iters_5_psnr": refined.psnr,
+        "edit_color_success": float(np.mean([color == target for color in found])),
+        "background_psnr": background_psnr(frames, decoded, masks, models.vae_factor),
+        "warp_error": {name: warp_error(frames, clip) for name, frames in clips.items()},
+    }
 
 
 def summary(clips: Sequence[dict]) -> dict:
@@ -292,10 +275,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     figures = check_text_to_image(models, args.model, judge, sdedit, args.pictures, args.seed)
     # Another model's caches and edits would be refused: each model has a folder.
     work = args.work / f"{checkpoint_revision(args.model)}_{code_version()}"
-    check = ClipCheck(models, args.model, work, load_yaml(ROOT / CONFIG) | quick, **accuracy)
-    clips = []
+    config, clips = load_yaml(ROOT / CONFIG) | quick, []
     for number in range(args.clips):
-        clips.append(check(args.seed + number))
+        seed = args.seed + number
+        clips.append(check_clip(models, args.model, work, config, accuracy, seed))
         log.info("clip %d of %d: %s", number + 1, args.clips, json.dumps(clips[-1]))
     figures |= {**accuracy, "quick": args.quick, **summary(clips), "clips": clips}
     reports = [(args.json, json.dumps(figures, indent=2) + "\n")] if args.json else []
