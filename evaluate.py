@@ -17,7 +17,7 @@ from tokenflow.evaluation.evaluator import (
     open_results,
     score_all,
 )
-from tokenflow.evaluation.inputs import OtherVideo, Subject, open_video
+from tokenflow.evaluation.inputs import OtherVideo, open_video
 from tokenflow.evaluation.score_table import FORMATS, Row, text_table
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
@@ -52,20 +52,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def open_subjects(args: argparse.Namespace, protocol: Protocol) -> list[Subject]:
-    """Find and check all that the command line names."""
-    if args.results:
-        return open_results(args.results, protocol, args.source_prompt)
-    video = from_arguments(OtherVideo, args)
-    return [check_subject(open_video(video, args.source_prompt), protocol)]
-
-
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the script; returns the rows."""
     setup_logging()
     args = parse_args(argv)
     protocol = from_arguments(Protocol, args)
-    subjects = open_subjects(args, protocol)
+    if args.results:
+        subjects = open_results(args.results, protocol, args.source_prompt)
+    else:
+        video = open_video(from_arguments(OtherVideo, args), args.source_prompt)
+        subjects = [check_subject(video, protocol)]
     rows, errors = score_all(subjects, Evaluator(protocol))
     if rows:
         write_reports(
