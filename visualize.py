@@ -51,10 +51,10 @@ def draw_keyframes(options: KeyframeOptions) -> list[Path]:
     chosen, first_step = chosen_keyframes(config, result.n_frames)
     title = (
         f"{TECHNIQUES[technique]}: {config.keyframes} keyframes (black) of steps {first_step} to "
-        f"{config.n_timesteps}\none in each interval of {config.batch_size} frames (lines); seed "
-        f"{config.keyframe_seed}; the noisiest step is at the top"
+        f"{config.n_timesteps}\none in each interval of {config.keyframe_interval} frames (lines); "
+        f"seed {config.keyframe_seed}; the noisiest step is at the top"
     )
-    figure = drawing.keyframe_figure(chosen, first_step, config.batch_size, title)
+    figure = drawing.keyframe_figure(chosen, first_step, config.keyframe_interval, title)
     return [drawing.save_figure(out / "keyframes.png", figure)]
 
 

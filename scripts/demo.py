@@ -103,7 +103,7 @@ def inversion_options(config: Mapping[str, Any]) -> dict[str, object]:
         "save_steps": config["n_timesteps"],
         "inversion_iters": INVERSION_ITERS,
         # What these edits' source features are cached for.
-        "interval": config["batch_size"],
+        "keyframe_interval": config["keyframe_interval"],
         "pnp_attn_t": config["pnp_attn_t"],
         "pnp_f_t": config["pnp_f_t"],
     }

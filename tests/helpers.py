@@ -69,7 +69,7 @@ def edit_keys(folder: Path, model: Path, **changes: object) -> dict:
         "n_timesteps": 5,
         "n_frames": 5,
         "prompt": "a green star",
-        "batch_size": 3,
+        "keyframe_interval": 3,
         "device": "cpu",
         **changes,
     }
@@ -84,7 +84,7 @@ def edit(script, clip: Path, model: Path, **changes: object) -> Path:
 
 def write_list(model: Path, **changes: object) -> Path:
     """Write list.yaml for a batch: small edits of clips `a` and `b`."""
-    small = {"n_frames": 3, "n_inversion_steps": 2, "n_timesteps": 2, "batch_size": 2}
+    small = {"n_frames": 3, "n_inversion_steps": 2, "n_timesteps": 2, "keyframe_interval": 2}
     given = {
         "settings": {"model_key": str(model), "H": HEIGHT, "W": WIDTH, "device": "cpu", **small},
         "prompts": ["a {clip} of marble"],

@@ -40,7 +40,7 @@ def words(tiny_model, tmp_path_factory):
     words = ["--model", str(tiny_model), "--data_path", str(clip), "--work", str(work / "work")]
     words += ["--frames", str(FRAMES), "--size", "48x64", "--steps", str(STEPS), "--device", "cpu"]
     words += ["--inversion", f"plain{STEPS}"]
-    return [*words, "--repeats", "1", "--warm_up", "1", "--set", f"batch_size={INTERVAL}"]
+    return [*words, "--repeats", "1", "--warm_up", "1", "--set", f"keyframe_interval={INTERVAL}"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_row_is_the_median_of_the_runs():
         ("three_branch", 3 * (FRAMES + KEYFRAMES) * STEPS),
         ("per_frame", 3 * FRAMES * 3 + 2 * FRAMES * 1),  # the source in the 3 injected steps of 4
         ("per_frame+pnp_f_t=0+pnp_attn_t=0", 2 * FRAMES * STEPS),
-        ("tokenflow+batch_size=5", 3 * (FRAMES + 1) * STEPS),
+        ("tokenflow+keyframe_interval=5", 3 * (FRAMES + 1) * STEPS),
     ],
 )
 def test_image_forwards_are_what_arithmetic_says(bench, models, setting, expected):
@@ -239,7 +239,7 @@ def test_preprocess_settings_become_options(bench):
         (["--size", "big"], "--H: .*big"),
         (["--size", "50"], "--H: 50, expected a multiple of 8"),
         (["--model", "sd3-random"], "sd3-random: no such folder"),
-        (["--set", "batch_sise=2"], "did you mean batch_size"),
+        (["--set", "keyframe_intervall=2"], "did you mean keyframe_interval"),
     ],
 )
 def test_a_bad_command_line_is_refused(words, options, message):

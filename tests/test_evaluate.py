@@ -60,7 +60,7 @@ def place(tiny_model, tmp_path_factory):
         motion.save_motion(folder / f"{name}.flow.safetensors", true_motion(rendered))
         save_masks(folder / "masks" / name, rendered.masks)
         invert(clip, folder / "latents", tiny_model, inversion_prompt=SOURCE_PROMPT)
-        settings = {"prompt": PROMPT, "n_frames": N_FRAMES, "batch_size": 2, "start": 0.4}
+        settings = {"prompt": PROMPT, "n_frames": N_FRAMES, "keyframe_interval": 2, "start": 0.4}
         edit(run_tokenflow_sdedit, clip, tiny_model, **settings)
         if name == "one":
             edit(run_tokenflow_sdedit, clip, tiny_model, **settings, keyframes="fixed")

@@ -582,11 +582,11 @@ def features_of(folder):
 
 def test_features_are_cached_by_default(tiny_model, tmp_path):
     clip = make_clip(tmp_path / "clip.mp4")
-    folder = invert(clip, tmp_path / "latents", tiny_model, cache_features="", interval=2)
+    folder = invert(clip, tmp_path / "latents", tiny_model, cache_features="", keyframe_interval=2)
     settings = features_of(folder).settings
     assert settings.model_dump() == {
         "n_frames": 5,
-        "interval": 2,
+        "keyframe_interval": 2,
         "keyframe_seed": 1,
         "n_timesteps": 5,
         "attention_steps": 2,

@@ -29,20 +29,16 @@ from util import UserError, slug
 
 INVERSION = "inversion"  # the kind of a job; an edit's kind is the name of its variant
 # Options of preprocess.py, and the keys of an edit that set them.
-_SAME = (
-    "data_path", "frame_start", "frame_stride", "n_frames", "H", "W", "sd_version", "model_key",
-    "keyframe_seed", "pnp_attn_t", "pnp_f_t", "device", "dtype", "allow_pickle", "verify",
-)  # fmt: skip
-INVERSION_OPTIONS = {name: name for name in _SAME} | {
-    "save_dir": "latents_path",
-    "steps": "n_inversion_steps",
-    "save_steps": "n_timesteps",
-    "interval": "batch_size",
-}
+INVERSION_OPTIONS = {
+    PreprocessOptions.ALIASES.get(key, key): key for key in
+    ("data_path", "frame_start", "frame_stride", "n_frames", "H", "W", "sd_version", "model_key",
+     "keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t", "device", "dtype",
+     "allow_pickle", "verify", "latents_path", "n_inversion_steps", "n_timesteps")
+}  # fmt: skip
 FRAME_RANGE = ("frame_start", "frame_stride")
 # Edits of one cache may differ in these: its features are built for the largest, or the first.
 LARGEST = ("pnp_attn_t", "pnp_f_t")
-FIRST = ("interval", "keyframe_seed")
+FIRST = ("keyframe_interval", "keyframe_seed")
 CONTROL_OPTIONS = {  # of an inversion with sd_version: ControlNet
     name: name for name in
     ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high", "depth_model")
@@ -138,7 +134,7 @@ class _Keys(Model):
                     place = f"{place}: {key}" if place else key
                     raise ValueError(f"{place}: is not a setting; see configs/davis.yaml")
         for option in self.preprocess:
-            key = INVERSION_OPTIONS.get(option)
+            key = INVERSION_OPTIONS.get(PreprocessOptions.ALIASES.get(option, option))
             if key and option not in ("H", "W", *FRAME_RANGE):  # edits take those of the cache
                 raise ValueError(
                     f"preprocess: {option}: comes from the edits; say {key} in settings"
@@ -300,9 +296,10 @@ def _edits(
     places = {"latents_path": given.latents_path, "output_path": given.output_path}
     places |= {"data_path": entry.data_path} | ({"verify": True} if verify else {})
     for variant in variants:
-        settings = given.settings | getattr(given, variant.section)
-        settings |= entry.model_extra | getattr(entry, variant.section)
-        settings |= variant.settings | places
+        levels = given.settings, getattr(given, variant.section), entry.model_extra
+        levels += getattr(entry, variant.section), variant.settings, places
+        names = variant.config.ALIASES  # one level may name a key by another name
+        settings = {names.get(key, key): level[key] for level in levels for key in level}
         for prompt in prompts:
             keys, place = settings | {"prompt": prompt}, f"{where}: {variant.name}"
             config = parse(variant.config, keys, place)

@@ -29,7 +29,7 @@ from util import ArgumentParser, UserError, at_least, check_writable, command_li
 ROOT = Path(__file__).resolve().parents[2]
 
 SEED = 5_000_000
-SHARED = ("sd_version", "n_inversion_steps", "n_timesteps", "n_frames", "batch_size")
+SHARED = ("sd_version", "n_inversion_steps", "n_timesteps", "n_frames", "keyframe_interval")
 OWN = {  # what Table 1 takes from each technique's demo config, besides the common keys
     "pnp": ("guidance_scale", "pnp_attn_t", "pnp_f_t"),
     "sdedit": ("guidance_scale", "start"),

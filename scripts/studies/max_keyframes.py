@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--bounds", type=at_least(2), nargs="+", required=True, help="of max_keyframes")
     args = parser.parse_args(argv)
     setup_logging()
-    settings = {"batch_size": args.interval}
+    settings = {"keyframe_interval": args.interval}
     variants = [
         replace(PNP, name=str(bound), settings=PNP.settings | settings | {"max_keyframes": bound})
         for bound in (None, *args.bounds)

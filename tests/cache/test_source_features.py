@@ -39,7 +39,7 @@ ROUNDING = 1e-4
 
 SETTINGS = FeatureSettings(
     n_frames=N_FRAMES,
-    interval=3,
+    keyframe_interval=3,
     keyframe_seed=1,
     n_timesteps=STEPS,
     attention_steps=2,
@@ -142,7 +142,7 @@ def test_they_serve_other_techniques_prompts_blends_and_fewer_steps(keys, techni
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"batch_size": 4}, "interval is 3 there, 4 here"),
+        ({"keyframe_interval": 4}, "keyframe_interval is 3 there, 4 here"),
         ({"keyframe_seed": 2}, "keyframe_seed is 1 there, 2 here"),
         ({"n_frames": 6}, "n_frames is 7 there, 6 here"),
         ({"n_timesteps": 1}, "n_timesteps is 5 there, 1 here"),
@@ -166,8 +166,11 @@ def test_other_settings_are_computed_live_and_said(keys, changes, said, caplog):
 def test_the_advised_command_adds_features_that_serve(tiny_model, tmp_path, caplog):
     caplog.set_level("INFO")
     keys = make_cache(tmp_path, tiny_model)
-    changes = {"batch_size": 4, "pnp_f_t": 1.0}
-    for said in ("holds none; for some, run: ", "interval is 4 there, 2 here; for others, run: "):
+    changes = {"keyframe_interval": 4, "pnp_f_t": 1.0}
+    for said in (
+        "holds none; for some, run: ",
+        "keyframe_interval is 4 there, 2 here; for others, run: ",
+    ):
         caplog.clear()
         pnp(keys, **changes)
         command = caplog.text.partition(said)[2].partition(")\n")[0]
@@ -177,7 +180,7 @@ def test_the_advised_command_adds_features_that_serve(tiny_model, tmp_path, capl
         session = session_of(keys, **changes)
         session.edit_latents(run_tokenflow_pnp.plan(session))
         assert session.source_features == "cached"
-        changes["batch_size"] = 2
+        changes["keyframe_interval"] = 2
 
 
 def test_no_command_is_advised_where_none_of_the_same_cache_serves(keys, caplog):

@@ -37,7 +37,9 @@ def make_cache(folder, model, **options):
     invert(clip, folder / "latents", model, n_frames=N_FRAMES, **settings)
     keys = {"n_inversion_steps": settings["steps"], "n_timesteps": STEPS, "n_frames": N_FRAMES}
     keys |= {"sd_version": options.get("sd_version", "2.1"), "negative_prompt": "ugly"}
-    return edit_keys(folder, model, **keys)  # its batch_size of 3 leaves a short last interval
+    return edit_keys(
+        folder, model, **keys
+    )  # its keyframe_interval of 3 leaves a short last interval
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_edit_matches_the_reference(keys, propagation, technique):
     models = session.models
     texts = encode_prompts(models, [SOURCE_PROMPT, config.negative_prompt, config.prompt])
     other = reference.ReferenceEdit(
-        models.unet, models.schedule.config, texts, propagation, "sigmoid", config.batch_size
+        models.unet, models.schedule.config, texts, propagation, "sigmoid", config.keyframe_interval
     )
     generator = torch.Generator().manual_seed(config.keyframe_seed)
     keyframes = [
@@ -181,7 +183,7 @@ def test_choices_that_must_change_the_result(keys):
             "released": {"propagation": "released"},
             "linear": {"blend": "linear"},
             "flow": {"correspondence": "flow"},
-            "one keyframe": {"batch_size": N_FRAMES},
+            "one keyframe": {"keyframe_interval": N_FRAMES},
             "prompt": {"prompt": "a blue disc"},
             "negative prompt": {"negative_prompt": ""},
             "guidance": {"guidance_scale": 3.0},
@@ -210,7 +212,7 @@ def test_guidance_of_one_needs_no_unconditional_branch(keys):
 
 
 def test_every_frame_is_edited_where_the_clip_is_shorter_than_an_interval(keys):
-    assert len(pnp(keys, batch_size=40)) == N_FRAMES
+    assert len(pnp(keys, keyframe_interval=40)) == N_FRAMES
 
 
 # ---------------------------------------------------------------- starts

@@ -72,7 +72,7 @@ def succeed(size, work, folder):
 def options(clip, folder, model, **changes):
     return {
         "data_path": clip, "save_dir": folder, "model_key": model, "n_frames": N_FRAMES,
-        "H": HEIGHT, "W": WIDTH, "steps": 4 * STEPS, "save_steps": STEPS, "interval": 2,
+        "H": HEIGHT, "W": WIDTH, "steps": 4 * STEPS, "save_steps": STEPS, "keyframe_interval": 2,
         "device": "cpu", "inversion_prompt": "a disc on a wall", "batch_size": 2, **changes,
     }  # fmt: skip
 
@@ -101,7 +101,7 @@ def cache(clip, tiny_model):
 def keys(clip, cache, tiny_model):
     steps = {"n_inversion_steps": 4 * STEPS, "n_timesteps": STEPS, "n_frames": N_FRAMES}
     # three keyframes
-    return edit_keys(clip.parent, tiny_model, **steps, negative_prompt="ugly", batch_size=2)
+    return edit_keys(clip.parent, tiny_model, **steps, negative_prompt="ugly", keyframe_interval=2)
 
 
 # ---------------------------------------------------------------- edits
@@ -117,8 +117,8 @@ EDITS = {
     "per frame": {"consistency": "none"},
     "flow": {"correspondence": "flow"},
     # fewer things than processes
-    "one keyframe": {"batch_size": N_FRAMES},
-    "two keyframes": {"batch_size": 3},
+    "one keyframe": {"keyframe_interval": N_FRAMES},
+    "two keyframes": {"keyframe_interval": 3},
     "two frames": {"n_frames": 2},
     "one frame": {"n_frames": 1},
     "one frame by itself": {"n_frames": 1, "consistency": "none"},
@@ -127,7 +127,7 @@ EDITS = {
     "fixed keyframes": {"keyframes": "fixed"},
     "no guidance": {"guidance_scale": 1.0},
     "small chunks": {"chunk_size": 1},
-    "windows": {"batch_size": 1, "max_keyframes": 4, "chunk_size": 2},
+    "windows": {"keyframe_interval": 1, "max_keyframes": 4, "chunk_size": 2},
     "nothing injected": {"pnp_attn_t": 0.0, "pnp_f_t": 0.0, "source_features": "live"},
 }
 QUICK = {
@@ -172,7 +172,7 @@ def test_an_edit_of_several_processes_is_that_of_one(keys, models, alone, tmp_pa
     # Of keyframes that are fewer than the processes, some are computed twice.
     k = session.config.n_frames
     if session.config.consistency == "tokenflow":
-        k = -(-k // session.config.batch_size)
+        k = -(-k // session.config.keyframe_interval)
     joint = session.config.consistency in ("tokenflow", "extended_attention")
     if k >= size or not joint:
         assert found[0]["forwards"] == session.image_forwards

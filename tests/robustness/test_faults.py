@@ -139,7 +139,7 @@ class World:
         small = {
             "data_path": self.clip, "save_dir": "latents", "model_key": self.model,
             "n_frames": N_FRAMES, "H": HEIGHT, "W": WIDTH, "steps": 10, "save_steps": 5,
-            "recon_steps": 5, "batch_size": 4, "interval": 3, "device": "cpu",
+            "recon_steps": 5, "batch_size": 4, "keyframe_interval": 3, "device": "cpu",
             "inversion_prompt": "a star", "inversion_iters": 2,
         }  # fmt: skip
         return arguments(small | options)
@@ -149,7 +149,7 @@ class World:
         small = {
             "data_path": str(self.clip), "output_path": "out", "latents_path": "latents",
             "prompt": "a golden star", "model_key": str(self.model), "n_inversion_steps": 10,
-            "n_timesteps": 5, "n_frames": N_FRAMES, "batch_size": 3, "device": "cpu",
+            "n_timesteps": 5, "n_frames": N_FRAMES, "keyframe_interval": 3, "device": "cpu",
             "checkpoint_every": 1,
         }  # fmt: skip
         if technique == "controlnet":

@@ -198,7 +198,7 @@ GOOD = {
     "n_inversion_steps": 10,
     "n_timesteps": 5,
     "n_frames": 5,
-    "batch_size": 3,
+    "keyframe_interval": 3,
     "device": "cpu",
 }
 

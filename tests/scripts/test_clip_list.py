@@ -69,7 +69,7 @@ def test_each_cache_is_made_once_before_its_edits_and_those_of_one_model_togethe
 
 
 def test_an_inversion_serves_all_edits_from_it(tiny_model):
-    clips = [{"data_path": "a", "pnp": {"pnp_f_t": 0.2, "pnp_attn_t": 0.1, "batch_size": 3}}]
+    clips = [{"data_path": "a", "pnp": {"pnp_f_t": 0.2, "pnp_attn_t": 0.1, "keyframe_interval": 3}}]
     found = read_batch(
         write_list(
             tiny_model,
@@ -79,7 +79,11 @@ def test_an_inversion_serves_all_edits_from_it(tiny_model):
         )
     )
     options = found.jobs[0].work
-    assert (options["pnp_f_t"], options["pnp_attn_t"], options["interval"]) == (0.2, 0.1, 2)
+    assert (options["pnp_f_t"], options["pnp_attn_t"], options["keyframe_interval"]) == (
+        0.2,
+        0.1,
+        2,
+    )
     assert (options["inversion_iters"], options["cache_features"]) == (2, False)
     assert (options["verify"], options["allow_pickle"]) == (False, False)
     checked = read_batch(Path("list.yaml"), verify=True)

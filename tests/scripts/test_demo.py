@@ -13,7 +13,7 @@ from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-FEW = {"n_inversion_steps": 2, "n_timesteps": 2, "n_frames": 2, "batch_size": 2}
+FEW = {"n_inversion_steps": 2, "n_timesteps": 2, "n_frames": 2, "keyframe_interval": 2}
 
 
 @pytest.fixture(scope="module")

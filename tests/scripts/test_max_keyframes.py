@@ -39,9 +39,14 @@ def ran(tmp_path, monkeypatch):
 def test_each_clip_is_inverted_once_and_edited_under_each_bound(ran, capsys):
     max_keyframes.main(["clips.yaml", "--interval", "2", "--bounds", "6", "3"])
     inversions = [job.work for job in ran.jobs if job.variant is None]
-    assert [(work["data_path"], work["interval"]) for work in inversions] == [("a", 2), ("b", 2)]
+    assert [(work["data_path"], work["keyframe_interval"]) for work in inversions] == [
+        ("a", 2),
+        ("b", 2),
+    ]
     edits = [job.work for job in ran.jobs if job.variant is not None]
-    found = [(work["data_path"], work["batch_size"], work["max_keyframes"]) for work in edits]
+    found = [
+        (work["data_path"], work["keyframe_interval"], work["max_keyframes"]) for work in edits
+    ]
     assert found == [(clip, 2, bound) for clip in "ab" for bound in (None, 6, 3)]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert lines == [

@@ -81,7 +81,7 @@ def test_a_wrong_list_is_refused_before_any_work(tmp_path, changes, message):
 def test_the_davis_list_is_right():
     batch, protocol = table1.read_list(ROOT / "configs/table1_davis.yaml")
     assert protocol.flow == "raft"
-    assert configs_of(batch)["dog", "PnP, TokenFlow"].batch_size == 8
+    assert configs_of(batch)["dog", "PnP, TokenFlow"].keyframe_interval == 8
 
 
 def row(method, clip, **measures):

@@ -246,6 +246,8 @@ def test_an_alias_is_accepted_beside_the_field_s_name_but_not_both(tmp_path):
         load(tmp_path, yaml.safe_dump(GOOD | {"guidance_scale": 4, "cfg": 3}))
     with pytest.raises(UserError, match="guidance_scale: expected a number, got 'x'"):
         parse(Example, GOOD | {"cfg": "x"}, "a mapping")
+    nested = parse(Examples, {"examples": [GOOD | {"cfg": 3}]}, "a mapping")
+    assert nested.examples[0].guidance_scale == 3
 
 
 # ---------------------------------------------------------------- command lines

@@ -55,7 +55,7 @@ def benchmark(options: Options, args: argparse.Namespace) -> tuple[dict, str]:
         "overrides": list(bench.overrides),
         "preprocess_options": list(bench.more),
         "device_name": device_name(bench.device),
-        "keyframes": -(-options.frames // bench.edit_config().batch_size),
+        "keyframes": -(-options.frames // bench.edit_config().keyframe_interval),
     }
     return facts | found, text
 

@@ -198,8 +198,8 @@ class Bench:
         words = arguments({**self.shared, **own, "save_steps": steps})
         words += preprocess_words(name, steps)
         for key, _, value in (override.partition("=") for override in self.overrides):
-            if key in FEATURE_OPTIONS:
-                words += [f"--{FEATURE_OPTIONS[key]}", value]
+            if EditConfig.ALIASES.get(key, key) in FEATURE_OPTIONS:
+                words += [f"--{EditConfig.ALIASES.get(key, key)}", value]
         words += self.more
         # One folder for each set of options: a cache's own name says only the clip and the steps.
         options = json.dumps([words, checkpoint_revision(self.checkpoint), FORMAT])

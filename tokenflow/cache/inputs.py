@@ -139,7 +139,7 @@ def _read(options: PreprocessOptions) -> tuple[Path, str, Clip]:
 def _feature_settings(options: PreprocessOptions, manifest: Manifest) -> FeatureSettings:
     return FeatureSettings(
         n_frames=manifest.n_frames,
-        interval=options.interval,
+        keyframe_interval=options.keyframe_interval,
         keyframe_seed=options.keyframe_seed,
         n_timesteps=manifest.save_steps,
         attention_steps=int(manifest.save_steps * options.pnp_attn_t),

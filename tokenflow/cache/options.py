@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -56,6 +56,14 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 class PreprocessOptions(Model):
     """What preprocess.py is asked to do; `fast` is replaced by the settings that it stands for."""
+
+    ALIASES: ClassVar = {  # the keys of an edit, and an earlier name
+        "latents_path": "save_dir",
+        "n_inversion_steps": "steps",
+        "n_timesteps": "save_steps",
+        "chunk_size": "batch_size",
+        "interval": "keyframe_interval",
+    }
 
     data_path: str = Field(description="video, GIF or folder of images")
     save_dir: str = Field("latents", description="folder of the caches")
@@ -116,7 +124,7 @@ class PreprocessOptions(Model):
     cache_features: bool = Field(
         True, description="also run the source pass of edits and save its results (default)"
     )
-    interval: Count = Field(8, description="frames per keyframe, batch_size in the edits' configs")
+    keyframe_interval: Count = Field(8, description="the edits' keyframe_interval")
     keyframe_seed: Seed = Field(1, description="seed of the edits' keyframes")
     pnp_attn_t: Share = Field(0.5, description="largest pnp_attn_t of the edits")
     pnp_f_t: Share = Field(0.8, description="largest pnp_f_t of the edits")
@@ -148,7 +156,7 @@ class PreprocessOptions(Model):
         """Replaces `fast` by its settings; a reconstruction takes save_steps steps by default."""
         if not isinstance(given, dict):
             return given
-        given = dict(given)
+        given = cls.take_aliases(given)
         if given.get("fast") is True:
             for name in [name for name in FAST if name in given]:
                 raise ValueError(

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -59,16 +59,17 @@ class FeatureSettings(Model):
     """What cached features depend on beside the cache that they lie in.
 
     Attributes:
-        n_frames: of the clip; with the next three, it says the keyframes of every step.
-        interval: frames per keyframe (`batch_size` of an edit).
-        keyframe_seed, n_timesteps: as in an edit.
+        n_frames: of the clip; with the next three, it determines the keyframes of every step.
+        keyframe_interval, keyframe_seed, n_timesteps: as in an edit.
         attention_steps, feature_steps: in this many first steps there are tokens and features.
         dtype: of the pass, and of tokens and features: float32, float16 or bfloat16.
         save_tokens: "keyframes", or "all": those of every frame, layer and step too.
     """
 
+    ALIASES: ClassVar = {"interval": "keyframe_interval"}  # of earlier caches
+
     n_frames: int
-    interval: int
+    keyframe_interval: int
     keyframe_seed: int
     n_timesteps: int
     attention_steps: int
@@ -78,11 +79,11 @@ class FeatureSettings(Model):
 
     @property
     def n_keyframes(self) -> int:
-        return -(-self.n_frames // self.interval)
+        return -(-self.n_frames // self.keyframe_interval)
 
     def mismatch(self, needed: FeatureSettings) -> str:
         """Why features of these settings cannot serve an edit that needs others; "" if they can."""
-        same = ("n_frames", "interval", "keyframe_seed", "n_timesteps", "dtype")
+        same = ("n_frames", "keyframe_interval", "keyframe_seed", "n_timesteps", "dtype")
         differing = [name for name in same if getattr(self, name) != getattr(needed, name)]
         for name in ("attention_steps", "feature_steps"):
             if getattr(self, name) < getattr(needed, name):

@@ -137,7 +137,7 @@ def build_features(
 def feature_keyframes(settings: FeatureSettings) -> Tensor:
     """The keyframes of every step that cached features are computed for, (n_timesteps, k) int64."""
     return keyframe_schedule(
-        settings.n_frames, settings.interval, settings.n_timesteps, settings.keyframe_seed
+        settings.n_frames, settings.keyframe_interval, settings.n_timesteps, settings.keyframe_seed
     )
 
 

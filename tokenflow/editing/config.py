@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -19,17 +19,14 @@ ROOT = Path(__file__).parents[2]
 CPU_BACKENDS = ("native", "_native_math")
 CUDA_BACKENDS = ("xformers", "flash", "sage", "flex", "_native_flash", "_native_efficient")
 CUDA_BACKENDS += ("_native_cudnn",)
-# Keys of a config that cached features depend on, and the options of preprocess.py that set them.
-FEATURE_OPTIONS = {
-    "batch_size": "interval",
-    "keyframe_seed": "keyframe_seed",
-    "pnp_attn_t": "pnp_attn_t",
-    "pnp_f_t": "pnp_f_t",
-}
+# What cached features depend on: keys of a config, and options of preprocess.py.
+FEATURE_OPTIONS = ("keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t")
 
 
 class EditConfig(Model):
     """The keys that all techniques share."""
+
+    ALIASES: ClassVar = {"batch_size": "keyframe_interval"}  # the released code's name
 
     # what to edit
     data_path: str = Field(
@@ -102,11 +99,11 @@ class EditConfig(Model):
         7.5, ge=0, description="classifier-free guidance; 1 is none, at half the time"
     )
     # TokenFlow
-    batch_size: Count = Field(8, description="frames per keyframe")
+    keyframe_interval: Count = Field(8, description="frames per keyframe")
     chunk_size: CountOrNull = Field(
         None,
         description="frames evaluated at once: lower it if memory runs out; changes no result; "
-        "null: batch_size",
+        "null: keyframe_interval",
     )
     source_features: Literal["auto", "live"] = Field(
         "auto",

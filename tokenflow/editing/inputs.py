@@ -182,9 +182,9 @@ def _command_for(config: EditConfig, settings: dict[str, object]) -> str:
     """The command for the clip, model and features of a config, with these settings."""
     of_config = {key: getattr(config, key) for key in ("data_path", "sd_version", "model_key")}
     features = {
-        option: getattr(config, key)
-        for key, option in FEATURE_OPTIONS.items()
-        if getattr(config, key, default(option)) != default(option)
+        option: getattr(config, option)
+        for option in FEATURE_OPTIONS
+        if getattr(config, option, default(option)) != default(option)
     }
     return preprocess_command(of_config | settings | features)
 

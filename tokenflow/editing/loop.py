@@ -114,7 +114,7 @@ class EditSession:
         self.image_forwards = 0
         self.source_features = "live"
         self.watch = watch or Stopwatch(inputs.device)
-        self.chunk_size = self.config.chunk_size or self.config.batch_size
+        self.chunk_size = self.config.chunk_size or self.config.keyframe_interval
         reset_peak_memory(inputs.device)
         with self.watch("load"):
             self.models = models or (load or load_stable_diffusion)(
@@ -227,7 +227,7 @@ class EditSession:
         if config.consistency in ("tokenflow", "extended_attention"):
             together = len(self.frames)
             if config.consistency == "tokenflow":
-                together = -(-together // config.batch_size)
+                together = -(-together // config.keyframe_interval)
             shard = self.group.shard(together, joint=True)
             windows = keyframe_windows(together, config.max_keyframes, self.chunk_size)
             context.attend = WindowedAttention(windows, self.models.device, shard)
@@ -236,7 +236,7 @@ class EditSession:
 
     def _neighbours(self, chunk: Tensor, keyframes: Tensor) -> Neighbours:
         if self.config.propagation == "released":
-            near = released_neighbours(chunk, self.config.batch_size)
+            near = released_neighbours(chunk, self.config.keyframe_interval)
         else:
             near = neighbours(chunk, keyframes, self.config.blend)
         return near.to(self.models.device)
@@ -295,7 +295,7 @@ class EditSession:
         skipped = config.n_timesteps - len(steps)  # SDEdit leaves the noisiest out
         needed = FeatureSettings(
             n_frames=len(self.frames),
-            interval=config.batch_size,
+            keyframe_interval=config.keyframe_interval,
             keyframe_seed=config.keyframe_seed,
             n_timesteps=config.n_timesteps,
             attention_steps=attention and skipped + attention,
@@ -319,7 +319,11 @@ def keyframes_of_steps(config: EditConfig, n_frames: int, n_steps: int) -> Tenso
     in the published code.
     """
     schedule = keyframe_schedule(
-        n_frames, config.batch_size, config.n_timesteps, config.keyframe_seed, config.keyframes
+        n_frames,
+        config.keyframe_interval,
+        config.n_timesteps,
+        config.keyframe_seed,
+        config.keyframes,
     )
     return schedule[:n_steps] if config.propagation == "released" else schedule[-n_steps:]
 

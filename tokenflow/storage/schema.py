@@ -34,7 +34,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -61,6 +61,18 @@ class Model(BaseModel):
         protected_namespaces=(),
     )
     ALIASES: ClassVar[Mapping[str, str]] = {}  # other names of fields, to the field's
+
+    @model_validator(mode="before")
+    @classmethod
+    def take_aliases(cls, given: Any) -> Any:
+        """A mapping with the fields' own names; a validator of a subclass runs before this one."""
+        values = {}
+        for key, value in given.items() if isinstance(given, Mapping) else ():
+            name = cls.ALIASES.get(key, key)
+            if name in values:
+                raise ValueError(f"{name} is given twice, under one of its other names too")
+            values[name] = value
+        return values if isinstance(given, Mapping) else given
 
     @field_validator("*", mode="after")
     @classmethod
@@ -97,7 +109,7 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
         MissingFileError: there is no such file.
         UserError: as for `parse`; begins with "<path>: <key>: " or "--set <key>: ".
     """
-    values = _renamed(cls, load_yaml(path, MAX_CONFIG_BYTES), str(path))
+    values = load_yaml(path, MAX_CONFIG_BYTES)
     overridden = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -107,9 +119,10 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
         where = f"--set {shown_key(key)}"
         if len(value) > MAX_CONFIG_BYTES:
             raise UserError(f"{where}: longer than {MAX_CONFIG_BYTES >> 10} KB")
-        field = cls.model_fields.get(cls.ALIASES.get(key, key))
         key = cls.ALIASES.get(key, key)
+        field = cls.model_fields.get(key)
         overridden[key] = where
+        values = {name: values[name] for name in values if cls.ALIASES.get(name) != key}
         values[key] = _override(value, field.annotation if field else str, where)
 
     def place(key: str) -> str:
@@ -192,7 +205,7 @@ def _parse(cls: type[M], given: Any, place: Any, command_line: bool = False) -> 
     if not isinstance(given, Mapping):
         raise UserError(f"{place('')}: expected {_MAPPING}, got {shown(given)}")
     try:
-        return cls.model_validate(_renamed(cls, given, place("")))
+        return cls.model_validate(dict(given))
     except ValidationError as error:
         faults = error.errors(include_url=False)
     # A misspelt key is missing too: the misspelling says more.
@@ -252,17 +265,6 @@ def _declared(annotation: Any, loc: Sequence[str | int]) -> tuple[Any, FieldInfo
         else:  # an item of a list, or a value of a mapping
             annotation, field = (typing.get_args(annotation) or (Any,))[-1], None
     return plain_type(annotation) if field is None else annotation, field
-
-
-def _renamed(cls: type[Model], given: Mapping[Any, Any], where: str) -> dict[Any, Any]:
-    """The mapping with the fields' own names."""
-    values = {}
-    for key, value in given.items():
-        name = cls.ALIASES.get(key, key) if isinstance(key, str) else key
-        if name in values:
-            raise UserError(f"{where}: {name} is given twice, under one of its other names too")
-        values[name] = value
-    return values
 
 
 def _override(text: str, annotation: Any, where: str) -> Any:
