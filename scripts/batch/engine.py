@@ -94,6 +94,9 @@ class Worker:
             os.environ.pop(name, None)
         self.load = KeptModels()
 
+    def ready(self) -> None:
+        """Returns when the process has started."""
+
     def run(self, job: Job, log_file: Path) -> Outcome:
         """Runs a job; everything that it prints is appended to the log file."""
         calls, start = self.load.calls, time.monotonic()
@@ -198,7 +201,7 @@ def run_jobs(
         queue, running, outcomes = list(jobs), {}, {}
         idle = [start() for _ in range(n_processes)]
         try:
-            ray.get([worker.__ray_ready__.remote() for worker in idle])
+            ray.get([worker.ready.remote() for worker in idle])
         except ray.exceptions.RayActorError as error:
             raise UserError(f"no process can be started: {reason(error)}") from error
         while queue or running:

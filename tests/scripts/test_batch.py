@@ -163,6 +163,9 @@ def test_a_process_that_does_not_start_fails_no_job(tiny_model, shared_ray, monk
         def __init__(self, folder):
             raise ImportError("no such module")
 
+        def ready(self):
+            pass
+
     monkeypatch.setattr(engine, "Worker", Broken)
     write_list(tiny_model)
     assert run() == batch.WRONG == 255
