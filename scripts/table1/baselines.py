@@ -24,7 +24,7 @@ from tokenflow.diffusion.conditions import optical_flow
 from tokenflow.diffusion.models import Loader
 from tokenflow.diffusion.vae import encode_frames
 from tokenflow.editing.config import read_config
-from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.editing.techniques import open_result, save_result
 from tokenflow.evaluation.motion import warp
@@ -37,7 +37,7 @@ def reconstruction(
     config: pnp.PnPConfig, overwrite: bool = False, load: Loader | None = None
 ) -> Path:
     """The result whose frames are the VAE's reconstruction; returns its folder."""
-    inputs = open_inputs(config)
+    inputs = open_edit_inputs(config)
     with open_result("reconstruction", inputs, overwrite) as (folder, work):
         if work is not None:
             session = EditSession(inputs, load=load, work=work)
@@ -50,7 +50,7 @@ def rgb_propagation(
     config: pnp.PnPConfig, overwrite: bool = False, load: Loader | None = None
 ) -> Path:
     """The result whose frames are warps of the edited middle frame; returns its folder."""
-    inputs = open_inputs(config)
+    inputs = open_edit_inputs(config)
     per_frame = pnp.edit(config.model_copy(update={"consistency": "none"}), overwrite, load)
     with open_result("rgb_propagation", inputs, overwrite) as (folder, work):
         if work is not None:

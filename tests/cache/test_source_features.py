@@ -25,7 +25,7 @@ from tokenflow.cache.source_features import (
 )
 from tokenflow.cache.source_pass import build_features, feature_keyframes
 from tokenflow.diffusion.denoiser import make_denoiser
-from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession, plan_steps
 from tokenflow.editing.techniques import load_technique
 from tokenflow.figures import features
@@ -57,7 +57,7 @@ def keys(tiny_model, tmp_path_factory):
 
 
 def write(keys, settings, chunk_size):
-    session = EditSession(open_inputs(PnPConfig(**keys)))
+    session = EditSession(open_edit_inputs(PnPConfig(**keys)))
     prompt = session.cache.manifest.inversion_prompt
     denoiser = make_denoiser(session.models, session.frames, prompt, None, None)
     timesteps = session.inputs.timesteps
@@ -65,11 +65,11 @@ def write(keys, settings, chunk_size):
 
 
 def session_of(keys, **changes):
-    return EditSession(open_inputs(PnPConfig(**{**keys, **changes})))
+    return EditSession(open_edit_inputs(PnPConfig(**{**keys, **changes})))
 
 
 def folder_of(keys):
-    return open_inputs(PnPConfig(**keys)).cache.folder / source_features.FEATURES
+    return open_edit_inputs(PnPConfig(**keys)).cache.folder / source_features.FEATURES
 
 
 # ---------------------------------------------------------------- cached edits are live edits
@@ -133,7 +133,7 @@ def test_chunks_of_the_edit_need_not_be_those_of_the_features(keys, chunk_size):
 def test_they_serve_other_techniques_prompts_blends_and_fewer_steps(keys, technique, changes):
     script, latents = load_technique(technique), []
     for source in ({}, {"source_features": "live"}):
-        session = EditSession(open_inputs(script.config(**keys | changes | source)))
+        session = EditSession(open_edit_inputs(script.config(**keys | changes | source)))
         latents.append(session.edit_latents(script.plan(session)))
         assert session.source_features == ("live" if source else "cached")
     assert relative_error(latents[0], latents[1].double()) < ROUNDING

@@ -25,7 +25,7 @@ from tests.helpers import (
     no_model_may_load,
 )
 from tokenflow.diffusion.checkpoints import checkpoint_revision
-from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.results import TECHNIQUES
 from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
@@ -83,7 +83,7 @@ def run_the_command_in(message):
 
 def test_what_is_right_is_accepted(place, keys):
     """So that the refusals below are for the reason that they test."""
-    inputs = open_inputs(PnPConfig(**keys))
+    inputs = open_edit_inputs(PnPConfig(**keys))
     assert (inputs.n_frames, inputs.timesteps) == (5, [801, 601, 401, 201, 1])
     with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
         run_tokenflow_pnp.main(
@@ -199,14 +199,14 @@ def test_without_a_cache_the_command_that_makes_it_is_named(place, keys, techniq
     assert "steps_10: no cache for this clip; run: python preprocess.py --data_path" in message
     run_the_command_in(message)
     keys.pop("controlnet_key", None)
-    assert open_inputs(PnPConfig(**keys))
+    assert open_edit_inputs(PnPConfig(**keys))
 
 
 def test_a_cache_without_its_manifest_is_none(place, keys, cache):
     (cache / "manifest.yaml").unlink()
     said = r"only a cache that lacks its manifest \(nframes_.*\) for this clip.*--overwrite"
     run_the_command_in(refused(place, said, keys, error=MissingFileError))
-    open_inputs(PnPConfig(**keys))
+    open_edit_inputs(PnPConfig(**keys))
 
 
 OTHER_STEPS = r"steps_20: no cache .*\(there is sd_2\.1/clip/steps_10/nframes_5-.*steps 10\)"
@@ -227,14 +227,14 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_command_that_mends(
     place, keys, changes, said
 ):
     run_the_command_in(refused(place, said, keys | changes))
-    open_inputs(PnPConfig(**keys | changes))
+    open_edit_inputs(PnPConfig(**keys | changes))
 
 
 def test_a_cache_of_another_model_is_refused(place, keys, tiny_model, tiny_v_model):
     keys["model_key"] = str(tiny_v_model)
     expected = rf"no cache for this clip .*another model: {re.escape(str(tiny_model))}\)"
     run_the_command_in(refused(place, expected, keys))
-    open_inputs(PnPConfig(**keys))
+    open_edit_inputs(PnPConfig(**keys))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_cache_of_another_model_is_refused(place, keys, tiny_model, tiny_v_mod
 )
 def test_a_model_that_differs_in_its_settings_alone_is_another(place, keys, tiny_model, part, name):
     copy = shutil.copytree(tiny_model, place / "copy")
-    open_inputs(PnPConfig(**{**keys, "model_key": str(copy)}))  # a mere copy is no other model
+    open_edit_inputs(PnPConfig(**{**keys, "model_key": str(copy)}))  # a mere copy is no other model
     settings = json.loads((copy / part).read_text())
     settings[name] = {"prediction_type": "v_prediction", "norm_eps": 1e-4}[name]
     (copy / part).write_text(json.dumps(settings))
@@ -305,7 +305,7 @@ def test_a_damaged_manifest_is_refused(place, keys, cache, damage, said):
 
 def test_other_folders_beside_the_caches_are_no_matter(place, keys, cache):
     shutil.copytree(cache, cache.with_name(f"{cache.name} (copy)"))
-    assert open_inputs(PnPConfig(**keys)).cache.folder.name == cache.name
+    assert open_edit_inputs(PnPConfig(**keys)).cache.folder.name == cache.name
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_other_folders_beside_the_caches_are_no_matter(place, keys, cache):
     ],
 )
 def test_a_cache_of_another_number_of_frames_serves(place, keys, caplog, n_frames, used, said):
-    inputs = open_inputs(PnPConfig(**{**keys, "n_frames": n_frames}))
+    inputs = open_edit_inputs(PnPConfig(**{**keys, "n_frames": n_frames}))
     assert inputs.n_frames == used
     assert re.search(said, caplog.text) if said else not caplog.text
 
@@ -325,20 +325,20 @@ def test_the_longest_cache_serves_where_none_has_the_number_asked_for(place, key
     invert(place / "clip.mp4", place / "latents", tiny_model, n_frames=2)
     for n_frames, served in ((2, "nframes_2-"), (3, "nframes_5-"), (9, "nframes_5-")):
         config = PnPConfig(**{**keys, "n_frames": n_frames})
-        assert open_inputs(config).cache.folder.name.startswith(served)
+        assert open_edit_inputs(config).cache.folder.name.startswith(served)
 
 
 def test_a_short_clip_is_said_to_have_no_more(place, keys, tiny_model, caplog):
     invert(place / "clip.mp4", place / "latents", tiny_model, n_frames=40, overwrite="")
     caplog.clear()
-    open_inputs(PnPConfig(**{**keys, "n_frames": 40}))
+    open_edit_inputs(PnPConfig(**{**keys, "n_frames": 40}))
     assert "40 asked for, the cache holds 5 (the clip has no more)" in caplog.text
 
 
 def test_the_clip_itself_need_not_be_there(place, keys, caplog):
     caplog.set_level(logging.WARNING)
     (place / "clip.mp4").unlink()
-    open_inputs(PnPConfig(**keys))
+    open_edit_inputs(PnPConfig(**keys))
     assert "data_path: clip.mp4 is not there to compare" in caplog.text
 
 

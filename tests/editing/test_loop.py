@@ -17,7 +17,7 @@ from tests import reference
 from tests.helpers import edit_keys, invert, make_clip
 from tokenflow.cache.source_pass import INJECTED_BLOCK
 from tokenflow.diffusion.denoiser import encode_prompts
-from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.storage.work_dir import WorkDir, resumable_dir
 
@@ -48,7 +48,7 @@ def keys(tiny_model, tmp_path_factory):
 
 
 def edit(script, config, keys, **changes):
-    session = EditSession(open_inputs(config(**{**keys, **changes})))
+    session = EditSession(open_edit_inputs(config(**{**keys, **changes})))
     return session.edit_latents(script.plan(session))
 
 
@@ -64,7 +64,7 @@ controlnet = partial(edit, run_tokenflow_controlnet, ControlNetConfig)
 @pytest.mark.parametrize("technique", ["pnp", "sdedit"])
 def test_edit_matches_the_reference(keys, propagation, technique):
     config = PnPConfig(**keys, propagation=propagation)
-    session = EditSession(open_inputs(config))
+    session = EditSession(open_edit_inputs(config))
     plan = run_tokenflow_pnp.plan(session)
     assert (plan.attention_steps, plan.feature_steps) == (2, 4)  # of 5: some steps with each
     if technique == "sdedit":
@@ -103,7 +103,7 @@ def test_pnp_with_everything_injected_and_the_source_prompt_gives_the_source(tin
     """
     keys = make_cache(tmp_path, tiny_model, steps=STEPS, inversion_iters=30)
     everything = {"prompt": SOURCE_PROMPT, "guidance_scale": 1.0, "pnp_attn_t": 1, "pnp_f_t": 1}
-    session = EditSession(open_inputs(PnPConfig(**{**keys, **everything})))
+    session = EditSession(open_edit_inputs(PnPConfig(**{**keys, **everything})))
     source = session.cache.latents("clean", N_FRAMES)
     same = pnp(keys, **everything, consistency="none")
     assert relative_error(same, source.double()) < 5e-4
@@ -128,7 +128,7 @@ def test_two_runs_are_bit_equal(keys):
 @pytest.mark.parametrize("saves", range(1, STEPS + 1))
 def test_an_edit_resumes_from_each_checkpoint(keys, tmp_path, monkeypatch, saves):
     """Also from the last one, after which no step is left."""
-    inputs = open_inputs(PnPConfig(**keys, checkpoint_every=1))
+    inputs = open_edit_inputs(PnPConfig(**keys, checkpoint_every=1))
     whole = EditSession(inputs)
     expected = whole.edit_latents(run_tokenflow_pnp.plan(whole))
     numbers, save = itertools.count(1), WorkDir.save
@@ -161,7 +161,7 @@ def test_chunk_size_does_not_change_the_result(keys, consistency, propagation):
 
 
 def test_a_run_after_another_equals_a_fresh_one(keys):
-    session = EditSession(open_inputs(PnPConfig(**keys)))
+    session = EditSession(open_edit_inputs(PnPConfig(**keys)))
     plan = run_tokenflow_pnp.plan(session)
     session.edit_latents(replace(plan, start=plan.start * 0.5))
     assert torch.equal(session.edit_latents(plan), pnp(keys))
@@ -219,13 +219,13 @@ def test_every_frame_is_edited_where_the_clip_is_shorter_than_an_interval(keys):
 
 
 def test_ddim_start_is_the_inverted_latent(keys):
-    session = EditSession(open_inputs(PnPConfig(**keys)))
+    session = EditSession(open_edit_inputs(PnPConfig(**keys)))
     t = session.inputs.timesteps[0]
     assert torch.equal(session.ddim_start(t), session.cache.latents(t, N_FRAMES))
 
 
 def test_released_start_renoises_with_the_noisiest_latent(keys):
-    session = EditSession(open_inputs(PnPConfig(**keys, propagation="released")))
+    session = EditSession(open_edit_inputs(PnPConfig(**keys, propagation="released")))
     manifest, schedule = session.cache.manifest, session.models.schedule
     noisiest, t = manifest.timesteps[0], session.inputs.timesteps[0]
     assert noisiest > t  # 20 inversion steps go beyond the first of 5 sampling steps
@@ -237,7 +237,7 @@ def test_released_start_renoises_with_the_noisiest_latent(keys):
 
 
 def test_gaussian_start_is_one_noise_for_all_frames(keys):
-    session = EditSession(open_inputs(SDEditConfig(**keys, use_ddim_noise=False)))
+    session = EditSession(open_edit_inputs(SDEditConfig(**keys, use_ddim_noise=False)))
     t = session.inputs.timesteps[1]
     alpha, sigma = session.models.schedule.alpha_sigma(t)
     clean = session.cache.latents("clean", N_FRAMES)
@@ -265,7 +265,7 @@ def test_sdedit_takes_the_last_steps(start, propagation, n_steps):
 
 
 def test_sdedit_stays_closer_to_the_clip_with_less_noise(keys):
-    session = EditSession(open_inputs(SDEditConfig(**keys)))
+    session = EditSession(open_edit_inputs(SDEditConfig(**keys)))
     clean = session.cache.latents("clean", N_FRAMES).double()
     errors = [relative_error(sdedit(keys, start=start), clean) for start in (0.2, 0.6, 1.0)]
     assert errors == sorted(errors)
@@ -289,7 +289,7 @@ def test_controlnet_steers_the_edit_by_its_scale(keys, tiny_model):
 def test_no_inner_layer_sees_more_images_than_a_chunk_has(keys, tiny_model):
     """Though all three keyframes go through the UNet and the ControlNet at once."""
     control = {"controlnet_key": str(tiny_model / "controlnet"), "chunk_size": 2}
-    session = EditSession(open_inputs(ControlNetConfig(**keys, **control)))
+    session = EditSession(open_edit_inputs(ControlNetConfig(**keys, **control)))
     plan = run_tokenflow_controlnet.plan(session)
     seen, inner = {}, (".conv1", ".net.0", "s.conv")
     for network in (session.models.unet, session.models.controlnet(plan.control.key)):
@@ -308,7 +308,7 @@ def test_source_pass_has_the_controlnet_of_its_inversion(tiny_model, tmp_path):
     keys["controlnet_key"] = str(control)
     conditioned = controlnet(keys)
     assert torch.isfinite(conditioned).all()
-    session = EditSession(open_inputs(ControlNetConfig(**keys)))
+    session = EditSession(open_edit_inputs(ControlNetConfig(**keys)))
     assert session.cache.manifest.control.key == str(control)
     # Without it in the source pass, tokens and with them matches differ.
     manifest = session.cache.manifest.model_copy(update={"control": None})
@@ -325,7 +325,7 @@ def test_depth_model_edits_by_pnp_and_sdedit(tiny_depth_model, tiny_model, tmp_p
         assert edited.shape == (N_FRAMES, 4, 6, 10)
         assert torch.isfinite(edited).all()
     # The depth maps matter.
-    session = EditSession(open_inputs(PnPConfig(**keys)))
+    session = EditSession(open_edit_inputs(PnPConfig(**keys)))
     session.depth = 1 - session.depth
     flipped = session.edit_latents(run_tokenflow_pnp.plan(session))
     assert relative_error(flipped, pnp(keys).double()) > 1e-4

@@ -46,7 +46,7 @@ from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
 from tokenflow.editing import results
 from tokenflow.editing.config import EditConfig
-from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.techniques import load_technique
 from tokenflow.storage import video
 from tokenflow.storage import work_dir as folders
@@ -122,7 +122,7 @@ class World:
 
     def _cache_folder(self, clip: Path) -> Path:
         """Where a clip's cache lies, in the folder of a job."""
-        return build.open_inputs(parse_args(self.preprocess_argv(data_path=clip))).folder
+        return build.open_preprocess_inputs(parse_args(self.preprocess_argv(data_path=clip))).folder
 
     def load(self, *key: object) -> StableDiffusion:
         """A loader whose models are loaded already; forks share them."""
@@ -179,7 +179,7 @@ class World:
         technique, overwrites, keys = EDITS[name]
         latents = self.whole("cache").place / "latents"
         config = self.config(technique, **keys, latents_path=str(latents))
-        folder = results.result_folder(open_inputs(config), technique)
+        folder = results.result_folder(open_edit_inputs(config), technique)
         before = self.whole(technique if overwrites else "cache").place
         return Job(
             name, lambda: self.edit(technique, overwrites, **keys), folder, before, overwrites
@@ -456,7 +456,7 @@ def verified(world: World, place: Path) -> str:
     """What an edit with --verify says of a cache; "" if nothing."""
     config = world.config(latents_path=str(place / "latents"), verify=True)
     try:
-        open_inputs(config)
+        open_edit_inputs(config)
     except UserError as error:
         assert "\n" not in str(error)
         return str(error)
@@ -1050,7 +1050,7 @@ def test_an_edit_of_a_cache_in_the_making(world, tally, tmp_path):
         meeting.await_child(child)
         config = world.config(latents_path=str(place / "latents"))
         with pytest.raises(UserError, match="another process is building the cache"):
-            open_inputs(config)
+            open_edit_inputs(config)
         meeting.let_go()
         assert child.end() == 0, child.output
-        open_inputs(config)
+        open_edit_inputs(config)

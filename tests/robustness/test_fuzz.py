@@ -32,7 +32,7 @@ import preprocess
 from tests.helpers import HEIGHT, WIDTH, invert, make_clip
 from tokenflow.cache import build
 from tokenflow.cache.options import PreprocessOptions
-from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.results import TECHNIQUES, result_folder
 from tokenflow.editing.techniques import load_technique
 from tokenflow.storage import video
@@ -211,7 +211,7 @@ def check_config(place, technique, content, overrides=()):
 
     def folder():
         config = load_config(CONFIGS[technique], path, overrides)
-        return config.output_path, result_folder(open_inputs(config), technique)
+        return config.output_path, result_folder(open_edit_inputs(config), technique)
 
     main = load_technique(technique).main
     outcome, parts = check_run(place, main, ["--config", str(path), *words], folder)
@@ -346,7 +346,7 @@ def check_preprocess(place, words):
 
     def folder():
         args = preprocess.parse_args(argv)
-        return args.save_dir, build.open_inputs(args).folder
+        return args.save_dir, build.open_preprocess_inputs(args).folder
 
     outcome, parts = check_run(place, preprocess.main, argv, folder)
     assert len(parts) in (0, 4)

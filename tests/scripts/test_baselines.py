@@ -8,7 +8,7 @@ from run_tokenflow_pnp import PnPConfig
 from scripts.table1 import baselines
 from tests.helpers import edit_keys, invert, make_clip
 from tokenflow.diffusion.vae import decode_latents
-from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.yaml_files import load_yaml
@@ -46,7 +46,7 @@ def config(tiny_model, tmp_path_factory):
 
 def test_the_reconstruction_is_the_vae_s(config):
     folder = baselines.reconstruction(config)
-    session = EditSession(open_inputs(config))
+    session = EditSession(open_edit_inputs(config))
     clean = session.cache.latents("clean", 5)
     assert np.array_equal(load_frames(folder / "frames"), decode_latents(session.models, clean))
     names = {"edited.mp4", "side_by_side.mp4", "frames", "edited_latents.safetensors"}

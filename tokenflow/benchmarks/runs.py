@@ -32,7 +32,7 @@ from tokenflow.diffusion.models import (
     resolve_dtype,
 )
 from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
-from tokenflow.editing.inputs import open_inputs
+from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.schema import Model, load_config
@@ -250,7 +250,7 @@ class Bench:
 
     def prepare_edit(self, name: str, models: StableDiffusion) -> PreparedEdit:
         """Opens an edit under a setting; it shares the models unless it compiles its own."""
-        inputs = open_inputs(self.edit_config(name))
+        inputs = open_edit_inputs(self.edit_config(name))
         self.technique.check(inputs.config, inputs.checkpoint, inputs.cache.has_depth)
         kind = ThreeBranchSession if "three_branch" in name.split("+") else EditSession
         session = kind(inputs, self.load() if inputs.config.compile else models)

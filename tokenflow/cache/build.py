@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from tokenflow.cache.inputs import PreprocessInputs, check_disk, open_inputs
+from tokenflow.cache.inputs import PreprocessInputs, check_disk, open_preprocess_inputs
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.cache.source_cache import (
     CLEAN_LATENTS,
@@ -75,7 +75,7 @@ def build_cache(
         UserError: an option does not fit the clip or the model, or the cache has other settings.
     """
     with group.raise_together():
-        inputs = open_inputs(options, group, watch)
+        inputs = open_preprocess_inputs(options, group, watch)
     settings = json.dumps(identity(inputs.manifest), sort_keys=True)
     group.assert_same(settings, "clip, model and settings")
     with locked(inputs.folder, group):

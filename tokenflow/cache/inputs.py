@@ -58,7 +58,7 @@ class PreprocessInputs:
     group: ProcessGroup = SINGLE_PROCESS  # the processes that make this cache together
 
 
-def open_inputs(
+def open_preprocess_inputs(
     options: PreprocessOptions,
     group: ProcessGroup = SINGLE_PROCESS,
     watch: Stopwatch | None = None,

@@ -50,7 +50,7 @@ class EditInputs:
     group: ProcessGroup = SINGLE_PROCESS  # the processes that make this edit together
 
 
-def open_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -> EditInputs:
+def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -> EditInputs:
     """Finds and checks the cache, the checkpoint and the device of a configuration.
 
     Raises:

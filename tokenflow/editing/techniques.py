@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenflow.diffusion.models import Loader
 from tokenflow.editing.config import EditConfig, read_config
-from tokenflow.editing.inputs import EditInputs, open_inputs
+from tokenflow.editing.inputs import EditInputs, open_edit_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.results import (
     RUN_FILE,
@@ -98,7 +98,7 @@ class Technique:
             UserError: naming what is missing or does not fit.
         """
         with group.raise_together():
-            inputs = open_inputs(config, group)
+            inputs = open_edit_inputs(config, group)
             self.check(config, inputs.checkpoint, inputs.cache.has_depth)
         with open_result(self.name, inputs, overwrite) as (folder, work):
             if work is not None:
