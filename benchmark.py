@@ -26,11 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenflow.benchmarks.modes import PARTS, benchmark
-from tokenflow.benchmarks.runs import Options, setting_kind
+from tokenflow.benchmarks.runs import Options, read_setting
 from tokenflow.ops.profiling import versions
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
-from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
+from util import ArgumentParser, UserError, at_least, check_writable, command_line, setup_logging
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[Options, argparse.Namespace]:
@@ -48,19 +48,17 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Options, argparse.Namespace]
     add = parser.add_mutually_exclusive_group().add_argument
     add("--only", choices=PARTS, help="time this part alone")
     add("--compare", nargs=2, metavar=("A", "B"), help="seconds of setting A over those of B")
-    add("--scaling", nargs="+", type=int, metavar="FRAMES",
+    add("--scaling", nargs="+", type=at_least(1), metavar="FRAMES",
         help="time and memory for each of these numbers of frames")  # fmt: skip
     add("--profile", metavar="SETTING", help="the operators of an edit's step")
     args = parser.parse_args(argv)
     options = from_arguments(Options, args)
-    if min(args.scaling or [1]) < 1:
-        raise UserError("--scaling: expected numbers of frames of at least 1")
-    if len({setting_kind(name) for name in args.compare or ()}) > 1:
+    if len({read_setting(name)[0] for name in args.compare or ()}) > 1:
         raise UserError(
             f"--compare: {' and '.join(args.compare)} are settings of an edit and of preprocess; "
             "expected two of one kind"
         )
-    if args.profile and setting_kind(args.profile) != "edit":
+    if args.profile and read_setting(args.profile)[0] != "edit":
         raise UserError(f"--profile: {args.profile}, expected a setting of an edit")
     check_writable(options.work, "--work")
     if args.json is not None:

@@ -18,8 +18,7 @@ from tokenflow.benchmarks.runs import (
     EDIT_SETTINGS,
     Bench,
     clip_of,
-    edit_overrides,
-    setting_kind,
+    read_setting,
     time_edit,
 )
 from tokenflow.editing.techniques import load_technique
@@ -146,7 +145,7 @@ def test_row_is_the_median_of_the_runs():
     ],
 )
 def test_image_forwards_are_what_arithmetic_says(bench, models, setting, expected):
-    meter, _ = time_edit(bench.prepare_edit(setting, models))
+    meter, _ = time_edit(setting, *bench.prepare_edit(setting, models))
     assert meter.images[TOTAL] == expected
 
 
@@ -196,13 +195,10 @@ def test_ratio_is_the_median_of_the_pairs():
 
 
 def test_a_setting_is_made_of_parts():
-    assert setting_kind("live+attention:_native_math") == "edit"
-    assert edit_overrides("live+attention:_native_math+chunk_size=2") == [
-        "source_features=live",
-        "attention_backend=_native_math",
-        "chunk_size=2",
-    ]
-    assert setting_kind("plain500") == setting_kind("fast") == "preprocess"
+    kind, overrides = read_setting("live+attention:_native_math+chunk_size=2")
+    assert kind == "edit"
+    assert overrides == ["source_features=live", "attention_backend=_native_math", "chunk_size=2"]
+    assert read_setting("plain500")[0] == read_setting("fast")[0] == "preprocess"
 
 
 def test_settings_of_an_edit_are_keys_of_its_config(tmp_path):
@@ -210,7 +206,7 @@ def test_settings_of_an_edit_are_keys_of_its_config(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("{data_path: a.mp4, prompt: b}", encoding="utf-8")
     for name in EDIT_SETTINGS:
-        load_config(load_technique("pnp").config, path, edit_overrides(name))
+        load_config(load_technique("pnp").config, path, read_setting(name)[1])
 
 
 def test_preprocess_settings_become_options(bench):
@@ -253,13 +249,14 @@ def test_a_bad_command_line_is_refused(words, options, message):
 @pytest.mark.parametrize("technique", ["pnp", "sdedit"])
 def test_three_branch_loop_gives_the_edit(words, models, technique):
     bench = open_bench([*words, "--technique", technique])
-    ours, theirs = (bench.prepare_edit(name, models) for name in ("tokenflow", "three_branch"))
+    ours, plan = bench.prepare_edit("tokenflow", models)
+    theirs, _ = bench.prepare_edit("three_branch", models)
     if technique == "pnp":  # steps with both injections, with one and with none
-        assert (ours.plan.attention_steps, ours.plan.feature_steps) == (2, 3)
-    found, expected = (edit.session.edit_latents(edit.plan) for edit in (ours, theirs))
+        assert (plan.attention_steps, plan.feature_steps) == (2, 3)
+    found, expected = (session.edit_latents(plan) for session in (ours, theirs))
     assert found.shape == (FRAMES, 4, 6, 8)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
-    assert float((ours.plan.start - expected).norm() / expected.norm()) > 0.1
+    assert float((plan.start - expected).norm() / expected.norm()) > 0.1
 
 
 def test_three_branch_loop_leaves_the_unet_as_it_was(bench, models, monkeypatch):
@@ -270,7 +267,7 @@ def test_three_branch_loop_leaves_the_unet_as_it_was(bench, models, monkeypatch)
 
     monkeypatch.setattr(three_branch, "most_similar", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        time_edit(bench.prepare_edit("three_branch", models))
+        time_edit("three_branch", *bench.prepare_edit("three_branch", models))
     assert models.unet.attn_processors == before
     assert not models.unet.get_submodule(three_branch.FEATURE_LAYER)._forward_hooks
 

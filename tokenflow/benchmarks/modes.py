@@ -17,20 +17,19 @@ from statistics import median
 
 import torch
 from tabulate import tabulate
-from torch.profiler import ProfilerActivity, schedule
 from torch.profiler import profile as torch_profile
+from torch.profiler import schedule
 
 from tokenflow.benchmarks.meters import TOTAL, Meter, matrix_rate
-from tokenflow.benchmarks.runs import Bench, Options, setting_kind, time_edit
+from tokenflow.benchmarks.runs import Bench, Options, read_setting, time_edit
 from tokenflow.cache.source_cache import open_cache
-from tokenflow.ops.profiling import Stopwatch, device_name
+from tokenflow.ops.profiling import device_name
 from util import UserError, setup_logging
 
 log = logging.getLogger("tokenflow")
 
 PARTS = ("preprocess", "edit")
 MIB = 1 << 20
-PROFILE_ROWS = 25
 
 
 def benchmark(options: Options, args: argparse.Namespace) -> tuple[dict, str]:
@@ -128,10 +127,9 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 
 def compare(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
     """The median of the pairs' ratios of seconds."""
-    names, kind, models = args.compare, setting_kind(args.compare[0]), bench.load()
+    names, kind, models = args.compare, read_setting(args.compare[0])[0], bench.load()
     if kind == "edit":
-        bench.ensure_cache(models)
-        runs = [partial(time_edit, bench.prepare_edit(name, models)) for name in names]
+        runs = [partial(time_edit, name, *bench.prepare_edit(name, models)) for name in names]
     else:
         runs = [partial(bench.time_preprocess, name, models) for name in names]
     for _ in range(bench.options.warm_up):
@@ -234,36 +232,25 @@ def in_fresh_process(options: Options, args: argparse.Namespace, part: str) -> d
 # The operators of a step
 
 
-class _SteppingWatch(Stopwatch):
-    """Ends a profiler's step with each stage: the set-up of an edit, and every sampling step."""
-
-    profiler: torch_profile
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        with super().__call__(stage):
-            yield
-        self.profiler.step()
-
-
 def profile(bench: Bench, args: argparse.Namespace) -> tuple[dict, str]:
     """The operators of an edit's second step that take most time.
 
     Raises:
         UserError: if the edit has one step only.
     """
-    models = bench.load()
-    bench.ensure_cache(models)
-    edit = bench.prepare_edit(args.profile, models)
-    if len(edit.plan.timesteps) < 2:
+    session, plan = bench.prepare_edit(args.profile, bench.load())
+    if len(plan.timesteps) < 2:
         raise UserError("--profile: needs an edit of two steps at least, the first warms up")
-    edit.session.watch = watch = _SteppingWatch(bench.device)
-    cuda = bench.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+
+    @contextmanager
+    def step(stage: str) -> Iterator[None]:  # a stage is the set-up, or one sampling step
+        yield
+        profiler.step()
+
+    session.watch = step
     second = schedule(wait=1, warmup=1, active=1, repeat=1)
-    with torch_profile(activities=activities, schedule=second) as watch.profiler:
-        edit.session.edit_latents(edit.plan)
-    key = f"self_{'cuda' if cuda else 'cpu'}_time_total"
-    averages = watch.profiler.key_averages()
-    text = averages.table(key, row_limit=PROFILE_ROWS, max_name_column_width=60)
+    with torch_profile(schedule=second) as profiler:  # of the CPU, and of CUDA if there is one
+        session.edit_latents(plan)
+    key = f"self_{'cuda' if bench.device.type == 'cuda' else 'cpu'}_time_total"
+    text = profiler.key_averages().table(key, row_limit=25, max_name_column_width=60)
     return {"profile": text.splitlines()}, text

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -104,19 +104,18 @@ class Options(Model):
 # Settings
 
 
-def preprocess_words(name: str, steps: int) -> list[str]:
-    """The options of a setting of preprocess; none if it is no such setting."""
-    kind, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
-    options = PREPROCESS_SETTINGS.get(kind + "N" if number else kind, "")
-    return options.format(steps=steps, n=number).split()
+def read_setting(name: str, steps: int = 1) -> tuple[Literal["edit", "preprocess"], list[str]]:
+    """What a setting is one of, and what it changes.
 
-
-def edit_overrides(name: str) -> list[str]:
-    """The key=value of the config that a setting of the edit changes.
+    Returns:
+        "preprocess" and options of preprocess.py, or "edit" and key=value of the edit's config.
 
     Raises:
-        UserError: if a part of it, of those joined by +, is none.
+        UserError: if it is neither.
     """
+    kind, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
+    if options := PREPROCESS_SETTINGS.get(kind + "N" if number else kind):
+        return "preprocess", options.format(steps=steps, n=number).split()
     overrides = []
     for part in name.split("+"):
         setting = EDIT_SETTINGS.get(part, part.replace("attention:", "attention_backend="))
@@ -127,27 +126,11 @@ def edit_overrides(name: str) -> list[str]:
                 f"{', '.join(PREPROCESS_SETTINGS)}"
             )
         overrides += [setting] if setting else []
-    return overrides
-
-
-def setting_kind(name: str) -> Literal["edit", "preprocess"]:
-    """What a setting is one of. Raises: UserError if it is neither."""
-    if preprocess_words(name, 1):
-        return "preprocess"
-    edit_overrides(name)
-    return "edit"
+    return "edit", overrides
 
 
 # ---------------------------------------------------------------------------------------------
 # Runs
-
-
-class PreparedEdit(NamedTuple):
-    """An edit under a setting, ready to run: `session.edit_latents(plan)`."""
-
-    name: str
-    session: EditSession
-    plan: EditPlan
 
 
 class Bench:
@@ -191,15 +174,15 @@ class Bench:
         Raises:
             UserError: if there is no such setting, or preprocess.py refuses its options.
         """
-        if setting_kind(name) != "preprocess":
-            raise UserError(f"{name}: is a setting of an edit, expected one of preprocess")
         steps = self.options.steps
+        kind, setting = read_setting(name, steps)
+        if kind == "edit":
+            raise UserError(f"{name}: is a setting of an edit, expected one of preprocess")
         own = {"H": self.height, "W": self.width, "inversion_prompt": SOURCE_PROMPT}
-        words = arguments({**self.shared, **own, "save_steps": steps})
-        words += preprocess_words(name, steps)
+        words = arguments({**self.shared, **own, "save_steps": steps}) + setting
         for key, _, value in (override.partition("=") for override in self.overrides):
-            if EditConfig.ALIASES.get(key, key) in FEATURE_OPTIONS:
-                words += [f"--{EditConfig.ALIASES.get(key, key)}", value]
+            key = EditConfig.ALIASES.get(key, key)
+            words += [f"--{key}", value] if key in FEATURE_OPTIONS else []
         words += self.more
         # One folder for each set of options: a cache's own name says only the clip and the steps.
         options = json.dumps([words, checkpoint_revision(self.checkpoint), FORMAT])
@@ -219,7 +202,7 @@ class Bench:
         }
         path = self.work / "config.yaml"
         save_yaml(path, config)
-        return load_config(self.technique.config, path, [*self.overrides, *edit_overrides(name)])
+        return load_config(self.technique.config, path, [*self.overrides, *read_setting(name)[1]])
 
     def ensure_cache(self, models: StableDiffusion) -> None:
         """Builds the cache that is edited, unless it exists."""
@@ -248,13 +231,14 @@ class Bench:
         shutil.rmtree(options.save_dir, ignore_errors=True)  # of this setting's caches alone
         return build_cache(options, load=lambda *_: models, watch=meter)
 
-    def prepare_edit(self, name: str, models: StableDiffusion) -> PreparedEdit:
+    def prepare_edit(self, name: str, models: StableDiffusion) -> tuple[EditSession, EditPlan]:
         """Opens an edit under a setting; it shares the models unless it compiles its own."""
+        self.ensure_cache(models)
         inputs = open_edit_inputs(self.edit_config(name))
         self.technique.check(inputs.config, inputs.checkpoint, inputs.cache.has_depth)
         kind = ThreeBranchSession if "three_branch" in name.split("+") else EditSession
         session = kind(inputs, self.load() if inputs.config.compile else models)
-        return PreparedEdit(name, session, self.technique.plan(session))
+        return session, self.technique.plan(session)
 
     def time_preprocess(self, name: str, models: StableDiffusion) -> tuple[Meter, Path]:
         """Times inversion and reconstruction of latents, without the VAE, reading and writing.
@@ -269,18 +253,17 @@ class Bench:
         return meter, folder
 
 
-def time_edit(edit: PreparedEdit) -> tuple[Meter, Tensor]:
-    """Times the denoising loop, as the stage TOTAL; also returns its latents.
+def time_edit(name: str, session: EditSession, plan: EditPlan) -> tuple[Meter, Tensor]:
+    """Times a prepared edit's denoising loop, as the stage TOTAL; also returns its latents.
 
     Raises:
         UserError: if the setting is `cached`, and the cached features did not serve it.
     """
-    models = edit.session.models
-    meter = Meter(models.device)
-    with meter.watching(models.unet), meter(TOTAL):
-        latents = edit.session.edit_latents(edit.plan)
-    if "cached" in edit.name.split("+") and edit.session.source_features != "cached":
-        raise UserError(f"{edit.name}: the edit was computed live; the log says why")
+    meter = Meter(session.models.device)
+    with meter.watching(session.models.unet), meter(TOTAL):
+        latents = session.edit_latents(plan)
+    if "cached" in name.split("+") and session.source_features != "cached":
+        raise UserError(f"{name}: the edit was computed live; the log says why")
     return meter, latents
 
 

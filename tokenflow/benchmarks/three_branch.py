@@ -38,6 +38,8 @@ SERVED = {
     "propagation": "paper",
     "correspondence": "nn",
     "max_keyframes": None,
+    "control": None,
+    "takes_depth": False,
 }
 
 
@@ -101,14 +103,11 @@ class ThreeBranchSession(EditSession):
 
     def __init__(self, inputs: EditInputs, models: StableDiffusion) -> None:
         super().__init__(inputs, models)
+        found = self.config.model_dump()
+        found |= {"control": self.cache.manifest.control, "takes_depth": models.takes_depth}
         for key, value in SERVED.items():
-            found = getattr(self.config, key)
-            if found != value:
-                raise UserError(f"three_branch: {key}: {found}, expected {value}")
-        if self.config.guidance_scale == 1:
-            raise UserError("three_branch: guidance_scale: 1 leaves a branch out, expected another")
-        if models.takes_depth or self.cache.manifest.control:
-            raise UserError("three_branch: takes neither a ControlNet nor a depth model")
+            if found[key] != value:
+                raise UserError(f"three_branch: {key}: {found[key]}, expected {value}")
 
     @torch.inference_mode()
     def edit_latents(self, plan: EditPlan) -> Tensor:
