@@ -28,11 +28,11 @@ from tokenflow.cache.source_cache import (
 )
 from tokenflow.cache.source_features import find_features
 from tokenflow.cache.source_pass import build_features
-from tokenflow.diffusion.batch_size import unet_batch_size, vae_batch_size
 from tokenflow.diffusion.conditions import estimate_depth
 from tokenflow.diffusion.ddim import CLEAN
 from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.inversion import invert, sample
+from tokenflow.diffusion.memory import unet_batch_size, vae_batch_size
 from tokenflow.diffusion.models import Loader, StableDiffusion, load_stable_diffusion
 from tokenflow.diffusion.vae import SquaredError, decode_latents, encode_frames
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup

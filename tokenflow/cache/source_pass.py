@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from tokenflow.cache.source_cache import FEATURES, MANIFEST, SourceCache
 from tokenflow.cache.source_features import FORMAT, FeatureSettings, file_name, index_dtype
-from tokenflow.diffusion.chunked import chunked_forward
 from tokenflow.diffusion.denoiser import Denoiser
+from tokenflow.diffusion.memory import chunked_forward
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch

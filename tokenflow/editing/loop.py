@@ -27,9 +27,9 @@ from tokenflow.cache.source_features import (
     find_features,
 )
 from tokenflow.cache.source_pass import INJECTED_BLOCK, LiveSource
-from tokenflow.diffusion.chunked import chunked_forward
 from tokenflow.diffusion.ddim import CLEAN, ddim_step
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
+from tokenflow.diffusion.memory import chunked_forward
 from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import Loader, StableDiffusion, compile_unet, load_stable_diffusion
 from tokenflow.diffusion.vae import decode_latents

@@ -28,9 +28,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -66,13 +66,15 @@ class Model(BaseModel):
     @classmethod
     def take_aliases(cls, given: Any) -> Any:
         """A mapping with the fields' own names; a validator of a subclass runs before this one."""
+        if not isinstance(given, Mapping):
+            return given
         values = {}
-        for key, value in given.items() if isinstance(given, Mapping) else ():
+        for key, value in given.items():
             name = cls.ALIASES.get(key, key)
             if name in values:
                 raise ValueError(f"{name} is given twice, under one of its other names too")
             values[name] = value
-        return values if isinstance(given, Mapping) else given
+        return values
 
     @field_validator("*", mode="after")
     @classmethod
@@ -95,7 +97,7 @@ def parse(cls: type[M], given: Any, where: str) -> M:
         UserError: a key is unknown or missing, or a value is not as declared; begins with
             "<where>: <key>: ". An error that a validator raises keeps its type.
     """
-    return _parse(cls, given, lambda key: f"{where}: {key}" if key else where)
+    return _parse(cls, given, lambda key: _joined(where, key))
 
 
 def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -> M:
@@ -125,10 +127,7 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
         values = {name: values[name] for name in values if cls.ALIASES.get(name) != key}
         values[key] = _override(value, field.annotation if field else str, where)
 
-    def place(key: str) -> str:
-        return overridden.get(key) or (f"{path}: {key}" if key else str(path))
-
-    return _parse(cls, values, place)
+    return _parse(cls, values, lambda key: overridden.get(key) or _joined(str(path), key))
 
 
 def add_arguments(parser: argparse.ArgumentParser, cls: type[Model]) -> None:
@@ -164,8 +163,10 @@ def from_arguments(cls: type[M], args: argparse.Namespace) -> M:
     given = {}
     for name, value in vars(args).items():
         if name in cls.model_fields:
-            kind = plain_type(cls.model_fields[name].annotation)
-            given[name] = _number(value, kind) if kind in (int, float) else value
+            given[name], kind = value, plain_type(cls.model_fields[name].annotation)
+            if kind in (int, float):
+                with suppress(ValueError):  # a word that spells no number is refused below
+                    given[name] = kind(value)
     return _parse(cls, given, lambda key: f"--{key}" if key else "", command_line=True)
 
 
@@ -213,15 +214,15 @@ def _parse(cls: type[M], given: Any, place: Any, command_line: bool = False) -> 
     raised = fault.get("ctx", {}).get("error")
     kind = type(raised) if isinstance(raised, UserError) else UserError
     first, *rest = fault["loc"] or ("",)
-    parts = [place(shown_key(first)), *(_part(part) for part in rest)]
+    *inner, last = [f"number {p + 1}" if isinstance(p, int) else shown_key(p) for p in rest] or [""]
     if fault["type"] in _UNKNOWN and rest:
-        parts[-1] = shown_key(rest[-1])
-    where = ": ".join(part for part in parts if part)
+        last = shown_key(rest[-1])
+    where = _joined(place(shown_key(first)), *inner, last)
     raise kind(f"{where}: {_fault_text(cls, fault, where, command_line)}" if where else str(raised))
 
 
-def _part(part: str | int) -> str:
-    return f"number {part + 1}" if isinstance(part, int) else shown_key(part)
+def _joined(*parts: str) -> str:
+    return ": ".join(part for part in parts if part)
 
 
 def _fault_text(cls: type[Model], fault: ErrorDetails, where: str, command_line: bool) -> str:
@@ -277,28 +278,14 @@ def _override(text: str, annotation: Any, where: str) -> Any:
     return text[1:-1] if quoted else text
 
 
-def _number(text: Any, kind: type) -> Any:
-    """The number that a word spells; the word itself if it spells none."""
-    try:
-        return kind(text)
-    except ValueError:
-        return text
-
-
 def plain_type(annotation: Any) -> Any:
     """X of the type `X | None`."""
-    kinds = [part for part in _parts(annotation) if part is not type(None)]
-    return kinds[0] if len(kinds) == 1 else annotation
+    kinds = [part for part in typing.get_args(annotation) if part is not type(None)]
+    return kinds[0] if _optional(annotation) and len(kinds) == 1 else annotation
 
 
 def _optional(annotation: Any) -> bool:
-    return type(None) in _parts(annotation)
-
-
-def _parts(annotation: Any) -> tuple[Any, ...]:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
+    return type(None) in typing.get_args(annotation)
 
 
 def _texts(value: Any) -> list[str]:

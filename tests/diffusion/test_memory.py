@@ -1,23 +1,56 @@
-"""Batches sized to memory: the deciding, which needs no GPU."""
+"""Forwards that compute few images at a time, and batch sizes by memory, decided without a GPU."""
 
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
-from tokenflow.diffusion import batch_size as batch_sizes
-from tokenflow.diffusion.batch_size import (
+from tests.helpers import forward
+from tokenflow.cache.source_pass import INJECTED_BLOCK
+from tokenflow.diffusion import memory
+from tokenflow.diffusion.memory import (
     MOST,
     MOST_VAE,
     ON_CPU,
     SHARE,
+    chunked_forward,
     fitting_batch_size,
     unet_batch_size,
     vae_batch_size,
 )
+from tokenflow_utils import Pass, TokenFlowContext, tokenflow_patch
 
 MIB = 2**20
+
+
+@pytest.fixture
+def unet(tiny_model):
+    return UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet").eval()
+
+
+@pytest.mark.parametrize("inject", [False, True])
+def test_chunks_of_images_give_the_same(unet, inject):
+    def edited(images_at_once):
+        context = TokenFlowContext(inject_features=inject)
+        bounded = chunked_forward(unet, images_at_once, skip=(INJECTED_BLOCK,))
+        with tokenflow_patch(unet, context), bounded:
+            forward(unet, frames=5)
+            context.mode = Pass.EXTENDED
+            return forward(unet, frames=5, seed=9)
+
+    whole = edited(100)
+    for images_at_once in (1, 2, 7):
+        assert torch.allclose(edited(images_at_once), whole, atol=1e-5)
+
+
+def test_a_forward_that_a_module_had_of_its_own_comes_back(unet):
+    block = unet.mid_block.resnets[0]
+    block.forward = own = block.forward
+    with chunked_forward(unet, 1):
+        assert block.forward is not own
+    assert block.forward is own
 
 
 @pytest.mark.parametrize(
@@ -76,7 +109,7 @@ def test_a_gpu_is_measured_by_one_image_and_by_two(monkeypatch):
     def decode(models, latents, batch_size):
         seen.append(len(latents))
 
-    monkeypatch.setattr(batch_sizes, "decode_latents", decode)
+    monkeypatch.setattr(memory, "decode_latents", decode)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
     assert vae_batch_size(None, denoiser.models, (64, 64)) == MOST_VAE
 

@@ -1,12 +1,18 @@
-"""Batch sizes of the UNet and the VAE, chosen by the free GPU memory unless the user names one."""
+"""Bounded memory: few images at a time in a network, and batch sizes by the free GPU memory."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from diffusers.models.attention import FeedForward
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
 
 from tokenflow.diffusion.denoiser import Denoiser
 from tokenflow.diffusion.models import StableDiffusion
@@ -18,6 +24,56 @@ ON_CPU = 8  # larger batches cost memory and are no faster
 MOST = 32  # larger batches are no faster on any GPU
 MOST_VAE = 8  # 32 frames of 512x512 have 2^31 values in its decoder: too many for some kernels
 SHARE = 0.8  # of the free memory: cuDNN's workspaces and fragmentation need the rest
+
+# Modules that compute image by image and whose inner activations are several times their input.
+PER_IMAGE = (
+    ResnetBlock2D, Downsample2D, Upsample2D, FeedForward, ControlNetConditioningEmbedding,
+)  # fmt: skip
+
+
+@contextmanager
+def chunked_forward(
+    model: nn.Module, images_at_once: int, skip: Collection[str] = ()
+) -> Iterator[None]:
+    """Lets a model's `PER_IMAGE` modules compute at most `images_at_once` images at a time.
+
+    Extended attention needs all keyframes at the same layer at the same time, so their batch goes
+    through the UNet as one. With this, only hidden states, keys and values grow with that batch.
+    Results do not change. Each module's forward is wrapped, and restored on leaving.
+
+    Args:
+        model: UNet or ControlNet, changed in place.
+        skip: names of modules that keep their forward.
+    """
+    modules = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, PER_IMAGE) and name not in skip
+    ]
+    with ExitStack() as undo:
+        for module in modules:
+            if "forward" in module.__dict__:  # accelerate wraps it in the same way
+                undo.callback(setattr, module, "forward", module.forward)
+            else:
+                undo.callback(delattr, module, "forward")
+            module.forward = _chunked(module.forward, images_at_once)
+        yield
+
+
+def _chunked(whole: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
+    def forward(hidden: Tensor, *args: object) -> Tensor:
+        n = len(hidden)
+        if n <= size:
+            return whole(hidden, *args)
+        chunks = []
+        for start in range(0, n, size):
+            images = slice(start, start + size)
+            per_image = (isinstance(x, Tensor) and x.shape[:1] == (n,) for x in args)
+            some = (x[images] if split else x for x, split in zip(args, per_image, strict=True))
+            chunks.append(whole(hidden[images], *some))
+        return torch.cat(chunks)
+
+    return forward
 
 
 def unet_batch_size(
