@@ -50,15 +50,6 @@ SAMPLES = {"star": (2_000_024, 1), "ring": (2_000_035, 1), "two": (2_000_041, 2)
 
 
 @dataclass(frozen=True)
-class Motion:
-    """What happens to a thing over a clip: travel (y, x), turn (angle), growth (log of scale)."""
-
-    travel: tuple[float, float]
-    turn: float = 0.0
-    growth: float = 0.0
-
-
-@dataclass(frozen=True)
 class ShapeObject:
     """One object at time 0, and how it moves until time 1."""
 
@@ -69,13 +60,14 @@ class ShapeObject:
     center: tuple[float, float]  # from the frame's centre
     radius: float
     angle: float
-    motion: Motion
+    travel: tuple[float, float] = (0.0, 0.0)
+    turn: float = 0.0  # of the angle
+    growth: float = 0.0  # logarithm of the scale
 
     def pose(self, time: float) -> tuple[np.ndarray, float, float]:
         """Centre (2,), radius and angle at a time in [0, 1]."""
-        center = np.add(self.center, np.multiply(self.motion.travel, time))
-        radius = self.radius * math.exp(self.motion.growth * time)
-        return center, radius, self.angle + self.motion.turn * time
+        center = np.add(self.center, np.multiply(self.travel, time))
+        return center, self.radius * math.exp(self.growth * time), self.angle + self.turn * time
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ class Scene:
     background: str
     background_rgb: tuple[float, float, float]
     texture: tuple[tuple[float, ...], ...]  # waves: frequency y and x, phase, amplitude
-    pan: Motion  # of the background; travel only
+    pan: tuple[float, float]  # travel of the background
 
     @property
     def caption(self) -> str:
@@ -170,7 +162,7 @@ def random_scene(seed: int | Sequence[int], n_objects: int | None = None) -> Sce
         ],
         axis=1,
     )
-    pan = Motion(travel=tuple(rng.uniform(-0.3, 0.3, 2)))
+    pan = tuple(rng.uniform(-0.3, 0.3, 2))
     return Scene(objects, background, tuple(rgb), tuple(map(tuple, texture.tolist())), pan)
 
 
@@ -180,9 +172,8 @@ def _random_object(
     radius = rng.uniform(*sizes)
     # To the other side of the frame, so that hardly anything leaves it.
     travel = -np.array(center) * rng.uniform(0.6, 2.0, 2) + rng.uniform(-0.05, 0.05, 2)
-    shape = str(rng.choice(SHAPES))
     return ShapeObject(
-        shape=shape,
+        shape=str(rng.choice(SHAPES)),
         # Plain ones more often: a ring or a small star has little room for a pattern.
         fill=str(rng.choice(FILLS, p=(0.4, 0.2, 0.2, 0.2))),
         color=color,
@@ -191,7 +182,9 @@ def _random_object(
         radius=radius,
         # Upright give or take: a square on its tip is another shape to the eye.
         angle=rng.uniform(-0.35, 0.35),
-        motion=Motion(tuple(travel), turn=rng.uniform(-0.5, 0.5), growth=rng.uniform(-0.2, 0.2)),
+        travel=tuple(travel),
+        turn=rng.uniform(-0.5, 0.5),
+        growth=rng.uniform(-0.2, 0.2),
     )
 
 
@@ -222,7 +215,7 @@ def render(scene: Scene, time: float, size: tuple[int, int]) -> tuple[np.ndarray
         The frame (H, W, 3) uint8 RGB, and its mask (H, W) uint8 as in `ShapesClip`.
     """
     y, x = _grid(size)
-    travel = np.multiply(scene.pan.travel, time)
+    travel = np.multiply(scene.pan, time)
     light = 1 + _texture(scene.texture, y - travel[0], x - travel[1])
     picture = light[..., None] * np.asarray(scene.background_rgb, np.float32)
     mask = np.zeros(size, np.uint8)
@@ -349,7 +342,7 @@ def optical_flow(
     """
     y, x = _grid(size)
     layer = _layer_at(scene, start, y, x)
-    travel = np.multiply(scene.pan.travel, end - start).astype(np.float32)
+    travel = np.multiply(scene.pan, end - start).astype(np.float32)
     new_y, new_x = y + travel[0], x + travel[1]
     for number, thing in enumerate(scene.objects, start=1):
         here = layer == number

@@ -15,7 +15,6 @@ from scripts.shapes.world import (
     HUES,
     N_WAVES,
     SHAPES,
-    Motion,
     Scene,
     ShapeObject,
     optical_flow,
@@ -28,7 +27,6 @@ from tokenflow.storage.video import read_clip
 from util import UserError
 
 SIZE = 64
-STILL = Motion((0.0, 0.0))
 FLAT = np.zeros((N_WAVES, 4), np.float32)
 # Soft waves in several directions, so that no place of a background looks like another.
 WAVY = np.array([[(-1) ** k * 0.5 * k, 0.4 + 0.3 * k, k, 0.07] for k in range(N_WAVES)], np.float32)
@@ -39,12 +37,12 @@ HALF_PIXEL = (0.5 / SIZE, 0.5 / SIZE)
 def a_thing(**changes: object) -> ShapeObject:
     """A plain red circle in the middle of the frame that does not move, but for the changes."""
     values = {"shape": "circle", "fill": "plain", "color": "red", "rgb": HUES["red"]}
-    values |= {"center": (0.0, 0.0), "radius": 0.25, "angle": 0.0, "motion": STILL}
+    values |= {"center": (0.0, 0.0), "radius": 0.25, "angle": 0.0}
     return ShapeObject(**(values | changes))
 
 
 def a_scene(*objects, rgb=(0.4, 0.4, 0.4), texture=FLAT, pan=(0.0, 0.0)):
-    return Scene(objects, "gray", rgb, texture, Motion(pan))
+    return Scene(objects, "gray", rgb, texture, pan)
 
 
 def polar(radii: np.ndarray, angles: np.ndarray) -> np.ndarray:
@@ -71,9 +69,9 @@ def distances(thing: ShapeObject, time: float, size: tuple[int, int]) -> np.ndar
     Independent of the code under test, but for the names of the shapes: (H, W).
     """
     height, width = size
-    radius = thing.radius * math.exp(thing.motion.growth * time)
-    angle = thing.angle + thing.motion.turn * time
-    center = [c + t * time for c, t in zip(thing.center, thing.motion.travel, strict=True)]
+    radius = thing.radius * math.exp(thing.growth * time)
+    angle = thing.angle + thing.turn * time
+    center = [c + t * time for c, t in zip(thing.center, thing.travel, strict=True)]
     found = []
     for points in outlines(thing.shape):
         v, u = points.T
@@ -214,8 +212,8 @@ def test_a_caption_says_both_objects_in_order():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [(48, 48), (36, 60), (60, 36)])
 def test_the_mask_is_the_outline_that_opencv_fills(shape, size):
-    motion = Motion((0.1, -0.15), turn=0.7, growth=-0.3)
-    thing = a_thing(shape=shape, center=(-0.06, 0.08), radius=0.35, angle=-0.2, motion=motion)
+    motion = {"travel": (0.1, -0.15), "turn": 0.7, "growth": -0.3}
+    thing = a_thing(shape=shape, center=(-0.06, 0.08), radius=0.35, angle=-0.2, **motion)
     for time in (0.0, 0.6):
         mask = render(a_scene(thing), time, size)[1]
         distance = distances(thing, time, size)
@@ -307,27 +305,27 @@ def test_a_wider_or_higher_frame_shows_more_of_the_same_scene(size):
 @pytest.mark.parametrize(
     ("motion", "offset", "expected"),
     [
-        (Motion((0.0, 0.25)), (0, 0), (16, 0)),  # to the right is +dx
-        (Motion((0.0, 0.25)), (-5, 7), (16, 0)),
-        (Motion((-0.125, 0.0)), (0, 0), (0, -8)),  # up is -dy
-        (Motion((0.0, 0.0), turn=math.pi / 2), (0, 0), (0, 0)),
-        (Motion((0.0, 0.0), turn=math.pi / 2), (0, 8), (-8, 8)),  # clockwise: right goes down
-        (Motion((0.0, 0.0), turn=math.pi / 2), (-8, 0), (8, 8)),  # and up goes right
-        (Motion((0.0, 0.0), turn=math.pi), (3, -5), (10, -6)),
-        (Motion((0.0, 0.0), growth=math.log(1.5)), (4, -6), (-3, 2)),  # away from the centre
-        (Motion((0.0, 0.0), growth=-math.log(2)), (4, -6), (3, -2)),
-        (Motion((0.125, 0.25), math.pi / 2, math.log(2)), (0, 4), (16 - 4, 8 + 8)),
+        (dict(travel=(0.0, 0.25)), (0, 0), (16, 0)),  # to the right is +dx
+        (dict(travel=(0.0, 0.25)), (-5, 7), (16, 0)),
+        (dict(travel=(-0.125, 0.0)), (0, 0), (0, -8)),  # up is -dy
+        (dict(turn=math.pi / 2), (0, 0), (0, 0)),
+        (dict(turn=math.pi / 2), (0, 8), (-8, 8)),  # clockwise: right goes down
+        (dict(turn=math.pi / 2), (-8, 0), (8, 8)),  # and up goes right
+        (dict(turn=math.pi), (3, -5), (10, -6)),
+        (dict(growth=math.log(1.5)), (4, -6), (-3, 2)),  # away from the centre
+        (dict(growth=-math.log(2)), (4, -6), (3, -2)),
+        (dict(travel=(0.125, 0.25), turn=math.pi / 2, growth=math.log(2)), (0, 4), (16 - 4, 8 + 8)),
     ],
 )
 def test_an_object_flows_as_computed_by_hand(motion, offset, expected):
-    thing = a_thing(center=HALF_PIXEL, angle=0.3, motion=motion)
+    thing = a_thing(center=HALF_PIXEL, angle=0.3, **motion)
     # The background's pan is nothing to the object.
     flow, _ = optical_flow(a_scene(thing, pan=(0.2, 0.1)), 0, 1, (SIZE, SIZE))
     assert flow[32 + offset[0], 32 + offset[1]] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_length_of_a_flow_is_in_pixels_of_a_frame_that_is_not_square():
-    scene = a_scene(a_thing(center=(0.0, -0.4), motion=Motion((0.125, 0.5))), pan=(-0.25, 0.125))
+    scene = a_scene(a_thing(center=(0.0, -0.4), travel=(0.125, 0.5)), pan=(-0.25, 0.125))
     for size in ((48, 80), (80, 48)):
         flow, visible = optical_flow(scene, 0, 1, size)
         mask = render(scene, 0, size)[1]
@@ -361,7 +359,7 @@ def test_warping_one_frame_by_the_flow_gives_the_other(seed, pair):
 
 @pytest.mark.parametrize("shape", ["star", "ring"])
 def test_what_a_moving_object_covers_is_not_visible(shape):
-    thing = a_thing(shape=shape, center=(0.0, -0.2), motion=Motion((0.05, 0.3), turn=0.5))
+    thing = a_thing(shape=shape, center=(0.0, -0.2), travel=(0.05, 0.3), turn=0.5)
     clip = render_clip(a_scene(thing, texture=WAVY), 2, SIZE)
     for start, end in ((0, 1), (1, 0)):
         _, visible = clip.flow(start, end)
@@ -381,7 +379,7 @@ def test_what_leaves_the_frame_is_not_visible():
 
 def test_an_earlier_object_goes_behind_a_later_one():
     still = a_thing(shape="square", center=(0.0, 0.2), radius=0.2, color="blue")
-    moving = a_thing(center=(0.0, -0.2), radius=0.2, motion=Motion((0.0, 0.375)))
+    moving = a_thing(center=(0.0, -0.2), radius=0.2, travel=(0.0, 0.375))
     size = (SIZE, SIZE)
     alone = render(a_scene(still), 0, size)[1] == 1
     mask = render(a_scene(moving), 0, size)[1] == 1
