@@ -24,16 +24,9 @@ import run_tokenflow_controlnet
 import run_tokenflow_pnp
 import run_tokenflow_sdedit
 from scripts import strip
+from scripts.shapes import world
 from scripts.shapes.metrics import Judge, color_shape_background, warp_error
 from scripts.shapes.pictures import SIZE
-from scripts.shapes.world import (
-    SAMPLE_FRAMES,
-    SAMPLES,
-    ShapesClip,
-    caption_of,
-    random_scene,
-    render_clip,
-)
 from tokenflow.cache.options import arguments
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.diffusion.model_names import MODELS
@@ -58,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     setup_logging()
     source = f"data/{CLIP}.mp4"
-    scene = random_scene(*SAMPLES[CLIP])
+    scene = world.random_scene(*world.SAMPLES[CLIP])
     config = load_yaml(Path(EDITS[0][2]))
     options = {
         "data_path": source,
@@ -83,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for label, folder in folders.items():
         frames[label] = load_frames(folder / "frames")
         seconds[label] = sum(load_yaml(folder / "run.yaml")["seconds"].values())
-    clip = render_clip(scene, SAMPLE_FRAMES, SIZE)
+    clip = world.render_clip(scene, world.SAMPLE_FRAMES, SIZE)
     rows = [f"{label}={folder / 'edited.mp4'}" for label, folder in folders.items()]
     print()
     n_frames = str(len(source_frames))
@@ -116,7 +109,7 @@ def run(script: ModuleType, argv: Sequence[str]) -> Path:
 
 
 def print_figures(
-    frames: dict[str, np.ndarray], seconds: dict[str, float], clip: ShapesClip
+    frames: dict[str, np.ndarray], seconds: dict[str, float], clip: world.ShapesClip
 ) -> None:
     """A line for each clip: seconds, warp error x1e-3, and what its frames show most often."""
     judge = Judge(Path(MODELS["tiny"]) / "judge", torch.device("cpu"))
@@ -126,7 +119,7 @@ def print_figures(
         color, shape, background = seen
         fill, _ = Counter(answer[0] for answer in judge(pictures)).most_common(1)[0]
         shape = "misshapen object" if shape == "none" else shape
-        caption = caption_of([(fill, color, shape)], background)
+        caption = world.caption_of([(fill, color, shape)], background)
         if color == "none":
             caption = f"nothing on a {background} background"
         took = f"{seconds[label]:.0f}" if label in seconds else ""

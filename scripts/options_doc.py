@@ -15,15 +15,7 @@ from tokenflow.cache.options import PreprocessOptions
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.results import TECHNIQUES
 from tokenflow.editing.techniques import load_technique
-from tokenflow.storage.schema import (
-    MAX_COUNT,
-    MAX_SEED,
-    Model,
-    choices_of,
-    expected,
-    limits,
-    plain_type,
-)
+from tokenflow.storage import schema
 from util import ArgumentParser, atomic_file, command_line
 
 PATH = Path(__file__).parents[1] / "docs" / "options.md"
@@ -56,7 +48,7 @@ def render() -> str:
     return "\n".join(parts) + "\n"
 
 
-def _table(cls: type[Model], names: Iterable[str], dashes: str = "") -> str:
+def _table(cls: type[schema.Model], names: Iterable[str], dashes: str = "") -> str:
     lines = ["| name | value | default | meaning |", "|---|---|---|---|"]
     for name in names:
         field = cls.model_fields[name]
@@ -71,16 +63,16 @@ def _table(cls: type[Model], names: Iterable[str], dashes: str = "") -> str:
 
 
 def _value(field: FieldInfo, command_line: bool) -> str:
-    if command_line and plain_type(field.annotation) is bool:
+    if command_line and schema.plain_type(field.annotation) is bool:
         return "flag"
-    choices = choices_of(field.annotation)
+    choices = schema.choices_of(field.annotation)
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
-    kind = expected(field.annotation).removeprefix("a ") or "number or fraction"
+    kind = schema.expected(field.annotation).removeprefix("a ") or "number or fraction"
     if command_line:
         kind = kind.removesuffix(" or null")
-    bounds = limits(field)
-    for no_bound in (MAX_COUNT, MAX_SEED):
+    bounds = schema.limits(field)
+    for no_bound in (schema.MAX_COUNT, schema.MAX_SEED):
         bounds = bounds.removesuffix(f" and at most {no_bound}")
     return f"{kind}, {bounds}" if bounds else kind
 

@@ -29,14 +29,7 @@ from scripts.batch.clip_list import INVERSION, VARIANTS, Batch, read_batch, show
 from scripts.batch.engine import FAILED, FOUND, MADE, NOT_TRIED, Outcome, duration, log, run_jobs
 from tokenflow.evaluation.score_table import aligned
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
-from util import (
-    ArgumentParser,
-    UserError,
-    at_least,
-    check_writable,
-    command_line,
-    setup_logging,
-)
+from util import ArgumentParser, UserError, at_least, check_writable, command_line, setup_logging
 
 WRONG = 255  # exit status: see above
 MAX_STATUS = 100  # for failed clips; larger ones have other meanings

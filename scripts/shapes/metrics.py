@@ -11,16 +11,7 @@ import cv2
 import numpy as np
 import torch
 
-from scripts.shapes.world import (
-    BACKGROUNDS,
-    COLORS,
-    FILLS,
-    HUES,
-    SHAPES,
-    Scene,
-    ShapesClip,
-    caption_of,
-)
+from scripts.shapes import world
 from tokenflow.diffusion.vae import psnr
 from tokenflow.evaluation import metrics
 from tokenflow.evaluation.motion import Motion
@@ -41,13 +32,13 @@ def hue_of_object(frame: np.ndarray, mask: np.ndarray) -> str:
         frame: (H, W, 3) uint8 RGB.
         mask: (H, W) bool, not empty.
     """
-    hues = np.array([HUES[name] for name in COLORS])
+    hues = np.array([world.HUES[name] for name in world.COLORS])
     hues = hues - hues.mean(axis=1, keepdims=True)
     hues /= np.linalg.norm(hues, axis=1, keepdims=True)
     chroma = frame[mask] - frame[mask].mean(axis=1, keepdims=True)
     is_gray = np.linalg.norm(chroma, axis=1) < LEAST_CHROMA
-    nearest = np.where(is_gray, len(COLORS), (chroma @ hues.T).argmax(axis=1))
-    return (*COLORS, "gray")[int(np.bincount(nearest).argmax())]
+    nearest = np.where(is_gray, len(world.COLORS), (chroma @ hues.T).argmax(axis=1))
+    return (*world.COLORS, "gray")[int(np.bincount(nearest).argmax())]
 
 
 def color_shape_background(frame: np.ndarray) -> tuple[str, str, str]:
@@ -105,14 +96,14 @@ def _shape(outline: np.ndarray, holes: float) -> str:
     return "square" if is_square else "none"
 
 
-def true_motion(clip: ShapesClip, n_frames: int | None = None) -> Motion:
+def true_motion(clip: world.ShapesClip, n_frames: int | None = None) -> Motion:
     """The ground truth of how a clip's first n_frames move (None: all), at least 2."""
     pairs = [clip.flow(i, i - 1) for i in range(1, n_frames or len(clip.frames))]
     flow, visible = (torch.from_numpy(np.stack(parts)) for parts in zip(*pairs, strict=True))
     return Motion(flow.permute(0, 3, 1, 2).contiguous(), visible)
 
 
-def warp_error(frames: np.ndarray, clip: ShapesClip) -> float:
+def warp_error(frames: np.ndarray, clip: world.ShapesClip) -> float:
     """`metrics.warp_error` along a clip's true motion.
 
     Args:
@@ -145,9 +136,9 @@ class Judge:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.clip = metrics.ClipEmbedder(folder, device)
-        every = itertools.product(FILLS, COLORS, SHAPES, BACKGROUNDS)
+        every = itertools.product(world.FILLS, world.COLORS, world.SHAPES, world.BACKGROUNDS)
         self.choices = [choice for choice in every if choice[1] != choice[3]]
-        captions = (caption_of([choice[:3]], choice[3]) for choice in self.choices)
+        captions = (world.caption_of([choice[:3]], choice[3]) for choice in self.choices)
         self.texts = torch.stack([self.clip.embed_text(caption) for caption in captions], dim=1)
 
     def __call__(self, frames: np.ndarray) -> list[tuple[str, str, str, str]]:
@@ -156,7 +147,7 @@ class Judge:
         return [self.choices[number] for number in best.tolist()]
 
 
-def attributes(scene: Scene) -> tuple[str, str, str, str]:
+def attributes(scene: world.Scene) -> tuple[str, str, str, str]:
     """Fill, colour, shape and background of a scene with one object."""
     thing = scene.objects[0]
     return thing.fill, thing.color, thing.shape, scene.background

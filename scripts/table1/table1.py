@@ -20,30 +20,14 @@ from run_tokenflow_pnp import PnPConfig
 from scripts.batch.clip_list import VARIANTS, Batch, ClipList, Variant, read_batch
 from scripts.batch.engine import FAILED, Outcome, log, run_jobs
 from scripts.table1 import baselines
+from tokenflow.evaluation import score_table
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.motion import truth_file, truth_shape
-from tokenflow.evaluation.score_table import (
-    COLUMNS,
-    Row,
-    Summary,
-    aligned,
-    order_verdict,
-    protocols,
-    read_rows,
-    rows_as_json,
-    summarize,
-)
+from tokenflow.evaluation.score_table import COLUMNS, Row, Summary
 from tokenflow.storage.reports import check_report_path, write_report, write_reports
 from tokenflow.storage.schema import parse
 from tokenflow.storage.yaml_files import load_yaml
-from util import (
-    ArgumentParser,
-    UserError,
-    at_least,
-    check_writable,
-    command_line,
-    setup_logging,
-)
+from util import ArgumentParser, UserError, at_least, check_writable, command_line, setup_logging
 
 _ROWS = load_yaml(Path(__file__).with_name("rows.yaml"))
 TOKENFLOW = _ROWS["tokenflow"]
@@ -104,7 +88,7 @@ def write_rows(batch: Batch, rows: Sequence[Row]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for clip in batch.clips:
         own = [row for row in rows if row.clip == clip]
-        write_report(folder / f"{clip}.json", rows_as_json(own))
+        write_report(folder / f"{clip}.json", score_table.rows_as_json(own))
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -139,7 +123,7 @@ def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:
     if not shared:
         return None, f"The paper's order, {' < '.join(ORDER)}: not measured, no clip has them all"
     means = {name: float(np.mean([errors[name, e] for e in shared])) for name in ORDER}
-    holds, told = order_verdict(means, ORDER)
+    holds, told = score_table.order_verdict(means, ORDER)
     return holds, f"{told} (means of {len(shared)} clips)"
 
 
@@ -192,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             raise UserError(f"--clip: expected one of {', '.join(batch.clips)}; got {args.clip}")
         batch = replace(batch, jobs=[job for job in batch.jobs if job.clip == args.clip])
     check_writable(batch.output_path, "output_path")
-    others = [row for path in args.also for row in read_rows(path)]
+    others = [row for path in args.also for row in score_table.read_rows(path)]
     if protocol.flow == "truth":
         for data_path in {job.work["data_path"] for job in batch.jobs}:
             truth_shape(truth_file(data_path, protocol.truth))
@@ -203,14 +187,14 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     n_edits = sum(job.variant is not None for job in batch.jobs)
     missing = n_edits - len(rows)
     rows += others
-    text, reports = "no rows", [(args.json, rows_as_json(rows))] if args.json else []
+    text, reports = "no rows", [(args.json, score_table.rows_as_json(rows))] if args.json else []
     if rows and args.clip is None:
-        lines = table(summarize(rows))
+        lines = table(score_table.summarize(rows))
         notes = [verdict(rows)[1], PAPER_NOTE, settings_line(args.clips, batch.given)]
-        notes += protocols(rows)
-        text = "\n".join([aligned(lines), "", *notes])
+        notes += score_table.protocols(rows)
+        text = "\n".join([score_table.aligned(lines), "", *notes])
         if args.markdown:
-            blocks = [aligned(lines, "pipe"), *notes]
+            blocks = [score_table.aligned(lines, "pipe"), *notes]
             reports.append((args.markdown, "\n\n".join(blocks) + "\n"))
     write_reports(text, reports)
     if missing:

@@ -29,24 +29,8 @@ from tqdm import tqdm
 import preprocess
 import run_tokenflow_pnp as pnp
 from scripts.demo import inversion_options
-from scripts.shapes.metrics import (
-    ATTRIBUTES,
-    Judge,
-    attributes,
-    background_psnr,
-    color_shape_background,
-    hue_of_object,
-    warp_error,
-)
+from scripts.shapes import metrics, world
 from scripts.shapes.pictures import HELD_OUT, SIZE
-from scripts.shapes.world import (
-    SAMPLE_FRAMES,
-    another_color,
-    random_scene,
-    recolored,
-    render,
-    render_clip,
-)
 from scripts.tiny_model.denoiser import draw_pictures
 from tokenflow.cache.options import arguments
 from tokenflow.cache.source_cache import Manifest, open_cache
@@ -84,7 +68,7 @@ ORDER = ("vae", *METHODS)  # of the warp errors in the paper's Table 1
 
 def accuracies(told: Sequence[tuple], true: Sequence[tuple]) -> dict[str, float]:
     """The share of right answers for each attribute; `told` may lack the first, the fill."""
-    names = ATTRIBUTES[-len(told[0]) :]
+    names = metrics.ATTRIBUTES[-len(told[0]) :]
     right = np.array(told) == np.array(true)[:, -len(names) :]
     return dict(zip((f"{name}_accuracy" for name in names), right.mean(0).tolist(), strict=True))
 
@@ -92,7 +76,7 @@ def accuracies(told: Sequence[tuple], true: Sequence[tuple]) -> dict[str, float]
 def check_text_to_image(
     models: StableDiffusion,
     model: Path,
-    judge: Judge,
+    judge: metrics.Judge,
     config: Mapping[str, Any],
     count: int,
     seed: int,
@@ -106,9 +90,9 @@ def check_text_to_image(
         models: of the folder `model`.
         config: of an edit; its guidance and number of steps are used.
     """
-    scenes = [random_scene(seed + i, n_objects=1) for i in range(count)]
-    true = [attributes(scene) for scene in scenes]
-    rendered = np.stack([render(scene, 0.5, (SIZE, SIZE))[0] for scene in scenes])
+    scenes = [world.random_scene(seed + i, n_objects=1) for i in range(count)]
+    true = [metrics.attributes(scene) for scene in scenes]
+    rendered = np.stack([world.render(scene, 0.5, (SIZE, SIZE))[0] for scene in scenes])
     parts = {name: getattr(models, name) for name in ("unet", "vae", "text_encoder")}
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, **parts)
     options = {
@@ -124,9 +108,9 @@ def check_text_to_image(
     decoded = decode_latents(models, encode_frames(models, rendered))
     fill = accuracies(judge(drawn), true)["fill_accuracy"]
     return {
-        **accuracies(list(map(color_shape_background, drawn)), true),
+        **accuracies(list(map(metrics.color_shape_background, drawn)), true),
         "fill_accuracy": fill,
-        "measurement": accuracies(list(map(color_shape_background, decoded)), true),
+        "measurement": accuracies(list(map(metrics.color_shape_background, decoded)), true),
         "judge": accuracies(judge(decoded), true),
     }
 
@@ -149,9 +133,9 @@ def check_clip(
         config: of the demo's edit.
         accuracy: steps and frames of the inversions that are measured.
     """
-    scene = random_scene(seed, n_objects=1)
-    clip = render_clip(scene, SAMPLE_FRAMES, SIZE)
-    source, target = work / "clips" / f"{seed}", another_color(scene)
+    scene = world.random_scene(seed, n_objects=1)
+    clip = world.render_clip(scene, world.SAMPLE_FRAMES, SIZE)
+    source, target = work / "clips" / f"{seed}", world.another_color(scene)
     save_frames(source, clip.frames)
     true, masks = clip.frames[: config["n_frames"]], clip.masks[: config["n_frames"]]
     decoded = decode_latents(models, encode_frames(models, true))
@@ -168,7 +152,7 @@ def check_clip(
             **shared,
             "latents_path": str(work / "latents"),
             "output_path": str(work / "results"),
-            "prompt": recolored(scene, target),
+            "prompt": world.recolored(scene, target),
             "negative_prompt": scene.caption,
             **method,
         }
@@ -181,7 +165,7 @@ def check_clip(
     refined = invert("refined", **few, inversion_iters=5)
     clips = {"source": true, "vae": decoded} | {name: edit(m) for name, m in METHODS.items()}
     frames = clips["tokenflow"]
-    found = [hue_of_object(f, m > 0) for f, m in zip(frames, masks, strict=True)]
+    found = [metrics.hue_of_object(f, m > 0) for f, m in zip(frames, masks, strict=True)]
     return {
         "seed": seed,
         "caption": scene.caption,
@@ -191,8 +175,8 @@ def check_clip(
         "inversion_psnr": plain.psnr,
         "inversion_iters_5_psnr": refined.psnr,
         "edit_color_success": float(np.mean([color == target for color in found])),
-        "background_psnr": background_psnr(frames, decoded, masks, models.vae_factor),
-        "warp_error": {name: warp_error(frames, clip) for name, frames in clips.items()},
+        "background_psnr": metrics.background_psnr(frames, decoded, masks, models.vae_factor),
+        "warp_error": {name: metrics.warp_error(frames, clip) for name, frames in clips.items()},
     }
 
 
@@ -269,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if not args.quick:
         accuracy = {"accuracy_steps": 50, "accuracy_frames": 2}
 
-    judge = Judge(args.model / "judge", device)
+    judge = metrics.Judge(args.model / "judge", device)
     # Like a picture from text, an edit by SDEdit has no negative prompt.
     sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml") | quick
     figures = check_text_to_image(models, args.model, judge, sdedit, args.pictures, args.seed)

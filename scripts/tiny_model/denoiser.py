@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
-    ControlNetModel,
     DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
@@ -20,23 +19,10 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from scripts.shapes.pictures import (
-    HELD_OUT,
-    SIZE,
-    held_out_pictures,
-    picture,
-    save_sheet,
-    to_frames,
-)
+from scripts.shapes import pictures as shapes
 from scripts.shapes.world import random_scene
+from scripts.tiny_model import model_files
 from scripts.tiny_model.autoencoder import load_vae, picture_latents
-from scripts.tiny_model.model_files import (
-    NETWORKS,
-    ddim_scheduler,
-    make_unet,
-    save_weights,
-    write_model_index,
-)
 from scripts.tiny_model.settings import Training
 from scripts.tiny_model.trainer import train
 from tokenflow.diffusion.conditions import canny_edges
@@ -61,7 +47,7 @@ class TextToNoise(nn.Module):
     def __init__(self, training: Training) -> None:
         super().__init__()
         self.text_encoder = CLIPTextModel(training.text_config())
-        self.unet = make_unet("trained")
+        self.unet = model_files.make_unet("trained")
 
     def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         return self.unet(latents, timesteps, self.text_encoder(tokens)[0]).sample
@@ -73,7 +59,7 @@ def train_unet(training: Training) -> None:
     model = TextToNoise(training).to(training.device)
     model.unet.to(memory_format=torch.channels_last)
     inputs = training.hashes("vae")
-    for name, size in (("unet_small", SIZE // 2), ("unet", SIZE)):
+    for name, size in (("unet_small", shapes.SIZE // 2), ("unet", shapes.SIZE)):
         batches = NoisyLatents(training, size, training.budget.recipes[name].batch_size)
         averaged = train(
             training,
@@ -85,11 +71,11 @@ def train_unet(training: Training) -> None:
         )
         inputs |= {name: sha256_file(training.work / name / "state.safetensors")[:12]}
         model.load_state_dict(averaged.state_dict())
-    save_weights(training.model / "unet", averaged.unet, torch.float16)
-    save_weights(training.model / "text_encoder", averaged.text_encoder, torch.float16)
+    model_files.save_weights(training.model / "unet", averaged.unet, torch.float16)
+    model_files.save_weights(training.model / "text_encoder", averaged.text_encoder, torch.float16)
     training.write_tokenizer(training.model / "tokenizer")
-    ddim_scheduler().save_pretrained(training.model / "scheduler")
-    write_model_index(training.model)
+    model_files.ddim_scheduler().save_pretrained(training.model / "scheduler")
+    model_files.write_model_index(training.model)
 
 
 def _noise_loss(batches: NoisyLatents, model: TextToNoise, generator: torch.Generator) -> Tensor:
@@ -108,7 +94,7 @@ class NoisyLatents:
     ) -> None:
         self.latents = picture_latents(training, size).to(training.device)
         self.tokens = training.tokens([*training.captions(), ""])
-        self.alphas_squared = ddim_scheduler().alphas_cumprod.to(training.device)
+        self.alphas_squared = model_files.ddim_scheduler().alphas_cumprod.to(training.device)
         self.batch_size = batch_size
         self.noisier = noisier
 
@@ -166,40 +152,29 @@ def _sheet_options(training: Training) -> dict[str, Any]:
 
 def _text_sheet(training: Training, model: TextToNoise, size: int, path: Path) -> None:
     """Pictures of held-out captions, which are in the text file of the same name."""
-    captions = [random_scene(HELD_OUT + i).caption for i in range(16)]
+    captions = [random_scene(shapes.HELD_OUT + i).caption for i in range(16)]
     pipe = StableDiffusionPipeline(
         vae=load_vae(training),
         text_encoder=model.text_encoder,
         tokenizer=training.tokenizer,
         unet=model.unet,
-        scheduler=ddim_scheduler(),
+        scheduler=model_files.ddim_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     options = {"height": size, "width": size, **_sheet_options(training)}
-    save_sheet(path, draw_pictures(pipe, captions, **options))
+    shapes.save_sheet(path, draw_pictures(pipe, captions, **options))
     path.with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
 
 
 class EdgesToNoise(nn.Module):
-    """A ControlNet in training next to the finished UNet, whose weights do not change.
-
-    Its embedding of edges begins with weights under which they keep their strength: by PyTorch's
-    and diffusers' own, edges fade from layer to layer to exactly zero, which learns slowly.
-    """
+    """A ControlNet in training next to the finished UNet, whose weights do not change."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
-        self.controlnet = ControlNetModel.from_unet(
-            unet, conditioning_embedding_out_channels=NETWORKS["trained"]["hint_channels"]
-        )
-        embedding = self.controlnet.controlnet_cond_embedding
-        for conv in (embedding.conv_in, *embedding.blocks, embedding.conv_out):
-            nn.init.kaiming_normal_(conv.weight)
-        with torch.no_grad():
-            example = edges_of(np.stack([picture(number, SIZE)[0] for number in range(8)]))
-            embedding.conv_out.weight /= embedding(example).std()
+        edges = edges_of(np.stack([shapes.picture(n, shapes.SIZE)[0] for n in range(8)]))
+        self.controlnet = model_files.make_controlnet("trained", unet, edges)
         self.frozen = [unet]  # in a list: no part of this module, its state or its average
 
     def forward(self, batch: Batch, text: Tensor, edges: Tensor) -> Tensor:
@@ -223,7 +198,7 @@ def train_controlnet(training: Training) -> None:
     pictures = training.pictures()
     # Edges tell most where the noise hides what they outline.
     batch_size = training.budget.recipes["controlnet"].batch_size
-    batches = NoisyLatents(training, SIZE, batch_size, noisier=True)
+    batches = NoisyLatents(training, shapes.SIZE, batch_size, noisier=True)
 
     def loss(model: EdgesToNoise, generator: torch.Generator) -> Tensor:
         batch = batches.draw(generator)
@@ -233,7 +208,7 @@ def train_controlnet(training: Training) -> None:
         return batch.loss(model(batch, text, edges.to(training.device)))
 
     def sheet(model: EdgesToNoise, path: Path) -> None:
-        frames, captions = held_out_pictures(8)
+        frames, captions = shapes.held_out_pictures(8)
         edges = edges_of(frames)
         pipe = StableDiffusionControlNetPipeline.from_pretrained(
             training.model,
@@ -242,7 +217,7 @@ def train_controlnet(training: Training) -> None:
             torch_dtype=torch.float32,
         ).to(training.device)
         drawn = draw_pictures(pipe, captions, image=edges, **_sheet_options(training))
-        save_sheet(path, np.concatenate([to_frames(2 * edges - 1), drawn]))
+        shapes.save_sheet(path, np.concatenate([shapes.to_frames(2 * edges - 1), drawn]))
 
     torch.manual_seed(training.seed)
     model = EdgesToNoise(unet).to(training.device)
@@ -250,7 +225,7 @@ def train_controlnet(training: Training) -> None:
     averaged = train(
         training, "controlnet", model, loss, sheet, training.hashes("vae", "unet", "text_encoder")
     )
-    save_weights(training.model / "controlnet", averaged.controlnet, torch.float16)
+    model_files.save_weights(training.model / "controlnet", averaged.controlnet, torch.float16)
 
 
 def edges_of(frames: np.ndarray) -> Tensor:

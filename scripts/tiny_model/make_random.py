@@ -21,17 +21,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
-from scripts.tiny_model.model_files import (
-    NETWORKS,
-    bpe_vocabulary,
-    ddim_scheduler,
-    make_unet,
-    make_vae,
-    save_weights,
-    text_config,
-    write_model_index,
-    write_tokenizer,
-)
+from scripts.tiny_model import model_files
 from util import ArgumentParser, check_writable, command_line, setup_logging
 
 log = logging.getLogger("tokenflow")
@@ -73,25 +63,27 @@ def make_model(
             with 0.3 of its channels.
         dtype: of the written weights.
     """
-    vocabulary, merges = bpe_vocabulary(WORDS.split())
+    vocabulary, merges = model_files.bpe_vocabulary(WORDS.split())
     prediction_type = "v_prediction" if kind == "v_prediction" else "epsilon"
     threads = 1 if architecture == "tiny" else torch.get_num_threads()
     with _reproducible(seed, threads):
-        text = CLIPTextModel(text_config(architecture, vocabulary, MAX_TOKENS)).eval()
-        models = {"text_encoder": text, "vae": make_vae(architecture)}
+        text = CLIPTextModel(model_files.text_config(architecture, vocabulary, MAX_TOKENS)).eval()
+        models = {"text_encoder": text, "vae": model_files.make_vae(architecture)}
         _fit_vae(models["vae"])
-        models["unet"] = make_unet(architecture, in_channels=5 if kind == "depth" else 4)
+        models["unet"] = model_files.make_unet(
+            architecture, in_channels=5 if kind == "depth" else 4
+        )
         _calibrate(models["unet"], predicts_noise=prediction_type == "epsilon")
         if controlnet:
             models["controlnet"] = _controlnet(architecture, models["unet"])
     for name, model in models.items():
-        save_weights(folder / name, model, dtype)
-    ddim_scheduler(prediction_type).save_pretrained(folder / "scheduler")
-    write_tokenizer(folder / "tokenizer", vocabulary, merges, MAX_TOKENS)
+        model_files.save_weights(folder / name, model, dtype)
+    model_files.ddim_scheduler(prediction_type).save_pretrained(folder / "scheduler")
+    model_files.write_tokenizer(folder / "tokenizer", vocabulary, merges, MAX_TOKENS)
     if kind == "depth":
         make_depth_model(folder / "depth_estimator", seed)
         _depth_processor().save_pretrained(folder / "feature_extractor")
-    write_model_index(folder, takes_depth=kind == "depth")
+    model_files.write_model_index(folder, takes_depth=kind == "depth")
 
 
 def make_depth_model(folder: Path, seed: int = 0) -> None:
@@ -102,7 +94,7 @@ def make_depth_model(folder: Path, seed: int = 0) -> None:
         seed: of all weights; the caller's random state is left as it was.
     """
     with _reproducible(seed, threads=1):
-        model = DPTForDepthEstimation(DPTConfig(**NETWORKS["depth_estimator"])).eval()
+        model = DPTForDepthEstimation(DPTConfig(**model_files.NETWORKS["depth_estimator"])).eval()
         readout = model.head.head[-2]  # the last but a ReLU
         features, _ = _inputs_of(readout, model, _random_pictures(8))
         readout.weight /= readout(features).std()
@@ -218,16 +210,8 @@ def _fit_convolution(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _controlnet(architecture: str, unet: UNet2DConditionModel) -> ControlNetModel:
-    controlnet = ControlNetModel.from_unet(
-        unet, conditioning_embedding_out_channels=NETWORKS[architecture]["hint_channels"]
-    ).eval()
-    embedding = controlnet.controlnet_cond_embedding
-    # As PyTorch initialises them, the picture would fade from layer to layer.
-    for conv in (embedding.conv_in, *embedding.blocks):
-        nn.init.kaiming_normal_(conv.weight)
+    controlnet = model_files.make_controlnet(architecture, unet, _random_pictures(8)).eval()
     # A new ControlNet's output convolutions are zero: it would change nothing.
-    nn.init.normal_(embedding.conv_out.weight)
-    embedding.conv_out.weight /= embedding(_random_pictures(8)).std()
     for conv in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         nn.init.normal_(conv.weight, std=0.2 * conv.in_channels**-0.5)
     return controlnet
