@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.warning("--metrics: %d of %d rows are of other results", unmatched, len(rows))
     groups = group_results(results)
     out = Path(os.path.realpath(args.out))
-    check_out(out, results, [cache for group in groups for cache in group.caches])
+    check_out(out, groups)
     write_report(groups, rows, out, args.title)
     print(f"report: {args.out / PAGE} ({len(results)} results of {len(groups)} clips)")
 

@@ -245,16 +245,14 @@ def test_a_source_of_the_same_name_is_another(place, results, tmp_path):
 def test_the_first_frames_of_a_longer_truth_are_used(place):
     """The results have four frames, the truth five: an edit that is its source has its error."""
     source = inputs.Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH))
-    truth = inputs.read_truth(source, inputs.find_truth(source, None))
+    truth = inputs.read_truth(source, None)
     whole = motion.load_motion(place / "one.flow.safetensors")
     assert torch.equal(truth.flow, whole.flow[:3])
     later = dataclasses.replace(source, shape=(3, HEIGHT, WIDTH), start=2)
-    assert torch.equal(
-        inputs.read_truth(later, inputs.find_truth(later, None)).flow, whole.flow[2:]
-    )
+    assert torch.equal(inputs.read_truth(later, None).flow, whole.flow[2:])
     half = dataclasses.replace(source, shape=(4, HEIGHT // 2, WIDTH))
     assert torch.equal(
-        inputs.read_truth(half, inputs.find_truth(half, place)).flow[:, 1],
+        inputs.read_truth(half, place).flow[:, 1],
         whole.flow[:3, 1, 1::2] / 2,
     )
 

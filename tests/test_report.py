@@ -185,8 +185,7 @@ def test_a_relative_cache_is_found_from_above_the_result(tmp_path):
     make_cache(tmp_path / "latents" / "wall")
     folder = make_result(tmp_path / "out" / "pnp" / "wall" / "x", None)
     run = load_yaml(folder / "run.yaml") | {"cache": "latents/wall"}
-    result = Result(folder, {}, run)
-    assert report_page.cache_of(result).folder == tmp_path / "latents" / "wall"
+    assert Result(folder, {}, run).cache().folder == tmp_path / "latents" / "wall"
 
 
 def test_settings_differ_only_among_those_that_have_them():

@@ -24,13 +24,13 @@ def test_masks_are_objects_by_index_resized_by_nearest_neighbour(tmp_path):
     masks[0, 0, 0], masks[1, 1, 3], masks[2] = 1, 2, 1
     save_masks(tmp_path / "bear", masks)
     for folder in (tmp_path, tmp_path / "bear"):
-        read = read_masks(some_source(), find_masks(some_source(), folder))
+        read = read_masks(some_source(), folder)
         assert read.shape == (2, 4, 8)
         assert np.array_equal(read, masks[:2].repeat(2, axis=1).repeat(2, axis=2) > 0)
     later = some_source(start=1)
-    assert read_masks(later, find_masks(later, tmp_path))[1].all()
+    assert read_masks(later, tmp_path)[1].all()
     every_second = some_source(stride=2)
-    assert read_masks(every_second, find_masks(every_second, tmp_path))[1].all()
+    assert read_masks(every_second, tmp_path)[1].all()
 
 
 @pytest.mark.parametrize(("fit", "marked", "kept"), [("stretch", [5], [2]), ("crop", [5], [1])])
@@ -41,7 +41,7 @@ def test_thin_objects_are_not_averaged_away_and_masks_are_cropped_as_frames(
     masks[:, :, marked] = 1
     save_masks(tmp_path / "bear", masks)
     source = some_source(fit=fit)
-    read = read_masks(source, find_masks(source, tmp_path))
+    read = read_masks(source, tmp_path)
     assert np.array_equal(read[0], np.isin(np.arange(8), kept)[None].repeat(4, 0))
 
 
@@ -54,7 +54,7 @@ def test_masks_may_be_of_any_kind(mode, tmp_path):
         white = {"RGB": (0, 0, 255), "RGBA": (9, 0, 0, 255)}.get(mode, 1)
         image.putpixel((5, 2), white)
         image.save(tmp_path / f"{i}.png")
-    read = read_masks(some_source(), find_masks(some_source(), tmp_path))
+    read = read_masks(some_source(), tmp_path)
     assert np.argwhere(read).tolist() == [[0, 2, 5], [1, 2, 5]]
 
 
@@ -73,4 +73,4 @@ def test_missing_masks_are_refused(tmp_path):
         find_masks(some_source(), tmp_path)
     (tmp_path / "1.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"1.png: a mask that cannot be read"):
-        read_masks(some_source(), find_masks(some_source(), tmp_path))
+        read_masks(some_source(), tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -102,8 +103,7 @@ class Evaluator:
         self.device = resolve_device(protocol.device)
         self._weights = self._weights_name = None
         if protocol.flow == "raft":
-            weights = protocol.flow_weights
-            self._weights = motion.find_raft_weights(Path(weights) if weights else None)
+            self._weights = motion.find_raft_weights(protocol.flow_weights)
             self._weights_name = motion.raft_weights_name(self._weights)
         self._folders = {
             option: metrics.model_folder(key, option)
@@ -174,12 +174,10 @@ class Evaluator:
         frames, kept, protocol = source.read(), self._kept, self.protocol
         if kept is None or kept.source != source or not np.array_equal(kept.frames, frames):
             if protocol.flow == "truth":
-                moved = inputs.read_truth(source, inputs.find_truth(source, protocol.truth))
+                moved = inputs.read_truth(source, protocol.truth)
             else:
                 moved = motion.motion_by(self.flow, frames)
-            masks = None
-            if protocol.masks is not None:
-                masks = inputs.read_masks(source, inputs.find_masks(source, protocol.masks))
+            masks = inputs.read_masks(source, protocol.masks) if protocol.masks else None
             embeddings = self.clip.embed_frames(frames) if protocol.clip_model else None
             keys = self.dino(frames) if protocol.dino_model else None
             self._kept = _SourceScores(source, frames, moved, masks, embeddings, keys)
@@ -209,12 +207,9 @@ def open_results(
         UserError: a result cannot be scored by the protocol.
     """
 
-    def source_of(subject: inputs.Subject) -> tuple:
-        source = subject.source
-        return source.clip, str(source.path), source.shape, source.start, source.stride
-
     subjects = [inputs.open_result(folder, source_prompt) for folder in find_results(paths)[0]]
-    subjects.sort(key=source_of)
+    source_keys = ("clip", "path", "shape", "start", "stride")
+    subjects.sort(key=attrgetter(*(f"source.{key}" for key in source_keys)))
     clips = dict.fromkeys(subject.source.clip for subject in subjects)
     if protocol.masks is not None and len(clips) > 1:
         for clip in clips:

@@ -195,9 +195,9 @@ def find_truth(source: Source, truth: str | Path | None) -> Path:
     return path
 
 
-def read_truth(source: Source, path: Path) -> Motion:
-    """The true motion of the frames, from `find_truth`'s file."""
-    motion = load_motion(path)
+def read_truth(source: Source, truth: str | Path | None) -> Motion:
+    """The true motion of the frames, from the file of `find_truth`."""
+    motion = load_motion(find_truth(source, truth))
     part = slice(source.start, source.start + source.shape[0] - 1)
     return resize_motion(Motion(motion.flow[part], motion.visible[part]), source.shape[1:])
 
@@ -225,15 +225,15 @@ def find_masks(source: Source, masks: str | Path) -> list[Path]:
     return [files[i] for i in wanted]
 
 
-def read_masks(source: Source, files: list[Path]) -> np.ndarray:
-    """Masks resized as the frames were: (n, H, W) bool, True where the file is not 0."""
-    masks = []
-    for path in files:
+def read_masks(source: Source, masks: str | Path) -> np.ndarray:
+    """`find_masks`' files, resized as the frames were: (n, H, W) bool, True where one is not 0."""
+    found = []
+    for path in find_masks(source, masks):
         with opened_image(path, "a mask") as image:
             # A palette's indices, not its colours; of other pictures, any channel but alpha.
             one_channel = image.mode in ("P", "L", "1", "I", "I;16")
             values = np.asarray(image if one_channel else image.convert("RGB"))
         mask = Image.fromarray((values.reshape(*values.shape[:2], -1) != 0).any(-1).astype("u1"))
         mask = fit_frame(mask, source.shape[1:], source.fit, Image.Resampling.NEAREST)
-        masks.append(np.asarray(mask) > 0)
-    return np.stack(masks)
+        found.append(np.asarray(mask) > 0)
+    return np.stack(found)

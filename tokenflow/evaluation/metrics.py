@@ -134,9 +134,7 @@ class ClipEmbedder:
         tokens = self.tokenizer(
             text, truncation=True, max_length=self.most_tokens, return_tensors="pt"
         ).to(self.device)
-        features = self.model.text_model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-        )
+        features = self.model.text_model(tokens.input_ids, tokens.attention_mask)
         embedding = self.model.text_projection(features.pooler_output)[0]
         return F.normalize(embedding.float(), dim=-1).cpu()
 

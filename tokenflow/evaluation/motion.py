@@ -165,7 +165,7 @@ def _padding(side: int) -> tuple[int, int]:
     return missing // 2, missing - missing // 2
 
 
-def find_raft_weights(weights: Path | None) -> Path:
+def find_raft_weights(weights: str | Path | None) -> Path:
     """The file of RAFT's weights; loads nothing.
 
     Args:
@@ -177,6 +177,7 @@ def find_raft_weights(weights: Path | None) -> Path:
             one that torchvision published.
     """
     if weights is not None:
+        weights = Path(weights)
         if not weights.is_file():
             raise MissingFileError(f"--flow_weights: {weights}: no such file")
         if weights.suffix != ".safetensors":

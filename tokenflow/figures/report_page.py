@@ -43,8 +43,8 @@ class Group(NamedTuple):
     """The results of one clip, and the caches that they were made from, where these still are."""
 
     name: str
-    results: Sequence[Result]
-    caches: Sequence[SourceCache]
+    results: list[Result]
+    caches: dict[str, SourceCache]  # by the real paths of their folders
 
 
 def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
@@ -84,31 +84,21 @@ def rows_by_folder(paths: Sequence[Path]) -> dict[str, Row]:
     return rows
 
 
-def cache_of(result: Result) -> SourceCache | None:
-    """The cache that a result was made from; None, with a warning, if it is not there any more."""
-    try:
-        return result.cache()
-    except UserError as error:
-        log.warning("%s", error)
-        return None
-
-
 def group_results(results: Iterable[Result]) -> list[Group]:
     """Put together the results of the same frames of the same source, in the clips' order."""
-    groups: dict[tuple, tuple[list[Result], dict[str, SourceCache]]] = {}
+    groups: dict[tuple, Group] = {}
     for result in results:
-        key = (result.folder.parent.name, plain(result.run.get("cache")))
-        if cache := cache_of(result):
-            m = cache.manifest
+        key, caches = (result.folder.parent.name, plain(result.run.get("cache"))), {}
+        try:
+            cache = result.cache()
+            m, caches = cache.manifest, {os.path.realpath(cache.folder): cache}
             key = (m.clip, m.source_sha256, m.frame_start, m.frame_stride)
-        members, caches = groups.setdefault(key, ([], {}))
-        members.append(result)
-        if cache:
-            caches.setdefault(os.path.realpath(cache.folder), cache)
-    return [
-        Group(key[0], groups[key][0], list(groups[key][1].values()))
-        for key in sorted(groups, key=str)
-    ]
+        except UserError as error:
+            log.warning("%s", error)
+        group = groups.setdefault(key, Group(key[0], [], {}))
+        group.results.append(result)
+        group.caches.update(caches)
+    return [groups[key] for key in sorted(groups, key=str)]
 
 
 def differing_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -161,7 +151,7 @@ def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
     It comes from the cache, or else from the left half of a result's side_by_side.mp4.
     """
     longest = max(result.n_frames for result in group.results)
-    for cache in group.caches:
+    for cache in group.caches.values():
         try:
             return cache.frames(min(longest, cache.manifest.n_frames)), cache.fps
         except UserError as error:
@@ -214,16 +204,16 @@ def page_data(
 def clip_data(group: Group, rows: Mapping[str, Row], media: Path, out: Path) -> dict[str, Any]:
     """What the page shows of a clip; adds its videos to the folder of media."""
     name, results = group.name, group.results
-    references, notes = [], []
+    references, notes, caches = [], [], group.caches.values()
     if source := source_frames(group):
         video = add_video(media, source, f"{name}-source", len(source[0]))
         references.append({"label": "Source", "video": video, "facts": []})
     else:
         notes.append("The source is missing: its cache is no longer there.")
-    for cache in group.caches:
+    for cache in caches:
         path, m = cache.folder / "inverted.mp4", cache.manifest
         if path.is_file():
-            label = "Reconstruction" + (f" ({m.sd_version})" if len(group.caches) > 1 else "")
+            label = "Reconstruction" + (f" ({m.sd_version})" if len(caches) > 1 else "")
             psnr = {"PSNR": m.psnr, "PSNR of the VAE alone": m.vae_psnr}
             facts = [(name, f"{db:.2f} dB") for name, db in psnr.items() if math.isfinite(db)]
             video = add_video(media, path, f"{name}-reconstruction", m.n_frames)
@@ -239,7 +229,7 @@ def clip_data(group: Group, rows: Mapping[str, Row], media: Path, out: Path) -> 
     ]
     edits.sort(key=lambda edit: (edit["label"], edit["prompt"]))
     add_hints(edits)
-    source_prompts = dict.fromkeys(cache.manifest.inversion_prompt for cache in group.caches)
+    source_prompts = dict.fromkeys(cache.manifest.inversion_prompt for cache in caches)
     return {
         "name": name,
         "data_path": plain(results[0].config.get("data_path", "")),
@@ -342,7 +332,7 @@ def render_page(data: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- the output folder
 
 
-def check_out(out: Path, results: Sequence[Result], caches: Sequence[SourceCache]) -> None:
+def check_out(out: Path, groups: Sequence[Group]) -> None:
     """Refuse an output folder that is none of ours, or is mixed up with what the page shows.
 
     Raises:
@@ -351,8 +341,8 @@ def check_out(out: Path, results: Sequence[Result], caches: Sequence[SourceCache
     if not out.name:
         raise UserError(f"--out: {out}: expected the name of a folder")
     check_writable(out.parent, "--out")
-    for place in (*(result.folder for result in results), *(cache.folder for cache in caches)):
-        folder = Path(os.path.realpath(place))
+    shown = [place for group in groups for place in (*group.results, *group.caches.values())]
+    for folder in (Path(os.path.realpath(place.folder)) for place in shown):
         if out.is_relative_to(folder):
             raise UserError(f"--out: {out}: lies inside of {folder}, which the report shows")
         if folder.is_relative_to(out):
