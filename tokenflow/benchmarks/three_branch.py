@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -41,37 +42,6 @@ SERVED = {
     "control": None,
     "takes_depth": False,
 }
-
-
-class _ThreeBranchAttention:
-    """The processor of one self-attention layer."""
-
-    def __init__(self, layer: str, session: ThreeBranchSession) -> None:
-        self.layer, self.session = layer, session
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """The layer's output, (3 * m, L, c), for its input tokens of that shape."""
-        tokens = hidden_states.unflatten(0, (BRANCHES, -1))  # (3, m, L, c)
-        source, near, kept = tokens[0], self.session.near, self.session.kept
-        if near is None:
-            query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-            if self.session.step.attention and self.layer in ATTENTION_LAYERS:
-                query, key = query[:1].expand_as(query), key[:1].expand_as(key)
-            # The edited branches: all keyframes as one long sequence, (2, k * L, c).
-            joint = (x[1:].flatten(1, 2) for x in (query, key, value))
-            edited = explicit_attention(*joint, attn.heads).unflatten(1, tokens.shape[1:3])
-            edited = attn.to_out[0](edited)
-            kept[self.layer] = source, edited
-            alone = query[0], key[0], value[0]
-        else:
-            keyframe_tokens, base = kept[self.layer]
-            keyframes = near.which.unbind(dim=1)
-            where = [most_similar(source, keyframe_tokens[k]) for k in keyframes]
-            where = torch.stack(where, dim=1)  # (m, 2, L)
-            edited = propagate(base, where, near)
-            alone = attn.to_q(source), attn.to_k(source), attn.to_v(source)
-        alone = attn.to_out[0](explicit_attention(*alone, attn.heads))  # a frame by itself
-        return torch.cat([alone[None], edited]).flatten(0, 1)
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -145,10 +115,36 @@ class ThreeBranchSession(EditSession):
                     x = ddim_step(x, eps, models.schedule, step.t, next(following))
         return x
 
+    def _attend(
+        self, layer: str, attn: Attention, hidden_states: Tensor, *_: object, **__: object
+    ) -> Tensor:
+        """The processor of a self-attention layer: the output for its tokens, (3 * m, L, c)."""
+        tokens = hidden_states.unflatten(0, (BRANCHES, -1))  # (3, m, L, c)
+        source, near = tokens[0], self.near
+        if near is None:
+            query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+            if self.step.attention and layer in ATTENTION_LAYERS:
+                query, key = query[:1].expand_as(query), key[:1].expand_as(key)
+            # The edited branches: all keyframes as one long sequence, (2, k * L, c).
+            joint = (x[1:].flatten(1, 2) for x in (query, key, value))
+            edited = explicit_attention(*joint, attn.heads).unflatten(1, tokens.shape[1:3])
+            edited = attn.to_out[0](edited)
+            self.kept[layer] = source, edited
+            alone = query[0], key[0], value[0]
+        else:
+            keyframe_tokens, base = self.kept[layer]
+            keyframes = near.which.unbind(dim=1)
+            where = [most_similar(source, keyframe_tokens[k]) for k in keyframes]
+            where = torch.stack(where, dim=1)  # (m, 2, L)
+            edited = propagate(base, where, near)
+            alone = attn.to_q(source), attn.to_k(source), attn.to_v(source)
+        alone = attn.to_out[0](explicit_attention(*alone, attn.heads))  # a frame by itself
+        return torch.cat([alone[None], edited]).flatten(0, 1)
+
     @contextmanager
     def _patched(self, unet: UNet2DConditionModel) -> Iterator[None]:
         original = unet.attn_processors
-        ours = {layer: _ThreeBranchAttention(layer, self) for layer in self_attention_layers(unet)}
+        ours = {layer: partial(self._attend, layer) for layer in self_attention_layers(unet)}
 
         def inject(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             injected = output.chunk(BRANCHES)[0].repeat(BRANCHES, 1, 1, 1)
