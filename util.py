@@ -34,14 +34,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_CONTROL.sub(_escaped, " ".join(message.splitlines())))
-
-
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return f"\\x{ord(match[0]):02x}"
+        line = " ".join(message.splitlines())
+        super().__init__(re.sub("[\x00-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", line))
 
 
 def shown(value: Any) -> str:
@@ -176,16 +170,12 @@ class _MessageFormatter(logging.Formatter):
         return prefix + super().format(record)
 
 
-def _is_ours_or_grave(record: logging.LogRecord) -> bool:
-    ours = record.name.partition(".")[0] == "tokenflow"
-    return ours or record.levelno >= logging.WARNING
-
-
 def setup_logging(quiet: bool = False) -> None:
     """Send our messages (from INFO) and the libraries' (from WARNING) to stderr; quiet: errors."""
     handler = logging.StreamHandler()
     handler.setFormatter(_MessageFormatter("%(message)s"))
-    handler.addFilter(_is_ours_or_grave)
+    ours = logging.Filter("tokenflow").filter
+    handler.addFilter(lambda record: ours(record) or record.levelno >= logging.WARNING)
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, handlers=[handler])
 
 

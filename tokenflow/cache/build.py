@@ -50,7 +50,6 @@ WARN_GAP_DB = 3.0
 DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
 FEATURE_BATCH = 8  # frames at once in the source pass of edits, at most
 SAVE_EVERY = 10  # steps of the reconstruction
-COUNTED_STAGES = ("inversion", "reconstruction")  # whose evaluations of the UNet are counted
 
 T = TypeVar("T")
 
@@ -187,7 +186,7 @@ class _Inversion:
         self.models, self.work, self.watch = models, work, inputs.watch
         self.batch_size = inputs.options.batch_size
         self.group, self.shard = inputs.group, inputs.group.shard(len(self.frames))
-        self.image_forwards = dict.fromkeys(COUNTED_STAGES, 0)  # of this process
+        self.image_forwards = {"inversion": 0, "reconstruction": 0}  # of this process
         if work.checkpoint is not None and self.group.is_main:  # of all processes of earlier runs
             self.image_forwards.update(work.checkpoint.figures["image_forwards"])
             for stage, seconds in work.checkpoint.figures["seconds"].items():

@@ -36,14 +36,7 @@ VAE_FACTOR = 8  # pixels per latent cell along one side, of every Stable Diffusi
 
 @dataclass(frozen=True)
 class PreprocessInputs:
-    """Checked options with what they refer to.
-
-    Attributes:
-        manifest: the cache's, but for the figures of its making.
-        folder: the cache's.
-        features: settings of the cached features; None with --no_cache_features.
-        watch: times the stages.
-    """
+    """Checked options with what they refer to."""
 
     options: PreprocessOptions
     clip: Clip
@@ -51,9 +44,9 @@ class PreprocessInputs:
     timesteps: InversionTimesteps
     device: torch.device
     dtype: torch.dtype
-    manifest: Manifest
-    folder: Path
-    features: FeatureSettings | None
+    manifest: Manifest  # the cache's, but for the figures of its making
+    folder: Path  # the cache's
+    features: FeatureSettings | None  # None with --no_cache_features
     watch: Stopwatch
     group: ProcessGroup = SINGLE_PROCESS  # the processes that make this cache together
 

@@ -303,17 +303,16 @@ def _listed(
     """Caches by their folders, with what tells one from another."""
     texts = []
     for folder, manifest in found.items():
-        text = (
+        others = {
+            "source_sha256": f", another clip: {manifest.source_name}",
+            "model_revision": f", another model: {manifest.model_key}",
+        }
+        texts.append(
             f"{folder.relative_to(clip_folder.parent.parent)} (n_frames {manifest.n_frames}, "
             f"frame_start {manifest.frame_start}, frame_stride {manifest.frame_stride}, "
             f"n_inversion_steps {manifest.steps}"
+            f"{''.join(others.get(key, '') for key in _mismatches(manifest, wanted))})"
         )
-        mismatches = _mismatches(manifest, wanted)
-        if "source_sha256" in mismatches:
-            text += f", another clip: {manifest.source_name}"
-        if "model_revision" in mismatches:
-            text += f", another model: {manifest.model_key}"
-        texts.append(f"{text})")
     return texts
 
 

@@ -56,26 +56,18 @@ READER = "read-ahead"  # the thread's name
 
 
 class FeatureSettings(Model):
-    """What cached features depend on beside the cache that they lie in.
-
-    Attributes:
-        n_frames: of the clip; with the next three, it determines the keyframes of every step.
-        keyframe_interval, keyframe_seed, n_timesteps: as in an edit.
-        attention_steps, feature_steps: in this many first steps there are tokens and features.
-        dtype: of the pass, and of tokens and features: float32, float16 or bfloat16.
-        save_tokens: "keyframes", or "all": those of every frame, layer and step too.
-    """
+    """What cached features depend on beside the cache that they lie in."""
 
     ALIASES: ClassVar = {"interval": "keyframe_interval"}  # of earlier caches
 
-    n_frames: int
+    n_frames: int  # these four determine the keyframes of every step
     keyframe_interval: int
     keyframe_seed: int
     n_timesteps: int
-    attention_steps: int
-    feature_steps: int
-    dtype: str
-    save_tokens: Literal["keyframes", "all"] = "keyframes"
+    attention_steps: int  # how many first steps have tokens
+    feature_steps: int  # how many first steps have convolution features
+    dtype: str  # of the pass, of tokens and features: float32, float16 or bfloat16
+    save_tokens: Literal["keyframes", "all"] = "keyframes"  # all: of every frame, layer and step
 
     @property
     def n_keyframes(self) -> int:
@@ -172,7 +164,10 @@ def file_name(t: int, kind: str = "step") -> str:
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """The features in a cache; made by `find_features`."""
+    """The features in a cache; made by `find_features`.
+
+    Each method raises a UserError if a file is missing or damaged.
+    """
 
     folder: Path
     settings: FeatureSettings
@@ -180,21 +175,13 @@ class CachedFeatures:
     advice: str
 
     def tokens(self, t: int, layer: str) -> Tensor:
-        """(n, L, c) tokens of every frame, where they were saved (save_tokens: all).
-
-        Raises:
-            UserError: if the file is missing or damaged.
-        """
+        """(n, L, c) tokens of every frame, where they were saved (save_tokens: all)."""
         self.check(t, "tokens")
         with self.open(t, "tokens") as file:
             return file.get_tensor(f"all_tokens/{layer}")
 
     def check(self, t: int, kind: str = "step") -> None:
-        """Compares a timestep's file with its checksum.
-
-        Raises:
-            UserError: if it is missing or damaged.
-        """
+        """Compares a timestep's file with its checksum."""
         check_file(self.folder, file_name(t, kind), self.files, self.advice)
 
     def verify(self) -> None:
@@ -204,11 +191,7 @@ class CachedFeatures:
         refuse_unexpected_files(self.folder, {MANIFEST, *self.files})
 
     def open(self, t: int, kind: str = "step") -> safe_open:
-        """A timestep's file, memory-mapped.
-
-        Raises:
-            UserError: if it is missing or damaged.
-        """
+        """A timestep's file, memory-mapped."""
         path = self.folder / file_name(t, kind)
         try:
             return safe_open(path, framework="pt")
@@ -244,18 +227,12 @@ def find_features(
 
 @dataclass(frozen=True)
 class Step:
-    """A sampling step, and what it needs of the source.
-
-    Attributes:
-        t: timestep.
-        keyframes: (k,) frame numbers.
-        attention, features: whether PnP injects queries and keys, and convolution features.
-    """
+    """A sampling step, and what it needs of the source."""
 
     t: int
-    keyframes: Tensor
-    attention: bool
-    features: bool
+    keyframes: Tensor  # (k,) frame numbers
+    attention: bool  # whether PnP injects queries and keys
+    features: bool  # whether PnP injects convolution features
 
 
 class CachedSource:

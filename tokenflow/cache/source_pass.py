@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -46,15 +46,14 @@ class LiveSource:
     Args:
         denoiser: under the inversion's prompt and conditions.
         context: of the patch.
-        latents: the source's (n, 4, h, w) latents at a timestep; called once per timestep.
+        latents: the source's (n, 4, h, w) latents at a timestep; those of the last are kept.
     """
 
     def __init__(
         self, denoiser: Denoiser, context: TokenFlowContext, latents: Callable[[int], Tensor]
     ) -> None:
-        self.denoiser, self.context, self._read = denoiser, context, latents
-        self._timestep: int | None = None
-        self._latents: Tensor | None = None
+        self.denoiser, self.context = denoiser, context
+        self._latents = lru_cache(maxsize=1)(latents)
 
     def load_keyframes(self, t: int, frames: Tensor) -> None:
         """Fills `tokens` and `features` of frames (m,); of several processes, of their shard."""
@@ -65,10 +64,8 @@ class LiveSource:
         self._run(Pass.MATCH, t, frames)
 
     def _run(self, mode: Pass, t: int, frames: Tensor) -> None:
-        if t != self._timestep:
-            self._timestep, self._latents = t, self._read(t)
         self.context.mode = mode
-        self.denoiser(self._latents[frames], t, frames)
+        self.denoiser(self._latents(t)[frames], t, frames)
 
 
 @torch.inference_mode()

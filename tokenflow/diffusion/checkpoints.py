@@ -262,11 +262,7 @@ def _weights_files(folder: Path) -> list[Path]:
 
 
 def _shards_of(index: Path) -> list[str]:
-    """The names of the files that an index lists.
-
-    Raises:
-        UserError: the index is damaged, or lists a file of another folder or format.
-    """
+    """The names of the files that an index lists, all in its folder and of its format."""
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:

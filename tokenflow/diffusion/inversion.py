@@ -16,19 +16,12 @@ from util import UserError
 
 @dataclass(frozen=True)
 class InversionTimesteps:
-    """The timesteps of an inversion and of what follows it.
-
-    Attributes:
-        inversion: the inversion's timesteps, cleanest first.
-        reconstruction: the reconstruction's, noisiest first.
-        sampling: the edit's sampling timesteps, noisiest first.
-        saved: timesteps whose latents are written, noisiest first: `sampling` and the noisiest.
-    """
+    """The timesteps of an inversion (cleanest first) and of what follows it (noisiest first)."""
 
     inversion: list[int]
     reconstruction: list[int]
-    sampling: list[int]
-    saved: list[int]
+    sampling: list[int]  # of edits
+    saved: list[int]  # whose latents are written: `sampling` and the noisiest
 
 
 def inversion_timesteps(

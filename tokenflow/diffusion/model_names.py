@@ -35,18 +35,12 @@ ControlKind = Literal["canny", "depth"]
 
 
 class ControlSettings(Model):
-    """What a ControlNet follows.
-
-    Attributes:
-        key: hub id or folder of the ControlNet.
-        scale: weight of its residuals.
-        low, high: Canny's thresholds.
-    """
+    """What a ControlNet follows."""
 
     kind: ControlKind
-    key: str
-    scale: float
-    low: int
+    key: str  # hub id or folder of the ControlNet
+    scale: float  # weight of its residuals
+    low: int  # Canny's thresholds
     high: int
 
 

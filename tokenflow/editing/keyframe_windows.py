@@ -19,15 +19,10 @@ from tokenflow_utils import extended_attention, from_heads, to_heads
 
 @dataclass(frozen=True)
 class Window:
-    """Some keyframes, and those that they attend to.
+    """Some keyframes, and those that they attend to."""
 
-    Attributes:
-        queries: a range of 0..k-1.
-        seen: (s,) int64 indices in 0..k-1, or their range.
-    """
-
-    queries: slice
-    seen: Tensor | slice
+    queries: slice  # of 0..k-1
+    seen: Tensor | slice  # (s,) int64 indices in 0..k-1, or their range
 
 
 def keyframe_windows(

@@ -68,20 +68,12 @@ CACHE_SETTINGS = ("n_frames", "n_timesteps", "dtype")
 
 @dataclass(frozen=True)
 class EditPlan:
-    """What a technique does: where sampling starts, what is injected, what conditions it.
+    """What a technique does: where sampling starts, what is injected, what conditions it."""
 
-    Attributes:
-        timesteps: of the steps to take, noisiest first: the schedule's last ones, or all.
-        start: (n, 4, h, w) float32 latents at timesteps[0].
-        attention_steps: PnP injects queries and keys in this many first steps.
-        feature_steps: PnP injects convolution features in this many first steps.
-        control: a ControlNet that conditions the edit.
-    """
-
-    timesteps: list[int]
-    start: Tensor
-    attention_steps: int = 0
-    feature_steps: int = 0
+    timesteps: list[int]  # of the steps to take, noisiest first: the schedule's last ones, or all
+    start: Tensor  # (n, 4, h, w) float32 latents at timesteps[0]
+    attention_steps: int = 0  # PnP injects queries and keys in this many first steps
+    feature_steps: int = 0  # PnP injects convolution features in this many first steps
     control: ControlSettings | None = None
 
 
@@ -250,17 +242,9 @@ class EditSession:
             stack.enter_context(bounded)
 
     def _open_source(
-        self,
-        stack: ExitStack,
-        context: TokenFlowContext,
-        steps: Sequence[Step],
-        done: int,
+        self, stack: ExitStack, context: TokenFlowContext, steps: Sequence[Step], done: int
     ) -> Source:
-        """Chooses cached or live source features for the remaining steps, and logs the choice.
-
-        Args:
-            steps, done: all steps of the plan, and how many are done.
-        """
+        """Chooses cached or live source features for the steps after `done`; logs the choice."""
         features, reason = self._cached_features(steps)
         self.source_features = "live" if features is None else "cached"
         kind = f"{self.source_features} of {self.cache.sha256}"

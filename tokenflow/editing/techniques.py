@@ -43,21 +43,14 @@ def load_technique(name: str) -> Technique:
 
 @dataclass(frozen=True)
 class Technique:
-    """A base technique that TokenFlow makes consistent.
+    """A base technique that TokenFlow makes consistent."""
 
-    Attributes:
-        name: in `results.TECHNIQUES`, configs/config_<name>.yaml and the path of its results.
-        about: one line for --help.
-        config: its keys.
-        plan: what it does in a session.
-        check: refuses a config and checkpoint that do not fit, before a model is loaded, by a
-            UserError; it is also told whether the cache holds depth.
-    """
-
-    name: str
-    about: str
+    name: str  # in `results.TECHNIQUES`, configs/config_<name>.yaml and the path of its results
+    about: str  # one line for --help
     config: type[EditConfig]
     plan: Callable[[EditSession], EditPlan]
+    # Refuses a config and checkpoint that do not fit, before a model is loaded, by a UserError; it
+    # is also told whether the cache holds depth.
     check: Callable[[EditConfig, Path, bool], None] = lambda config, checkpoint, has_depth: None
 
     def main(self, argv: Sequence[str] | None = None) -> Path:

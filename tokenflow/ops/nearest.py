@@ -177,11 +177,7 @@ def _best_of_tile(queries: Tensor, keys: Tensor, tile: Tensor) -> tuple[Tensor, 
 
     PyTorch's arg-max on the CPU looks at one number at a time, but its maximum at a vector's worth.
     So the maximum of each block of keys is taken first, then the best block, then its best row.
-
-    Args:
-        queries: (n, c).
-        keys: (L', c).
-        tile: (blocks, block, n), memory to work in, blocks * block >= L'.
+    `tile` is memory to work in, (blocks, block, n), for keys (L', c) with L' <= blocks * block.
     """
     _, block, n = tile.shape
     products = tile.view(-1, n)

@@ -42,14 +42,12 @@ def check_file(
     """Refuses a file that is not as its manifest says.
 
     Args:
-        folder: of the manifest.
-        name: the file's path within it.
+        name: the file's path within the manifest's folder.
         files: the manifest's records; a file without one is refused too.
-        fix_hint: what to do then.
         read: compare the checksum too; else only the size.
 
     Raises:
-        UserError: naming the file, what is wrong with it and the fix.
+        UserError: naming the file, what is wrong with it and the fix (`fix_hint`).
     """
     path, recorded = folder / name, files.get(name)
     if not path.is_file():

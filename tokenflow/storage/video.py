@@ -198,9 +198,9 @@ def check_memory(n_frames: int, height: int, width: int) -> None:
 def _read_video(
     path: Path, wanted: range, keep: Callable[[Image.Image, int], None]
 ) -> tuple[int, Fraction]:
-    """Calls `keep` with each wanted frame; returns (frames decoded, average frame rate).
+    """Calls `keep` with each wanted frame, and the number of them in the video, 0 if not known.
 
-    The second argument of `keep` is the number of wanted frames in the video, 0 if not known.
+    Returns (frames decoded, average frame rate).
     """
     try:
         container = av.open(os.path.abspath(path), **READING)
@@ -260,10 +260,7 @@ def _displayed(path: Path, frame: av.VideoFrame) -> Image.Image:
 def _read_folder(
     path: Path, wanted: range, keep: Callable[[Image.Image, int], None]
 ) -> tuple[int, Fraction]:
-    """Calls `keep` with each wanted image; returns (images in the folder, DEFAULT_FOLDER_FPS).
-
-    The second argument of `keep` is the number of wanted images in the folder.
-    """
+    """As `_read_video`; the frame rate is DEFAULT_FOLDER_FPS."""
     images = folder_images(path)
     chosen = images[wanted.start : wanted.stop : wanted.step]
     first = None

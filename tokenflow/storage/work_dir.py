@@ -153,27 +153,19 @@ class Checkpoint:
 class WorkDir:
     """A directory that is being filled, by one process after another if need be.
 
-    Attributes:
-        folder: to fill. Work that resumes may read what was written before the checkpoint; what
-            came after is removed, and written again.
-        checkpoint: as last saved, by this process or an earlier one; None at the beginning.
-        sizes: of the files that were there then, in bytes, by path within the directory.
-        writes: whether `save` writes; of several processes, that of the main one does.
-        work: all that the contents depend on, as JSON.
+    Work that resumes may read what was written before the checkpoint; what came after is removed,
+    and written again. The methods raise a MissingFileError if a file of the last checkpoint has
+    vanished.
     """
 
     folder: Path
-    checkpoint: Checkpoint | None = None
-    sizes: dict[str, int] = field(default_factory=dict)
-    writes: bool = True
-    work: str = ""
+    checkpoint: Checkpoint | None = None  # as last saved, by this process or an earlier one
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of the files there then, by path
+    writes: bool = True  # whether `save` writes; of several processes, that of the main one does
+    work: str = ""  # all that the contents depend on, as JSON
 
     def save(self, stage: str, tensors: Mapping[str, torch.Tensor], **figures: Any) -> None:
-        """Writes the checkpoint that work resumes from, with all files that are there now.
-
-        Raises:
-            MissingFileError: a file of the last checkpoint has vanished.
-        """
+        """Writes the checkpoint that work resumes from, with all files that are there now."""
         self.checkpoint = Checkpoint(stage, dict(tensors), figures)
         if not self.writes:
             return
@@ -184,11 +176,7 @@ class WorkDir:
         save_tensors(self.folder.parent / CHECKPOINT, copies, {"state": json.dumps(state)})
 
     def record_files(self) -> dict[str, FileRecord]:
-        """What a manifest says of each file: bytes and sha256, by path within the directory.
-
-        Raises:
-            MissingFileError: a file of the last checkpoint has vanished.
-        """
+        """What a manifest says of each file: bytes and sha256, by path within the directory."""
         return {
             name: {"bytes": n_bytes, "sha256": sha256_file(self.folder / name)}
             for name, n_bytes in self._list_files().items()
