@@ -41,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging()
     args = parse_args(argv)
     rows = rows_by_folder(args.metrics)
-    results, unfinished = readable_results(args.results)
-    if unfinished:
-        log.warning("left out %d unfinished or unreadable results", unfinished)
+    results = readable_results(args.results)
     unmatched = len(rows.keys() - {os.path.realpath(result.folder) for result in results})
     if unmatched:
         log.warning("--metrics: %d of %d rows are of other results", unmatched, len(rows))

@@ -152,10 +152,11 @@ def test_finished_results_are_found_once_and_others_counted(tmp_path, caplog):
     (unreadable / "config.yaml").write_text("a: [")
     (out / "link").symlink_to(out / "pnp")
     shutil.copytree(one, one / "frames" / "copy")
-    results, unfinished = report_page.readable_results([out, out / "pnp", one])
+    results = report_page.readable_results([out, out / "pnp", one])
     assert [result.folder for result in results] == [one, two]
-    assert unfinished == 5
-    assert [str(record.args[0]).split(": ")[0] for record in caplog.records] == [
+    *warned, (count,) = (record.args for record in caplog.records)
+    assert count == 5
+    assert [str(error).split(": ")[0] for (error,) in warned] == [
         str(damaged / "edited.mp4"),
         str(unreadable / "config.yaml"),
     ]
@@ -170,14 +171,14 @@ def test_results_of_one_source_are_one_group(tmp_path, caplog):
         for name, cache in (("1", wall), ("2", again), ("3", other), ("4", tmp_path / "gone"))
     }
     (other / "manifest.yaml").touch()
-    groups = report_page.group_results(report_page.readable_results([tmp_path / "r"])[0])
+    groups = report_page.group_results(report_page.readable_results([tmp_path / "r"]))
     members = sorted([result.folder.name for result in group.results] for group in groups)
     assert members == [["1", "2"], ["3"], ["4"]]
     assert {group.name for group in groups} == {"wall"}
     assert "no finished cache" in caplog.text
     run = load_yaml(folders["3"] / "run.yaml")
     save_yaml(folders["3"] / "run.yaml", run | {"cache_sha256": "0"})
-    report_page.group_results(report_page.readable_results([folders["3"]])[0])
+    report_page.group_results(report_page.readable_results([folders["3"]]))
     assert "was replaced since" in caplog.text
 
 

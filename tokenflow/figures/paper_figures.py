@@ -178,7 +178,10 @@ def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
         "(a) keyframe's pixels": features.warp_by_cells(keyframe, field),
         "(c) keyframe's tokens": swapped,
     }
-    scores = {name: decibels(psnr(picture, frame)) for name, picture in rebuilt.items()}
+    scores = {}
+    for name, picture in rebuilt.items():
+        score = psnr(picture, frame)
+        scores[name] = "identical" if score > 100 else f"{score:.2f} dB"
     print(f"PSNR to frame {options.frame}:")
     print("\n".join(f"    {name:24}{score:>9}" for name, score in scores.items()))
     captions = [f"{name}\nPSNR: {score}" for name, score in scores.items()]
@@ -199,13 +202,7 @@ def _correspondence(
     numbers: Sequence[int],
     title: str,
 ) -> Figure:
-    """The frame and what it was rebuilt as, and the field by which pixels were moved.
-
-    Args:
-        pictures: the frame, the keyframe, the frame's own reconstruction, the keyframe's pixels
-            moved, the frame of the keyframe's tokens.
-        numbers: of the frame and of the keyframe.
-    """
+    """The frame and what it was rebuilt as, and the field by which pixels were moved."""
     frame, keyframe, own, moved, swapped = pictures
     figure = drawing.picture_grid(
         [[frame, keyframe, own, swapped], [moved] * 4],
@@ -223,8 +220,3 @@ def _correspondence(
     drawing.draw_lengths(lengths, field, longest, f"(b) how far: white 0,\nblack {limit}")
     drawing.draw_wheel(wheel, min(frame.shape[:2]), f"(b) colours of directions,\nrim: {limit}")
     return figure
-
-
-def decibels(score: float) -> str:
-    """A PSNR as text; pictures that do not differ have none."""
-    return "identical" if score > 100 else f"{score:.2f} dB"

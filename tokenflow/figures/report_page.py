@@ -47,10 +47,10 @@ class Group(NamedTuple):
     caches: dict[str, SourceCache]  # by the real paths of their folders
 
 
-def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
+def readable_results(roots: Sequence[Path]) -> list[Result]:
     """Read all finished results in or below some folders, ordered by their folders' paths.
 
-    Also returns the number of those that are unfinished or cannot be read, which is warned of.
+    Warns of those that are unfinished or cannot be read.
 
     Raises:
         UserError: a root is not a folder, or no result can be read.
@@ -65,7 +65,9 @@ def readable_results(roots: Sequence[Path]) -> tuple[list[Result], int]:
             log.warning("left out: %s", error)
     if not results:
         raise UserError(f"{', '.join(map(str, roots))}: no result that can be read")
-    return results, len(unfinished) + len(finished) - len(results)
+    if left_out := len(unfinished) + len(finished) - len(results):
+        log.warning("left out %d unfinished or unreadable results", left_out)
+    return results
 
 
 def rows_by_folder(paths: Sequence[Path]) -> dict[str, Row]:
@@ -279,8 +281,7 @@ def metrics_of(result: Result, row: Row | None) -> dict[str, float]:
         "peak_memory_bytes": result.run.get("peak_memory_bytes"),
         "seconds_per_frame": result.seconds_per_frame,
     }
-    if row is not None:
-        known |= row.model_dump(include=set(COLUMNS), exclude_none=True)
+    known |= row.model_dump(exclude_none=True) if row else {}
     return {key: known[key] for key in COLUMNS if known.get(key) is not None}
 
 
@@ -308,9 +309,8 @@ def relative_link(path: Path, out: Path) -> str | None:
     Near is what has a folder in common with the report, other than the root, at most NEAR folders
     up: report and results of one project, which are moved together.
     """
-    relative = Path(os.path.relpath(os.path.realpath(path), os.path.realpath(out)))
-    up = relative.parts.count(os.pardir)
-    if up > NEAR or up >= len(Path(os.path.realpath(out)).parts) - 1:
+    relative = Path(os.path.relpath(os.path.realpath(path), out))
+    if relative.parts.count(os.pardir) > min(NEAR, len(out.parts) - 2):
         return None
     return quote(os.fsencode(relative.as_posix()))
 
