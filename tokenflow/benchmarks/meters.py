@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from tokenflow.ops.profiling import Stopwatch, peak_memory_bytes, reset_peak_memory
 
@@ -63,18 +64,13 @@ class Meter(Stopwatch):
             counts[TOTAL] = sum(counts.get(stage, 0) for stage in stages)
         self.peak[TOTAL] = max(self.peak[stage] for stage in stages)
 
-    @contextmanager
-    def watching(self, unet: nn.Module) -> Iterator[None]:
-        """Count a UNet's image-forwards."""
+    def watching(self, unet: nn.Module) -> RemovableHandle:
+        """Counts a UNet's image-forwards until the `with` block that it opens ends."""
 
         def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.images[self._stage] += len(args[0] if args else kwargs["sample"])
 
-        hook = unet.register_forward_pre_hook(count, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return unet.register_forward_pre_hook(count, with_kwargs=True)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

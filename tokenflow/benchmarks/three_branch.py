@@ -150,10 +150,9 @@ class ThreeBranchSession(EditSession):
             injected = output.chunk(BRANCHES)[0].repeat(BRANCHES, 1, 1, 1)
             return injected if self.step.features else None
 
-        hook = unet.get_submodule(FEATURE_LAYER).register_forward_hook(inject)
-        try:
-            unet.set_attn_processor({**original, **ours})
-            yield
-        finally:
-            hook.remove()
-            unet.set_attn_processor(dict(original))
+        with unet.get_submodule(FEATURE_LAYER).register_forward_hook(inject):
+            try:
+                unet.set_attn_processor({**original, **ours})
+                yield
+            finally:
+                unet.set_attn_processor(dict(original))

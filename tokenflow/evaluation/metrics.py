@@ -187,12 +187,9 @@ class DinoKeys:
     def __call__(self, frames: np.ndarray) -> Tensor:
         """(n, H, W, 3) uint8 RGB to (n, tokens, d) float32, heads joined, on the CPU."""
         found = []
-        hook = self.last_key.register_forward_hook(lambda *call: found.append(call[2].cpu()))
-        try:
+        with self.last_key.register_forward_hook(lambda *call: found.append(call[2].cpu())):
             for pixels in _pixels(frames, self.processor, self.device):
                 self.model(pixel_values=pixels)
-        finally:
-            hook.remove()
         return torch.cat(found).float()
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokenflow.cache.options import Dtype
@@ -190,15 +190,13 @@ class View:
         """The tokens of latents (n, 4, h, w) at the timestep."""
         kept: list[Tensor] = []
         attention = self.models.unet.get_submodule(self.layer.removesuffix(".processor"))
-        hook = attention.register_forward_hook(
-            lambda _, given, output: kept.append(given[0] if self.what == "input" else output)
-        )
-        try:
+
+        def keep(module: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
+            kept.append((given[0] if self.what == "input" else output).float().cpu())
+
+        with attention.register_forward_hook(keep):
             for frames in torch.arange(len(noisy)).split(self.batch_size):
                 denoiser(noisy[frames], self.timestep, frames)
-                kept[-1] = kept[-1].float().cpu()
-        finally:
-            hook.remove()
         return torch.cat(kept)
 
 
