@@ -47,7 +47,6 @@ def draw_keyframes(options: KeyframeOptions) -> list[Path]:
             f"{result.folder}: made with consistency: {config.consistency}, which has no "
             "keyframes; expected a result of consistency: tokenflow"
         )
-    check_writable(out, "--out")
     chosen, first_step = chosen_keyframes(config, result.n_frames)
     title = (
         f"{TECHNIQUES[technique]}: {config.keyframes} keyframes (black) of steps {first_step} to "
@@ -89,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         text = draw.__doc__.splitlines()[0]
         add_arguments(commands.add_parser(name, help=text), options)
     args = parser.parse_args(argv)
+    check_writable(args.out, "--out")
     draw, options = COMMANDS[args.command]
     written = draw(from_arguments(options, args))
     for path in written:

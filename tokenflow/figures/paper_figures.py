@@ -18,7 +18,7 @@ from tokenflow.figures import drawing, features
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.video import save_video
-from util import UserError, check_writable
+from util import UserError
 
 # ---------------------------------------------------------------------------------------------
 # Figure 2
@@ -58,7 +58,6 @@ def draw_features(options: FeatureOptions) -> list[Path]:
     videos = [cache.frames(n_frames)]
     videos += [load_frames(edit.folder / "frames", n_frames) for edit in edits]
     view, out = features.View(options, cache), Path(options.out)
-    check_writable(out, "--out")
 
     tokens = [view.source_tokens(range(n_frames))]
     for edit, frames in zip(edits, videos[1:], strict=True):
@@ -157,7 +156,6 @@ def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
         if not 0 <= number < n_frames:
             raise UserError(f"--{name}: {number}, expected 0 to {n_frames - 1}")
     view, out = features.View(options, cache), Path(options.out)
-    check_writable(out, "--out")
 
     frame, keyframe = cache.frames(max(chosen) + 1)[chosen]
     tokens = view.source_tokens(chosen)
