@@ -56,12 +56,9 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)  # that the list cannot change
 
 
-def _of_technique(name: str) -> Variant:
-    technique = load_technique(name)
-    return Variant(name, name, technique.config, technique.edit)
-
-
-VARIANTS = {name: _of_technique(name) for name in TECHNIQUES}
+VARIANTS = {
+    t.name: Variant(t.name, t.name, t.config, t.edit) for t in map(load_technique, TECHNIQUES)
+}
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ class Setting(NamedTuple):
     label: str
     steps: int
     iterations: int
-    tolerance: float
-    recon_steps: tuple[int, ...]
+    tolerance: float = 0.0
+    recon_steps: tuple[int, ...] = (SAMPLING_STEPS,)
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,12 @@ class Row:
 
 def settings() -> list[Setting]:
     """All that is measured; --fast comes right before what the released code does."""
-    steps, recon_steps = FAST["steps"], (SAMPLING_STEPS,)
-    tolerance = FAST["inversion_tol"]
-    return [
-        *(
-            Setting(STOPPED, f"K <= {k}", steps, k, tolerance, recon_steps)
-            for k in (5, 2, FAST["inversion_iters"])
-        ),
-        *(
-            Setting(PLAIN, f"{n} steps", n, 1, 0.0, tuple(dict.fromkeys((n, SAMPLING_STEPS))))
-            for n in (500, 50, 100, 250, 1000)
-        ),
-        *(Setting(ITERATED, f"K = {k}", steps, k, 0.0, recon_steps) for k in (1, 2, 3, 4, 5)),
-    ]
+    steps, most, tolerance = FAST["steps"], FAST["inversion_iters"], FAST["inversion_tol"]
+    found = [Setting(STOPPED, f"K <= {k}", steps, k, tolerance) for k in (5, 2, most)]
+    for n in (500, 50, 100, 250, 1000):
+        recon_steps = tuple(dict.fromkeys((n, SAMPLING_STEPS)))
+        found.append(Setting(PLAIN, f"{n} steps", n, 1, 0.0, recon_steps))
+    return found + [Setting(ITERATED, f"K = {k}", steps, k) for k in (1, 2, 3, 4, 5)]
 
 
 @torch.inference_mode()

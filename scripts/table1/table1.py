@@ -44,10 +44,6 @@ METHODS = tuple(_row(*row) for row in _ROWS["rows"])
 PAPER = _ROWS["paper"]
 ORDER = tuple(PAPER)[:5]  # the methods whose order `verdict` checks
 SHOWN = ("warp_error", "clip_score", "clip_frame", "psnr_background", "seconds_per_frame")
-PAPER_NOTE = (
-    "The paper's figures are of other data: its own DAVIS and web clips, Stable Diffusion 2.1 (but "
-    "for the baselines' own models), RAFT, 512x512."
-)
 
 
 def read_list(path: Path, methods: Sequence[Variant] = METHODS) -> tuple[Batch, Protocol]:
@@ -190,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     text, reports = "no rows", [(args.json, score_table.rows_as_json(rows))] if args.json else []
     if rows and args.clip is None:
         lines = table(score_table.summarize(rows))
-        notes = [verdict(rows)[1], PAPER_NOTE, settings_line(args.clips, batch.given)]
+        notes = [verdict(rows)[1], _ROWS["paper_note"], settings_line(args.clips, batch.given)]
         notes += score_table.protocols(rows)
         text = "\n".join([score_table.aligned(lines), "", *notes])
         if args.markdown:

@@ -71,12 +71,9 @@ def train_vae(training: Training) -> None:
 def _encode(vae: AutoencoderKL, pictures: np.ndarray, training: Training) -> Tensor:
     """Unscaled latents of pictures, (n, 4, h, w) float32 on the CPU."""
     latents = []
-    half = torch.autocast(
-        training.device.type, training.dtype, enabled=training.dtype != torch.float32
-    )
     for first in tqdm(range(0, len(pictures), 16), f"latents at {pictures.shape[1]}"):
         pixels = to_pixels(np.array(pictures[first : first + 16]))
-        with half:
+        with training.autocast:
             pixels = pixels.to(training.device, memory_format=torch.channels_last)
             latents.append(vae.encode(pixels).latent_dist.mean.float().cpu())
     return torch.cat(latents)

@@ -147,15 +147,9 @@ def check_clip(
         return open_cache(preprocess.preprocess(preprocess.parse_args(arguments(options)))).manifest
 
     def edit(method: Mapping[str, str]) -> np.ndarray:
-        settings = {
-            **config,
-            **shared,
-            "latents_path": str(work / "latents"),
-            "output_path": str(work / "results"),
-            "prompt": world.recolored(scene, target),
-            "negative_prompt": scene.caption,
-            **method,
-        }
+        places = {"latents_path": str(work / "latents"), "output_path": str(work / "results")}
+        prompts = {"prompt": world.recolored(scene, target), "negative_prompt": scene.caption}
+        settings = {**config, **shared, **places, **prompts, **method}
         return load_frames(pnp.edit(parse(pnp.PnPConfig, settings, CONFIG)) / "frames")
 
     invert("latents")
@@ -248,11 +242,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     device = resolve_device(args.device)
     folder, dtype = checkpoint_folder(str(args.model)), resolve_dtype("auto", device)
     models = load_stable_diffusion(folder, device, dtype)
-    quick = QUICK if args.quick else {}
-    accuracy = {"accuracy_steps": 10, "accuracy_frames": 1}
-    if not args.quick:
-        accuracy = {"accuracy_steps": 50, "accuracy_frames": 2}
-
+    quick, steps, frames = (QUICK, 10, 1) if args.quick else ({}, 50, 2)
+    accuracy = {"accuracy_steps": steps, "accuracy_frames": frames}
     judge = metrics.Judge(args.model / "judge", device)
     # Like a picture from text, an edit by SDEdit has no negative prompt.
     sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml") | quick

@@ -38,8 +38,6 @@ MIN_SNR = 5.0  # Hang et al. 2023: caps the weight of nearly clean latents
 # leaves it to the caption. The shift is noise like the rest, to be predicted with it.
 MEAN_SHIFT = 0.1
 
-CANNY_LOW, CANNY_HIGH = 100, 200  # as edits have them by default
-
 
 class TextToNoise(nn.Module):
     """The UNet and the text encoder, which are trained together."""
@@ -60,7 +58,7 @@ def train_unet(training: Training) -> None:
     model.unet.to(memory_format=torch.channels_last)
     inputs = training.hashes("vae")
     for name, size in (("unet_small", shapes.SIZE // 2), ("unet", shapes.SIZE)):
-        batches = NoisyLatents(training, size, training.budget.recipes[name].batch_size)
+        batches = NoisyLatents(training, name, size)
         averaged = train(
             training,
             name,
@@ -89,13 +87,11 @@ class NoisyLatents:
     Timesteps are drawn evenly, or more of the noisier ones (as the larger of two draws is).
     """
 
-    def __init__(
-        self, training: Training, size: int, batch_size: int, noisier: bool = False
-    ) -> None:
+    def __init__(self, training: Training, part: str, size: int, noisier: bool = False) -> None:
         self.latents = picture_latents(training, size).to(training.device)
         self.tokens = training.tokens([*training.captions(), ""])
         self.alphas_squared = model_files.ddim_scheduler().alphas_cumprod.to(training.device)
-        self.batch_size = batch_size
+        self.batch_size = training.budget.recipes[part].batch_size
         self.noisier = noisier
 
     def draw(self, generator: torch.Generator) -> Batch:
@@ -197,8 +193,7 @@ def train_controlnet(training: Training) -> None:
     text_encoder = text_encoder.float().to(training.device)
     pictures = training.pictures()
     # Edges tell most where the noise hides what they outline.
-    batch_size = training.budget.recipes["controlnet"].batch_size
-    batches = NoisyLatents(training, shapes.SIZE, batch_size, noisier=True)
+    batches = NoisyLatents(training, "controlnet", shapes.SIZE, noisier=True)
 
     def loss(model: EdgesToNoise, generator: torch.Generator) -> Tensor:
         batch = batches.draw(generator)
@@ -230,4 +225,4 @@ def train_controlnet(training: Training) -> None:
 
 def edges_of(frames: np.ndarray) -> Tensor:
     """Canny edges at the thresholds that edits use by default; (n, 3, H, W) float32, 0 or 1."""
-    return canny_edges(frames, CANNY_LOW, CANNY_HIGH).float().repeat(1, 3, 1, 1)
+    return canny_edges(frames, 100, 200).float().repeat(1, 3, 1, 1)

@@ -26,8 +26,6 @@ from util import ArgumentParser, check_writable, command_line, setup_logging
 
 log = logging.getLogger("tokenflow")
 
-KINDS = ("base", "depth", "v_prediction")
-ARCHITECTURES = ("tiny", "medium", "sd21")
 MAX_TOKENS = 77
 # Std of what is random in the UNet's prediction: as much as still lets DDIM invert it in 50 steps.
 RANDOM_SHARE = 0.3
@@ -222,10 +220,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("folder", metavar="OUT", type=Path, help="folder to write the model to")
     add("--seed", type=int, default=0)
-    add("--kind", choices=KINDS, default="base")
+    add("--kind", choices=("base", "depth", "v_prediction"), default="base")
     add("--controlnet", action="store_true", help="write OUT/controlnet too")
     add("--depth_estimator", action="store_true", help="write OUT/depth_estimator too")
-    add("--architecture", choices=ARCHITECTURES, default="tiny")
+    add("--architecture", choices=("tiny", "medium", "sd21"), default="tiny")
     add("--dtype", choices=("float32", "float16"), default="float32")
     options = vars(parser.parse_args(argv))
     setup_logging()

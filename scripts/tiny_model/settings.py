@@ -74,6 +74,11 @@ class Training:
     dtype: torch.dtype
     sheet_every: int
 
+    @property
+    def autocast(self) -> torch.autocast:
+        """The context that models compute in."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     @cached_property
     def world(self) -> str:
         return world_version()

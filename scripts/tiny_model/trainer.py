@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,22 +14,15 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from scripts.tiny_model.settings import Recipe, Training
+from tokenflow.storage.reports import write_report
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
-from util import UserError, atomic_file, load_tensors, save_tensors
+from util import UserError, load_tensors, save_tensors
 
 log = logging.getLogger("tokenflow")
 
 SAVE_SECONDS = 120  # between two saves of the state
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 Sheet = Callable[[nn.Module, Path], None]
-
-
-def average_share(step: int) -> float:
-    """The share of the weights after step 1, 2, ... in their moving average, which step 0 begins.
-
-    So the average's window grows with the run: it is about the last tenth of its steps.
-    """
-    return 10 / (step + 10)
 
 
 def train(
@@ -71,7 +63,7 @@ def train(
     saved = time.monotonic()
     bar = tqdm(range(first, recipe.steps), name, initial=first, total=recipe.steps, unit="step")
     for step in bar:
-        value = run.step(step, loss, training.dtype)
+        value = run.step(step, loss, training.autocast)
         done, last = step + 1, step + 1 == recipe.steps
         saves = time.monotonic() - saved > SAVE_SECONDS or last
         logs = done % 20 == 0 or last
@@ -106,11 +98,11 @@ class _Run:
         self.folder, self.recipe, self.seed, self.model = folder, recipe, seed, model
         self.known = {**recipe.model_dump(), "seed": seed, **inputs}
         self.losses: list[list[float]] = []
+        # The average's window grows with the run: it is about the last tenth of its steps.
         self.average = AveragedModel(
-            model, multi_avg_fn=lambda means, news, n: torch._foreach_lerp_(
-                means, news, average_share(int(n))
-            )
-        )  # fmt: skip
+            model,
+            multi_avg_fn=lambda old, new, n: torch._foreach_lerp_(old, new, 10 / (10 + int(n))),
+        )
         self.averaged = self.average.module.eval().requires_grad_(False)
         # Matrices and convolutions are decayed, biases and the scales of norms are not.
         matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -124,7 +116,7 @@ class _Run:
             fused=True,
         )
 
-    def step(self, step: int, loss: Loss, dtype: torch.dtype) -> Tensor:
+    def step(self, step: int, loss: Loss, autocast: torch.autocast) -> Tensor:
         """Takes one step; returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(step)
@@ -132,8 +124,7 @@ class _Run:
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
         )
-        device = next(self.model.parameters()).device
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast:
             value = loss(self.model, generator)
         value.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -174,14 +165,8 @@ class _Run:
         return int(tensors["step"])
 
     def save(self, done: int) -> None:
-        with (
-            atomic_file(self.folder / "log.csv") as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
-        ):
-            rows = csv.writer(file)
-            rows.writerow(["step", "loss", "learning_rate", "time"])
-            rows.writerows([f"{s:.0f}", f"{v:.5f}", f"{r:.3g}", f"{t:.0f}"]
-                           for s, v, r, t in self.losses)  # fmt: skip
+        rows = [f"{s:.0f},{v:.5f},{r:.3g},{t:.0f}\n" for s, v, r, t in self.losses]
+        write_report(self.folder / "log.csv", "step,loss,learning_rate,time\n" + "".join(rows))
         losses = torch.tensor(self.losses, dtype=torch.float64)
         tensors = {"step": torch.tensor(done), "losses": losses}
         tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scripts.tiny_model import trainer
-from scripts.tiny_model.settings import Recipe
+from scripts.tiny_model.settings import Recipe, Training
 from scripts.tiny_model.trainer import train
 from tests.helpers import contents
 from tokenflow.storage.yaml_files import load_yaml
@@ -44,9 +44,9 @@ def no_sheet(model, path):
 def run(
     folder, loss=regression, recipe=RECIPE, *, model=None, sheet=no_sheet, inputs=INPUTS, **changes
 ):
-    given = {"seed": 0, "dtype": torch.float32, "sheet_every": 1000, "work": folder.parent}
-    given["budget"] = SimpleNamespace(recipes={folder.name: recipe})
-    training = SimpleNamespace(**given | changes)
+    given = {"seed": 0, "dtype": torch.float32, "sheet_every": 1000, "device": torch.device("cpu")}
+    budget = SimpleNamespace(recipes={folder.name: recipe})
+    training = Training(model=None, work=folder.parent, budget=budget, **given | changes)
     return train(training, folder.name, model or a_model(), loss, sheet, inputs)
 
 
