@@ -78,7 +78,6 @@ def _value(field: FieldInfo, command_line: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the page."""
     ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     with atomic_file(PATH) as temporary:
         temporary.write_text(render(), encoding="utf-8")

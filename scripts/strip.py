@@ -18,7 +18,6 @@ from util import ArgumentParser, at_least, command_line, setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script."""
     setup_logging()
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add, positive = parser.add_argument, at_least(1)

@@ -104,7 +104,6 @@ def _counts(jobs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line."""
     parser = ArgumentParser(
         description="Invert and edit many clips.", epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -167,7 +166,6 @@ def _command(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs the script and leaves."""
     setup_logging()
     sys.stdout.reconfigure(errors="backslashreplace")  # paths may hold anything
     try:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 from scripts.batch.davis import sequences
-from tokenflow.cache.options import PreprocessOptions
+from tokenflow.cache.options import CONTROL_OPTIONS, PreprocessOptions
 from tokenflow.diffusion.checkpoints import checkpoint_folder
 from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import resolve_device
@@ -39,10 +39,6 @@ FRAME_RANGE = ("frame_start", "frame_stride")
 # Edits of one cache may differ in these: its features are built for the largest, or the first.
 LARGEST = ("pnp_attn_t", "pnp_f_t")
 FIRST = ("keyframe_interval", "keyframe_seed")
-CONTROL_OPTIONS = {  # of an inversion with sd_version: ControlNet
-    name: name for name in
-    ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high", "depth_model")
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -333,7 +329,7 @@ def _cache_options(edits: Sequence[_Edit]) -> dict[str, Any]:
     for edit in edits:
         keys = INVERSION_OPTIONS
         if edit.config.sd_version == "ControlNet":
-            keys = INVERSION_OPTIONS | CONTROL_OPTIONS
+            keys = keys | {key: key for key in (*CONTROL_OPTIONS, "depth_model")}
         for option, key in keys.items():
             value = getattr(edit.config, key, None)
             if value is None:

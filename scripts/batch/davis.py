@@ -49,19 +49,18 @@ def read_image_set(file: Path) -> list[str]:
         lines = existing_file(file).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: no image set: not text in UTF-8") from error
-    names: dict[str, None] = {}
+    names = []
     for number, line in enumerate(lines, start=1):
         if words := line.split():
-            frame = re.fullmatch(r"/?JPEGImages/[^/]+/([^/]+)/[^/]+", words[0])
-            name = frame[1] if frame else words[0]
+            name = re.sub(r"^/?JPEGImages/[^/]+/([^/]+)/[^/]+$", r"\1", words[0])
             if not _is_name(name):
                 raise UserError(
                     f"{file}: line {number}: {name!r:.60} is not the name of a sequence"
                 )
-            names[name] = None
+            names.append(name)
     if not names:
         raise UserError(f"{file}: names no sequences")
-    return list(names)
+    return list(dict.fromkeys(names))
 
 
 def _is_name(name: str) -> bool:

@@ -20,13 +20,12 @@ from scripts.demo import inversion_options
 from scripts.shapes.metrics import true_motion
 from scripts.shapes.pictures import HELD_OUT, SIZE
 from scripts.shapes.world import SAMPLE_FRAMES, another_color, random_scene, recolored, render_clip
+from tokenflow.editing.config import ROOT
 from tokenflow.evaluation.motion import save_motion, truth_file
 from tokenflow.storage.images import save_frames
 from tokenflow.storage.work_dir import atomic_dir
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import ArgumentParser, UserError, at_least, check_writable, command_line
-
-ROOT = Path(__file__).resolve().parents[2]
 
 SEED = 5_000_000
 SHARED = ("sd_version", "n_inversion_steps", "n_timesteps", "n_frames", "keyframe_interval")

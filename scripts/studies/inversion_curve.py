@@ -182,7 +182,6 @@ def curve(rows: Sequence[Row]) -> Figure:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("clips", nargs="*", default=CLIPS, help="videos or folders (default: those of data/)")
@@ -206,7 +205,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script."""
     setup_logging()
     args = parse_args(argv)
     device = resolve_device(args.device)

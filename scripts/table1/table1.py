@@ -136,7 +136,6 @@ def settings_line(path: Path, given: ClipList) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     names = [method.name for method in METHODS]

@@ -42,14 +42,13 @@ from tokenflow.diffusion.models import (
     resolve_dtype,
 )
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
+from tokenflow.editing.config import ROOT
 from tokenflow.evaluation.score_table import order_verdict
 from tokenflow.storage.images import load_frames, save_frames
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import parse
 from tokenflow.storage.yaml_files import load_yaml
 from util import ArgumentParser, at_least, check_writable, command_line, setup_logging
-
-ROOT = Path(__file__).resolve().parents[2]
 
 log = logging.getLogger("tokenflow")
 

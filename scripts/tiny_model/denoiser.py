@@ -47,8 +47,8 @@ class TextToNoise(nn.Module):
         self.text_encoder = CLIPTextModel(training.text_config())
         self.unet = model_files.make_unet("trained")
 
-    def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        return self.unet(latents, timesteps, self.text_encoder(tokens)[0]).sample
+    def forward(self, batch: Batch) -> Tensor:
+        return self.unet(batch.noisy, batch.timesteps, self.text_encoder(batch.tokens)[0]).sample
 
 
 def train_unet(training: Training) -> None:
@@ -78,7 +78,7 @@ def train_unet(training: Training) -> None:
 
 def _noise_loss(batches: NoisyLatents, model: TextToNoise, generator: torch.Generator) -> Tensor:
     batch = batches.draw(generator)
-    return batch.loss(model(batch.noisy, batch.timesteps, batch.tokens))
+    return batch.loss(model(batch))
 
 
 class NoisyLatents:

@@ -39,13 +39,9 @@ def train_judge(training: Training) -> None:
         image_std=[0.5] * 3,
     )
     pictures = training.pictures()
-    bounds = range(0, len(pictures), 512)
-    pixels = torch.cat(
-        [
-            _judge_pixels(processor, np.array(pictures[first : first + 512])).half()
-            for first in tqdm(bounds, f"pictures at {JUDGE_SIZE}")
-        ]
-    )
+    parts = np.split(pictures, range(512, len(pictures), 512))
+    parts = tqdm(parts, f"pictures at {JUDGE_SIZE}")
+    pixels = torch.cat([_judge_pixels(processor, np.array(part)).half() for part in parts])
     captions = training.captions()
     tokens = training.tokens(captions)
     labels = torch.from_numpy(np.unique(captions, return_inverse=True)[1])
@@ -99,11 +95,10 @@ def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
     Else the judge learns by heart how the patches happen to cut each picture.
     """
-    side, picture = torch.arange(JUDGE_SIZE), torch.arange(len(pictures))
-    by = torch.randint(-PATCH, PATCH + 1, (2, len(pictures), 1), generator=generator)
-    rows, columns = (by + side) % JUDGE_SIZE
-    cells = pictures[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return cells.permute(0, 3, 1, 2)
+    by = torch.randint(-PATCH, PATCH + 1, (2, len(pictures)), generator=generator).neg().T
+    return torch.stack(
+        [one.roll(yx, (1, 2)) for one, yx in zip(pictures, by.tolist(), strict=True)]
+    )
 
 
 def _look_alikes(count: int) -> list[Tensor]:
@@ -123,12 +118,10 @@ def _draw_alike(groups: Sequence[Tensor], count: int, generator: torch.Generator
     """
     chosen = torch.randperm(len(groups), generator=generator)[:GROUPS]
     picks = chosen[torch.randint(len(chosen), (count,), generator=generator)]
-    places = torch.rand(count, generator=generator)
+    places = torch.rand(count, generator=generator).tolist()
+    picked = [groups[pick] for pick in picks.tolist()]
     return torch.stack(
-        [
-            groups[pick][int(place * len(groups[pick]))]
-            for pick, place in zip(picks.tolist(), places.tolist(), strict=True)
-        ]
+        [group[int(x * len(group))] for group, x in zip(picked, places, strict=True)]
     )
 
 

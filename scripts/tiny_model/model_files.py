@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,23 +96,14 @@ def bpe_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str
     """
     others = map(chr, itertools.count(0x100))  # stand for the bytes that are not printable
     letters = [c if c.isprintable() and c != " " else next(others) for c in map(chr, range(256))]
-    segmented = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    spelled = [" ".join(word) + "</w>" for word in words]  # tokens between spaces
     merges = []
-    while pairs := Counter(pair for parts in segmented for pair in itertools.pairwise(parts)):
+    while pairs := Counter(pair for text in spelled for pair in itertools.pairwise(text.split())):
         merges.append(pairs.most_common(1)[0][0])
-        segmented = [_merge(parts, merges[-1]) for parts in segmented]
+        pair = re.compile(rf"(?<!\S){re.escape(' '.join(merges[-1]))}(?!\S)")
+        spelled = [pair.sub("".join(merges[-1]), text) for text in spelled]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
     return {token: i for i, token in enumerate([*tokens, START, END])}, merges
-
-
-def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    for part in parts:
-        if merged and (merged[-1], part) == pair:
-            merged[-1] += part
-        else:
-            merged.append(part)
-    return merged
 
 
 def save_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
