@@ -100,34 +100,33 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup(1) has SIGHUP ignored
             signal.signal(number, _interrupt)
+    status, message = 0, ""
     try:
         main(None)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status, message = 2, f"error: {error}"
     except BrokenPipeError:
         if not _close_broken_stdout():
             raise
-        sys.exit(128 + signal.SIGPIPE)
+        status = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         named = f"{error.filename}: " if error.filename else ""
-        print(f"error: {named}{error.strerror}; once that is mended, {_GO_ON}", file=sys.stderr)
-        sys.exit(2)
+        status, message = 2, f"error: {named}{error.strerror}; once that is mended, {_GO_ON}"
     except torch.OutOfMemoryError:
-        print(
+        status = 2
+        message = (
             "error: the GPU's memory does not suffice; lower chunk_size or n_frames in the config"
-            " of an edit, --batch_size of preprocess.py, or the frames' --H and --W",
-            file=sys.stderr,
+            " of an edit, --batch_size of preprocess.py, or the frames' --H and --W"
         )
-        sys.exit(2)
     except KeyboardInterrupt as error:
-        again = shlex.join(["python", *_this_command()])
-        print(f"\ninterrupted; {_GO_ON}: {again}", file=sys.stderr)
-        sys.exit(128 + (error.args[0] if isinstance(error, Interrupted) else signal.SIGINT))
-    sys.exit(0)
+        status = 128 + (error.args[0] if isinstance(error, Interrupted) else signal.SIGINT)
+        message = f"\ninterrupted; {_GO_ON}: {shlex.join(['python', *_this_command()])}"
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def _this_command() -> list[str]:
@@ -184,7 +183,7 @@ def setup_logging(quiet: bool = False) -> None:
 
 def is_special_file(path: Path) -> bool:
     """Whether something that is neither a file nor a folder has that name; links are followed."""
-    return path.exists() and not path.is_file() and not path.is_dir()
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 @contextlib.contextmanager

@@ -142,7 +142,7 @@ def edit(keys, models, group=SINGLE_PROCESS, technique="pnp", **changes):
     if technique.name == "controlnet":
         changes["controlnet_key"] = f"{keys['model_key']}/controlnet"
     config = technique.config(**{**keys, **changes})
-    session = EditSession(open_edit_inputs(config, group), models)
+    session = EditSession(open_edit_inputs(config, group), load=lambda *_: models)
     return session, session.edit_latents(technique.plan(session))
 
 
@@ -342,7 +342,7 @@ def test_what_one_process_refuses_ends_all(keys, tmp_path):
 
 def test_a_process_that_is_lost_in_the_middle_ends_the_others(keys, models, tmp_path):
     def work(group):
-        session = EditSession(open_edit_inputs(PnPConfig(**keys), group), models)
+        session = EditSession(open_edit_inputs(PnPConfig(**keys), group), load=lambda *_: models)
         plan = run_tokenflow_pnp.plan(session)
         if group.rank == 1:
             session.models.unet.mid_block.register_forward_hook(lambda *args: os._exit(9))
@@ -356,7 +356,7 @@ def test_a_process_that_is_lost_in_the_middle_ends_the_others(keys, models, tmp_
 
 def test_processes_that_see_different_caches_do_not_start(keys, models, tmp_path):
     def work(group):
-        session = EditSession(open_edit_inputs(PnPConfig(**keys), group), models)
+        session = EditSession(open_edit_inputs(PnPConfig(**keys), group), load=lambda *_: models)
         if group.rank == 1:
             session.config = session.config.model_copy(update={"source_features": "live"})
         session.edit_latents(run_tokenflow_pnp.plan(session))

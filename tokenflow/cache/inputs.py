@@ -163,13 +163,10 @@ def _conditions(
 
 
 def check_disk(inputs: PreprocessInputs, inverted: bool) -> None:
-    """Logs how large the cache will be, and refuses to begin if the disk has no room for it.
+    """Logs how large the cache will be; a UserError refuses to begin if the disk has no room.
 
     Args:
         inverted: whether all but the features exists.
-
-    Raises:
-        UserError: saying what is needed and what is free.
     """
     manifest, unet = inputs.manifest, load_unet_skeleton(inputs.checkpoint)
     grid = manifest.height // VAE_FACTOR, manifest.width // VAE_FACTOR

@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
 
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, MODELS, ControlKind
 from tokenflow.storage.images import check_size
@@ -198,11 +192,7 @@ def default(name: str) -> Any:
 
 
 def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
-    """Reads and checks the command line.
-
-    Raises:
-        UserError: if an option is unknown, mistyped or out of range.
-    """
+    """Reads and checks the command line; a UserError names what is wrong."""
     parser = ArgumentParser(
         description="Inverts a clip with DDIM and writes the cache that every edit of it reads."
     )

@@ -358,9 +358,5 @@ def open_cache(folder: Path, remedy: Remedy = remake, verify: bool = False) -> S
 
 
 def read_manifest(folder: Path, remedy: Remedy = remake) -> Manifest:
-    """Reads a cache's manifest.
-
-    Raises:
-        UserError: if it is damaged, of another format or lacks a field.
-    """
+    """Reads a cache's manifest; a UserError says if it is damaged or of another format."""
     return load_manifest(Manifest, folder / MANIFEST, FORMAT, f"{remedy(None)} --overwrite")

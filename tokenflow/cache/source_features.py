@@ -40,12 +40,7 @@ from tokenflow.storage.manifest import (
     refuse_unexpected_files,
 )
 from tokenflow.storage.schema import Model
-from tokenflow_utils import (
-    ATTENTION_LAYERS,
-    FEATURE_LAYER,
-    TokenFlowContext,
-    self_attention_layers,
-)
+from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, TokenFlowContext, self_attention_layers
 from util import UserError
 
 FORMAT = 2

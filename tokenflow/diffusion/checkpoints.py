@@ -143,11 +143,7 @@ def check_controlnet_fits(checkpoint: Path, key: str, allow_pickle: bool = False
 
     Args:
         checkpoint: the Stable Diffusion checkpoint's folder.
-        key, allow_pickle: of the ControlNet; see `checkpoint_folder`.
-
-    Raises:
-        MissingFileError: if the ControlNet cannot be found.
-        UserError: names the field that does not fit.
+        key, allow_pickle: of the ControlNet; see `checkpoint_folder`, for errors too.
     """
     unet = UNet2DConditionModel.load_config(checkpoint, subfolder="unet")
     folder = single_model_folder(key, "controlnet_key", allow_pickle)

@@ -67,13 +67,10 @@ def estimate_depth(
     Args:
         frames: (n, H, W, 3) uint8 RGB.
         key: hub id or local folder of a transformers DPT model.
-        allow_pickle: see `checkpoint_folder`.
+        allow_pickle: see `checkpoint_folder`, for errors too.
 
     Returns:
         (n, 1, H, W) float32 in [0, 1]; 1 is nearest.
-
-    Raises:
-        MissingFileError: if the model cannot be found.
     """
     folder = single_model_folder(key, "depth_model", allow_pickle)
     processor = DPTImageProcessor.from_pretrained(folder)

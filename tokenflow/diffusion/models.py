@@ -36,12 +36,7 @@ class StableDiffusion:
     _controlnets: dict[str, ControlNetModel] = field(default_factory=dict, compare=False)
 
     def controlnet(self, key: str) -> ControlNetModel:
-        """The ControlNet of a hub id or folder, loaded once.
-
-        Raises:
-            MissingFileError: if it cannot be found.
-            UserError: see `load_model`.
-        """
+        """The ControlNet of a hub id or folder, loaded once; errors: see `load_model`."""
         if key not in self._controlnets:
             folder = single_model_folder(key, "controlnet_key", self.allow_pickle)
             model = load_model(ControlNetModel, folder, self.allow_pickle, torch_dtype=self.dtype)
@@ -114,10 +109,7 @@ def load_stable_diffusion(
 
     Args:
         folder: returned by `checkpoint_folder`.
-        allow_pickle: see `checkpoint_folder`.
-
-    Raises:
-        UserError: see `load_model`.
+        allow_pickle: see `checkpoint_folder`; errors: see `load_model`.
     """
 
     def load(cls: type[nn.Module], part: str) -> nn.Module:

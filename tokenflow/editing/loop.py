@@ -31,7 +31,7 @@ from tokenflow.diffusion.ddim import CLEAN, ddim_step
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.memory import chunked_forward
 from tokenflow.diffusion.model_names import ControlSettings
-from tokenflow.diffusion.models import Loader, StableDiffusion, compile_unet, load_stable_diffusion
+from tokenflow.diffusion.models import Loader, compile_unet, load_stable_diffusion
 from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.flow_field import FlowSource
@@ -81,7 +81,6 @@ class EditSession:
     """The loaded models and source of one edit.
 
     Args:
-        models: of the inputs' checkpoint, device and dtype; loaded if None.
         watch: times the stages; a new one if None.
         load: loads the models; `load_stable_diffusion` if None.
         work: saves the edit every few steps and resumes it; None: not saved.
@@ -96,7 +95,6 @@ class EditSession:
     def __init__(
         self,
         inputs: EditInputs,
-        models: StableDiffusion | None = None,
         watch: Stopwatch | None = None,
         load: Loader | None = None,
         work: WorkDir | None = None,
@@ -109,7 +107,7 @@ class EditSession:
         self.chunk_size = self.config.chunk_size or self.config.keyframe_interval
         reset_peak_memory(inputs.device)
         with self.watch("load"):
-            self.models = models or (load or load_stable_diffusion)(
+            self.models = (load or load_stable_diffusion)(
                 inputs.checkpoint, inputs.device, inputs.dtype, inputs.config.allow_pickle
             )
             if inputs.config.compile:

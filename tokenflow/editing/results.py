@@ -17,28 +17,17 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from torch import Tensor
-
-from tokenflow.cache.source_cache import (
-    MANIFEST,
-    SourceCache,
-    cache_key,
-    open_cache,
-)
-from tokenflow.storage.images import save_frames
+from tokenflow.cache.source_cache import MANIFEST, SourceCache, cache_key, open_cache
 from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
 from tokenflow.storage.schema import Model, parse
-from tokenflow.storage.video import MAX_FPS_DENOMINATOR, clip_name, save_video
+from tokenflow.storage.video import clip_name
 from tokenflow.storage.yaml_files import load_yaml
-from util import MissingFileError, UserError, save_tensors, slug
+from util import MissingFileError, UserError, slug
 
 if TYPE_CHECKING:  # importing them loads diffusers, which readers of results do not need
-    from tokenflow.editing.config import EditConfig
     from tokenflow.editing.inputs import EditInputs
 
 log = logging.getLogger("tokenflow")
@@ -85,31 +74,6 @@ def result_settings(inputs: EditInputs) -> dict[str, object]:
     settings = inputs.config.model_dump() | own | {"cache": cache_key(inputs.cache.manifest)}
     left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT)
     return {key: value for key, value in settings.items() if key not in left_out}
-
-
-def save_clips(
-    folder: Path,
-    frames: np.ndarray,
-    latents: Tensor,
-    source: np.ndarray,
-    config: EditConfig,
-    fps: Fraction,
-) -> None:
-    """Writes an edit's videos, frames and latents.
-
-    Args:
-        frames, latents: the edited clip, (n, H, W, 3) uint8 and (n, 4, h, w) float32.
-        source: the source's frames.
-        fps: of the clip; `config.fps` wins.
-    """
-    if config.fps is not None:
-        fps = Fraction(config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
-    save_frames(folder / "frames", frames)
-    save_video(folder / "edited.mp4", frames, fps)
-    pairs = zip(source, frames, strict=True)
-    both = (np.concatenate(pair, axis=1) for pair in pairs)  # one pair of frames at a time
-    save_video(folder / "side_by_side.mp4", both, fps)
-    save_tensors(folder / "edited_latents.safetensors", {"latents": latents})
 
 
 class _Finished(Model, extra="ignore"):

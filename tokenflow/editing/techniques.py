@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
 
@@ -20,18 +21,14 @@ from tokenflow.diffusion.models import Loader
 from tokenflow.editing.config import EditConfig, read_config
 from tokenflow.editing.inputs import EditInputs, open_edit_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
-from tokenflow.editing.results import (
-    RUN_FILE,
-    is_finished,
-    result_folder,
-    result_settings,
-    save_clips,
-)
+from tokenflow.editing.results import RUN_FILE, is_finished, result_folder, result_settings
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
 from tokenflow.ops.profiling import Stopwatch, device_name, peak_memory_bytes, versions
+from tokenflow.storage.images import save_frames
+from tokenflow.storage.video import MAX_FPS_DENOMINATOR, save_video
 from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
 from tokenflow.storage.yaml_files import save_yaml
-from util import setup_logging
+from util import save_tensors, setup_logging
 
 log = logging.getLogger("tokenflow")
 
@@ -146,8 +143,16 @@ def save_result(technique: str, session: EditSession, frames: np.ndarray, latent
     peak = max(group.all_gather(peak_memory_bytes(inputs.device)))
     if not group.is_main:
         return
+    fps = cache.fps
+    if session.config.fps is not None:
+        fps = Fraction(session.config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
     with session.watch("write"):
-        save_clips(work.folder, frames, latents, session.frames, session.config, cache.fps)
+        save_frames(work.folder / "frames", frames)
+        save_video(work.folder / "edited.mp4", frames, fps)
+        pairs = zip(session.frames, frames, strict=True)
+        both = (np.concatenate(pair, axis=1) for pair in pairs)  # one pair of frames at a time
+        save_video(work.folder / "side_by_side.mp4", both, fps)
+        save_tensors(work.folder / "edited_latents.safetensors", {"latents": latents})
     save_yaml(work.folder / "config.yaml", session.config.model_dump())
     record = {
         "technique": technique,

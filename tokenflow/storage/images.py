@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.Image import Resampling
 
-from util import MissingFileError, UserError, atomic_file
+from util import MissingFileError, UserError, atomic_file, is_special_file
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"))
 
@@ -36,16 +36,12 @@ _IMAGE_ERRORS = (
 
 def check_kind(path: Path) -> None:
     """Refuses pipes, sockets and devices: opening or reading one may never end."""
-    if not (os.path.isfile(path) or os.path.isdir(path)):
+    if is_special_file(path):
         raise UserError(f"{path}: neither a file nor a folder, but a pipe, a socket or a device")
 
 
 def check_size(where: object, height: int, width: int) -> None:
-    """Refuses a frame's size above the limits.
-
-    Raises:
-        UserError: names the limits.
-    """
+    """Refuses a frame's size above the limits, by a UserError that names them."""
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
         raise UserError(
             f"{where}: {width}x{height} pixels are too many; at most {MAX_SIDE} a side and "

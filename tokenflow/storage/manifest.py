@@ -62,14 +62,11 @@ def check_file(
 
 
 def refuse_unexpected_files(folder: Path, expected: Iterable[str], apart: str = "") -> None:
-    """Refuses visible files in a directory that are not expected there.
+    """Refuses visible files in a directory that are not expected: a UserError names the first.
 
     Args:
         expected: paths within the directory.
         apart: a directory in it that has a manifest of its own.
-
-    Raises:
-        UserError: naming the first.
     """
     expected = {folder / name for name in expected}
     for path in sorted(folder.rglob("*")):

@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -114,9 +115,6 @@ def resolve_clip(path: str | Path) -> Path:
     return found[0]
 
 
-ALL = 10**9  # frames: more than any clip has
-
-
 def read_clip(
     path: str | Path,
     n_frames: int | None,
@@ -152,7 +150,7 @@ def read_clip(
             into memory.
     """
     path = Path(path)
-    most = ALL if n_frames is None else n_frames
+    most = 10**9 if n_frames is None else n_frames  # more than any clip has
     if size is not None:
         check_size("H and W", *size)
     if not os.path.exists(path):
@@ -180,11 +178,7 @@ def read_clip(
 
 
 def check_memory(n_frames: int, height: int, width: int) -> None:
-    """Refuses a clip that does not fit into this machine's memory.
-
-    Raises:
-        UserError: names the memory needed and the machine's.
-    """
+    """Refuses a clip that does not fit into this machine's memory, by a UserError."""
     # The list of frames, and the clip that they are copied to.
     needed = 2 * n_frames * height * width * 3
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -283,22 +277,17 @@ def frame_rate(text: str) -> Fraction:
     """
     # No exponents: a fraction of 1e999999999 would be computed, digit by digit.
     spelled = re.fullmatch(r"[0-9]{1,12}/[0-9]{1,12}|[0-9]{0,12}\.?[0-9]{0,12}", text.strip())
-    try:
-        rate = Fraction(text).limit_denominator(MAX_FPS_DENOMINATOR) if spelled else Fraction(0)
-    except (ValueError, ZeroDivisionError):
-        rate = Fraction(0)
-    if not 0 < rate <= MAX_FPS:
-        raise UserError(
-            f"{text[:40]!r}, expected a number or a fraction above 0 and at most {MAX_FPS}"
-        )
-    return rate
+    with suppress(ValueError, ZeroDivisionError):
+        rate = Fraction(text).limit_denominator(MAX_FPS_DENOMINATOR) if spelled else 0
+        if 0 < rate <= MAX_FPS:
+            return rate
+    raise UserError(f"{text[:40]!r}, expected a number or a fraction above 0 and at most {MAX_FPS}")
 
 
 def source_sha256(path: str | Path) -> str:
     """Hash a clip's source: a video's bytes; a folder's image names and bytes in natural order."""
     path = Path(path)
-    if os.path.exists(path):
-        check_kind(path)
+    check_kind(path)
     if not path.is_dir():
         return sha256_file(path)
     digest = hashlib.sha256()
