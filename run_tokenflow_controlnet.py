@@ -42,11 +42,6 @@ class ControlNetConfig(EditConfig):
 
     @model_validator(mode="after")
     def _check_controlnet_rules(self) -> ControlNetConfig:
-        if self.canny_low > self.canny_high:
-            raise ValueError(
-                f"canny_low: {self.canny_low} is above canny_high: {self.canny_high}, "
-                "expected low <= high"
-            )
         if self.sd_version == "depth":
             raise ValueError(
                 "sd_version: depth is conditioned on depth by itself and no ControlNet fits it; "

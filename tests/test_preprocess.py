@@ -551,7 +551,7 @@ BAD_OPTIONS = [
     ({"device": "meta"}, "device: meta is unknown, expected auto, cpu, cuda"),
     ({**CONTROL, "controlnet_key": "nowhere"}, "nowhere: no such folder"),
     ({**CONTROL, "controlnet_key": "empty"}, r"empty: .*config\.json is missing"),
-    ({**CONTROL, "canny_low": 201}, "--canny_low 201 and --canny_high 200"),
+    ({**CONTROL, "canny_low": 201}, "canny_low: 201 is above canny_high: 200"),
     ({**CONTROL, "control": "depth", "depth_model": "nowhere"}, "nowhere: no such folder"),
     ({"save_dir": "notes.mp4"}, r"--save_dir: .*notes\.mp4"),
     ({"n_frame": 3}, "--n_frame"),  # no abbreviations

@@ -363,7 +363,6 @@ class _Inversion:
 
 
 def _report_reconstruction(manifest: Manifest) -> None:
-    """Logs how good the inversion is, and what to do if it is not."""
     log.info(
         "reconstruction PSNR %.2f dB (upper bound of the VAE: %.2f dB); %.2f dB against the VAE's "
         "own reconstruction",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
 
-from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, MODELS, ControlKind
+from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, MODELS, ControlKind, control_settings
 from tokenflow.storage.images import check_size
 from tokenflow.storage.schema import (
     MAX_COUNT,
@@ -178,11 +178,8 @@ class PreprocessOptions(Model):
             for name in CONTROL_OPTIONS:
                 if getattr(self, name) != default(name):
                     raise ValueError(f"--{name}: goes with --sd_version ControlNet only")
-        if self.canny_low > self.canny_high:
-            raise ValueError(
-                f"--canny_low {self.canny_low} and --canny_high {self.canny_high}: "
-                "expected low <= high"
-            )
+        else:
+            control_settings(self)
         return self
 
 

@@ -158,14 +158,11 @@ class SourceCache:
 
     Each method raises a UserError that says what to do if a file is missing or damaged, or not the
     one that the manifest knows: after the cache was opened, it may be replaced or vanish.
-
-    Attributes:
-        advice: what to do about damage.
     """
 
     folder: Path
     manifest: Manifest
-    advice: str = "build the cache again: preprocess.py --overwrite"
+    advice: str = "build the cache again: preprocess.py --overwrite"  # about damage
     _checked: set[str] = field(default_factory=set, compare=False)
 
     @property

@@ -155,7 +155,6 @@ def _record_step(
     settings: FeatureSettings,
     chunk_size: int,
 ) -> dict[str, Tensor]:
-    """All tensors of one step, on the CPU."""
     context, device = live.context, live.denoiser.models.device
     context.inject_features = step < settings.feature_steps
     context.keep_matched_tokens = settings.save_tokens == "all"

@@ -238,7 +238,6 @@ def _download(key: str, option: str, patterns: list[str]) -> Path:
 
 
 def _patterns(part: str, name: str) -> list[str]:
-    """A weights file, and the files of large weights that have an index."""
     stem, suffix = os.path.splitext(name)
     return [os.path.join(part, name), os.path.join(part, f"{stem}-*{suffix}")]
 
@@ -248,7 +247,6 @@ def _exists(path: Path) -> bool:
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """The files of a model's weights, in order."""
     names = WEIGHTS if any(folder.glob("*.safetensors")) else WEIGHTS.values()
     found = [folder / name for name in names if (folder / name).is_file()]
     for index in (folder / f"{name}{INDEX}" for name in names):

@@ -17,20 +17,14 @@ CLEAN = -1  # the "timestep" of a clean latent, one step below the last sampling
 class NoiseSchedule:
     """The noise levels alpha_t, sigma_t of a checkpoint, and its sampling timesteps.
 
-    x_t = alpha_t * x_0 + sigma_t * eps, with alpha_t^2 + sigma_t^2 = 1.
-
-    Attributes:
-        alphas_cumprod, final_alpha_cumprod: alpha_t^2, and alpha^2 at CLEAN.
-        prediction_type: "epsilon" or "v_prediction".
-
-    Raises:
-        UserError: if the model predicts something else.
+    x_t = alpha_t * x_0 + sigma_t * eps, with alpha_t^2 + sigma_t^2 = 1. A UserError refuses a model
+    that predicts neither eps nor v.
     """
 
     def __init__(self, scheduler: DDIMScheduler) -> None:
         self.config = dict(scheduler.config)
-        self.alphas_cumprod = scheduler.alphas_cumprod.double().tolist()
-        self.final_alpha_cumprod = float(scheduler.final_alpha_cumprod)
+        self.alphas_cumprod = scheduler.alphas_cumprod.double().tolist()  # alpha_t^2
+        self.final_alpha_cumprod = float(scheduler.final_alpha_cumprod)  # alpha^2 at CLEAN
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(

@@ -48,7 +48,8 @@ def control_settings(options: Any) -> ControlSettings:
     """The ControlNet that preprocess.py's options or an edit's config name.
 
     Raises:
-        UserError: if they name none, and none of that kind is known for the version.
+        UserError: if they name none, and none of that kind is known for the version, or Canny's
+            low threshold is above the high one.
     """
     version, kind = options.sd_version, options.control
     key = options.controlnet_key or CONTROLNETS.get((version, kind))
@@ -58,4 +59,6 @@ def control_settings(options: Any) -> ControlSettings:
             "name one with controlnet_key (a hub id or a local folder)"
         )
     scale, low, high = options.controlnet_scale, options.canny_low, options.canny_high
+    if low > high:
+        raise UserError(f"canny_low: {low} is above canny_high: {high}, expected low <= high")
     return ControlSettings(kind=kind, key=key, scale=scale, low=low, high=high)

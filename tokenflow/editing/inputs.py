@@ -98,7 +98,6 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
 
 
 def _find_cache(config: EditConfig, checkpoint: Path) -> SourceCache:
-    """The cache of the clip, frames and model that a config names."""
     source = _source(config)
     wanted = {
         "source_sha256": source and source_sha256(source),

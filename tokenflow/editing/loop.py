@@ -195,7 +195,6 @@ class EditSession:
         return x
 
     def _checkpoint(self, x: Tensor, steps: int) -> None:
-        """Checkpoints the latents after step `steps`."""
         if self.work is not None:
             figures = {"seconds": self.watch.seconds["edit"], "image_forwards": self.image_forwards}
             self.work.save("edit", {"latents": x}, steps=steps, **figures)
