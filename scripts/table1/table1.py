@@ -80,11 +80,10 @@ def score(batch: Batch, outcomes: Mapping[str, Outcome], evaluator: Evaluator) -
 
 def write_rows(batch: Batch, rows: Sequence[Row]) -> None:
     """Writes each clip's rows to <output_path>/rows/<clip>.json."""
-    folder = batch.output_path / "rows"
-    folder.mkdir(parents=True, exist_ok=True)
     for clip in batch.clips:
         own = [row for row in rows if row.clip == clip]
-        write_report(folder / f"{clip}.json", score_table.rows_as_json(own))
+        path = batch.output_path / "rows" / f"{clip}.json"
+        write_report(path, score_table.rows_as_json(own))
 
 
 # ------------------------------------------------------------------------------------- the table

@@ -189,15 +189,11 @@ def table(figures: dict) -> str:
     frames, steps = figures["accuracy_frames"], figures["accuracy_steps"]
     vae = figures["inversion_vae_psnr"]
     asked = {"color": ">= 95 %", "shape": ">= 90 %", "background": ">= 90 %", "fill": ""}
-    percents = [
-        *((f"text to image: {n}", figures[f"{n}_accuracy"], least) for n, least in asked.items()),
-        *(
-            (f"  the {by} on ground truth: {name.removesuffix('_accuracy')}", value, "")
-            for by in ("measurement", "judge")
-            for name, value in figures[by].items()
-        ),
-    ]
-    success = ("frames in the colour asked for", figures["edit_color_success"], ">= 90 %")
+    percents = [(f"text to image: {n}", figures[f"{n}_accuracy"], asked[n]) for n in asked]
+    for by in ("measurement", "judge"):
+        found = [(name.removesuffix("_accuracy"), value) for name, value in figures[by].items()]
+        percents += [(f"  the {by} on ground truth: {name}", value, "") for name, value in found]
+    percents.append(("frames in the colour asked for", figures["edit_color_success"], ">= 90 %"))
     decibels = [
         ("VAE reconstruction", figures["vae_psnr"], 30),
         (f"the same, first {frames} frames", vae, None),
@@ -205,7 +201,7 @@ def table(figures: dict) -> str:
         ("  with --inversion_iters 5", figures["inversion_iters_5_psnr"], vae - 0.5),
         ("background against the VAE's", figures["background_psnr"], 22),
     ]
-    rows = [(name, f"{100 * value:.1f} %", least) for name, value, least in [*percents, success]]
+    rows = [(name, f"{100 * value:.1f} %", least) for name, value, least in percents]
     rows += [(name, f"{value:.2f} dB", "" if low is None else f">= {low:.2f} dB")
              for name, value, low in decibels]  # fmt: skip
     errors = {name.replace("_", " "): value for name, value in figures["warp_error"].items()}
