@@ -55,7 +55,7 @@ log = logging.getLogger("tokenflow")
 CONFIG = "configs/demo_pnp.yaml"
 FPS = Fraction(10)
 SEED = 4_000_000
-QUICK = {"n_inversion_steps": 7, "n_timesteps": 7, "n_frames": 3, "batch_size": 2}
+QUICK = {"n_inversion_steps": 7, "n_timesteps": 7, "n_frames": 3, "keyframe_interval": 2}
 METHODS = {
     "tokenflow": {},
     "fixed_keyframes": {"keyframes": "fixed"},
