@@ -59,9 +59,10 @@ def test_a_report_goes_through_a_device_which_stays(tmp_path):
         os.close(terminal)
 
 
-def test_a_dash_is_standard_output_and_the_text_goes_to_standard_error(tmp_path, capsysbinary):
-    check_report_path(Path("-"), "--json")
-    write_reports("table", [(Path("-"), b"\x89PNG"), (tmp_path / "a", "report")])
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_a_report_on_standard_output_sends_the_text_to_standard_error(name, tmp_path, capsysbinary):
+    check_report_path(Path(name), "--json")
+    write_reports("table", [(Path(name), b"\x89PNG"), (tmp_path / "a", "report")])
     assert capsysbinary.readouterr() == (b"\x89PNG", b"table\n")
     assert (tmp_path / "a").read_text() == "report"
 

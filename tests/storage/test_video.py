@@ -27,6 +27,7 @@ from util import MissingFileError, UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 ROOT = Path(__file__).resolve().parents[2]
+WOLF = ROOT / "../shared/data/wolf.mp4"
 
 
 def quadrants(height: int = 64, width: int = 96) -> np.ndarray:
@@ -246,6 +247,14 @@ def test_variable_frame_rate_keeps_every_frame_once(tmp_path):
     assert indices(clip.frames) == [0, 1, 2, 3, 4, 5]
     assert 7 <= clip.fps <= 9  # 6 frames in about 0.75 seconds; the nominal rate is 100
     assert video.read_clip(path, 2, fps=Fraction(24000, 1001)).fps == Fraction(24000, 1001)
+
+
+@pytest.mark.skipif(not WOLF.is_file(), reason="the sample clip is not here")
+def test_reads_a_real_clip():
+    clip = video.read_clip(WOLF, 50)
+    assert clip.frames.shape == (40, 512, 512, 3)
+    assert clip.fps == 20 and clip.native_size == (512, 512)
+    assert clip.frames.std(axis=0).max() > 5  # it moves
 
 
 @pytest.mark.parametrize("kind", ["video", "folder"])

@@ -200,7 +200,7 @@ def find_features(
     """The finished features of a cache, if it has any: all files there, of the right size.
 
     Args:
-        remake: what makes them again, for errors.
+        remake: the command that computes them again, for errors.
 
     Raises:
         UserError: if a file is missing or damaged, or they belong to another cache.

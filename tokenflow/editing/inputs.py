@@ -154,7 +154,7 @@ def features_remedy(config: EditConfig, manifest: Manifest) -> str:
     """The preprocess command that adds the features that a config needs to its cache, as advice.
 
     Args:
-        manifest: the cache's. Its inversion is not made again.
+        manifest: the cache's. Its inversion is kept.
     """
     settings = _made_with(manifest) | manifest.model_dump(include={"save_steps", "recon_steps"})
     settings |= {"save_dir": config.latents_path, "n_frames": manifest.frames_asked}

@@ -98,14 +98,14 @@ def is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
     try:
         run = parse(_Finished, load_yaml(folder / RUN_FILE), str(folder / RUN_FILE))
         for name in run.files:
-            check_file(folder, name, run.files, "the edit is made again", read=verify)
+            check_file(folder, name, run.files, "the edit is computed again", read=verify)
     except UserError as error:
         log.warning("%s", error)
         return False
     if verify:
         refuse_unexpected_files(folder, {RUN_FILE, *run.files})
     if run.cache_sha256 != cache_sha256:
-        log.info("%s was made from another cache; the edit is made again", folder)
+        log.info("%s was made from another cache; the edit is computed again", folder)
         return False
     return True
 

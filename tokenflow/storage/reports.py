@@ -9,6 +9,9 @@ from pathlib import Path
 
 from util import UserError, atomic_file, check_writable, is_special_file
 
+# By its other name too: redirected to a file, it would be a link to that file, and replaced.
+STDOUT = (Path("-"), Path("/dev/stdout"))
+
 
 def check_report_path(path: Path, name: str) -> None:
     """Refuse a path that `write_reports` cannot write to, before the work that is reported.
@@ -19,7 +22,7 @@ def check_report_path(path: Path, name: str) -> None:
     Raises:
         UserError: naming the option and what is in the way.
     """
-    if str(path) == "-":
+    if path in STDOUT:
         return
     target = Path(os.path.realpath(path))
     if path.is_dir():
@@ -41,7 +44,7 @@ def write_reports(text: str, reports: Sequence[tuple[Path, str | bytes]]) -> Non
         reports: paths with what to write to each. A new or regular file, also one that a link leads
             to, is replaced at once; a device or pipe is written to; "-" is standard output.
     """
-    to_stdout = any(str(path) == "-" for path, _ in reports)
+    to_stdout = any(path in STDOUT for path, _ in reports)
     try:
         print(text, file=sys.stderr if to_stdout else sys.stdout, flush=True)
     finally:
@@ -52,7 +55,7 @@ def write_reports(text: str, reports: Sequence[tuple[Path, str | bytes]]) -> Non
 def write_report(path: Path, content: str | bytes) -> None:
     """Write one report, as `write_reports` does."""
     content = content.encode() if isinstance(content, str) else content
-    if str(path) == "-":
+    if path in STDOUT:
         sys.stdout.buffer.write(content)
     elif is_special_file(path):
         path.write_bytes(content)
