@@ -123,7 +123,7 @@ def open_result(
                 recover(folder)
                 found = not overwrite and is_finished(folder, cache.sha256, inputs.config.verify)
         if group.broadcast(found):
-            log.info("%s exists with these settings; --overwrite computes it again", folder)
+            log.info("%s already exists with these settings; --overwrite computes it again", folder)
             yield folder, None
             return
         depends_on = {**result_settings(inputs), "cache_sha256": cache.sha256}
