@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.editing import loop as editing
-from tokenflow.editing import results as result_files
+from tokenflow.editing import techniques
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import load_config
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
@@ -186,7 +186,7 @@ def test_a_result_of_another_cache_is_made_anew(settings, place, tiny_model, tmp
 def test_an_interrupted_edit_leaves_no_result(settings, tmp_path, monkeypatch):
     values = {**settings, "output_path": str(tmp_path / "out"), "start": 0.2}
     with monkeypatch.context() as patch:
-        patch.setattr(result_files, "save_tensors", lambda *args: 1 / 0)  # frames are there by then
+        patch.setattr(techniques, "save_tensors", lambda *args: 1 / 0)  # frames are there by then
         with pytest.raises(ZeroDivisionError):
             edit("sdedit", values, tmp_path)
     parent = tmp_path / "out" / "sdedit" / "star"

@@ -237,7 +237,8 @@ class Bench:
         inputs = open_edit_inputs(self.edit_config(name))
         self.technique.check(inputs.config, inputs.checkpoint, inputs.cache.has_depth)
         kind = ThreeBranchSession if "three_branch" in name.split("+") else EditSession
-        session = kind(inputs, self.load() if inputs.config.compile else models)
+        own = self.load() if inputs.config.compile else models
+        session = kind(inputs, load=lambda *_: own)
         return session, self.technique.plan(session)
 
     def time_preprocess(self, name: str, models: StableDiffusion) -> tuple[Meter, Path]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tokenflow.diffusion.ddim import CLEAN, ddim_step
 from tokenflow.diffusion.denoiser import encode_prompts
-from tokenflow.diffusion.models import StableDiffusion
+from tokenflow.diffusion.models import Loader
 from tokenflow.editing.inputs import EditInputs
 from tokenflow.editing.loop import EditPlan, EditSession, plan_steps
 from tokenflow_utils import (
@@ -71,10 +71,10 @@ class ThreeBranchSession(EditSession):
         UserError: naming a setting that it does not serve.
     """
 
-    def __init__(self, inputs: EditInputs, models: StableDiffusion) -> None:
-        super().__init__(inputs, models)
+    def __init__(self, inputs: EditInputs, load: Loader) -> None:
+        super().__init__(inputs, load=load)
         found = self.config.model_dump()
-        found |= {"control": self.cache.manifest.control, "takes_depth": models.takes_depth}
+        found |= {"control": self.cache.manifest.control, "takes_depth": self.models.takes_depth}
         for key, value in SERVED.items():
             if found[key] != value:
                 raise UserError(f"three_branch: {key}: {found[key]}, expected {value}")
