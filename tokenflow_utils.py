@@ -261,7 +261,7 @@ class Source(Protocol):
         """Fills `tokens` and, if features are injected, `features` of frames (m,) at timestep t."""
 
     def load_chunk(self, t: int, frames: Tensor) -> None:
-        """Fills `matches` of frames (m,) with their `context.neighbours`, and `features`."""
+        """Fills `matches` of frames (m,) in `context.neighbours`' keyframes, and `features`."""
 
 
 def tokenflow_step(
@@ -275,6 +275,8 @@ def tokenflow_step(
     find_neighbours: Callable[[Tensor, Tensor], Neighbours],
 ) -> Tensor:
     """Algorithm 1, one sampling step: the guided noise of every frame, (n, 4, h, w).
+
+    `EditSession.edit_latents` (tokenflow/editing/loop.py) calls it and chooses the arguments.
 
     Args:
         edit: eps(x, t, frames) of the patched UNet under the edit's prompt, with guidance.
@@ -327,7 +329,7 @@ class TokenFlowContext:
     features: Tensor | None = None  # of the last source pass, (m, C, h, w)
     source_base: dict[str, Tensor] = field(default_factory=dict)  # outputs of SOURCE, (1, k, L, c)
     base: dict[str, Tensor] = field(default_factory=dict)  # T_base of EXTENDED, (B, k, L, c)
-    matches: dict[str, Tensor] = field(default_factory=dict)  # gamma-+ of MATCH, (m, 2, L)
+    matches: dict[str, Tensor] = field(default_factory=dict)  # gamma-, gamma+ of MATCH, (m, 2, L)
     matched_tokens: dict[str, Tensor] = field(default_factory=dict)  # phi of MATCH, (m, L, c)
 
 

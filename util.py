@@ -114,7 +114,7 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
         if error.errno not in _DISK_ERRORS:
             raise
         named = f"{error.filename}: " if error.filename else ""
-        status, message = 2, f"error: {named}{error.strerror}; once that is mended, {_GO_ON}"
+        status, message = 2, f"error: {named}{error.strerror}; once that is fixed, {_GO_ON}"
     except torch.OutOfMemoryError:
         status = 2
         message = (
@@ -156,7 +156,7 @@ def _close_broken_stdout() -> bool:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal, of the number that it is made with, asked the process to end."""
+    """A signal, whose number is the argument, asked the process to end."""
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:

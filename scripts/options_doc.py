@@ -57,6 +57,8 @@ def _table(cls: type[schema.Model], names: Iterable[str], dashes: str = "") -> s
             aliases.append(f"no_{name}")
         shown = ", ".join(f"`{dashes}{each}`" for each in (name, *aliases))
         default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        if dashes and field.default in (None, ""):  # cannot be written on a command line
+            default = ""
         cells = shown, _value(field, bool(dashes)), default, field.description
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

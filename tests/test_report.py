@@ -266,6 +266,21 @@ def test_a_missing_cache_is_made_up_for_by_the_side_by_side_video(shown):
     assert sky["notes"] == ["The reconstruction is missing: its cache is no longer there."]
 
 
+def test_a_cache_without_its_latents_still_shows_its_reconstruction(tmp_path, caplog):
+    cache = make_cache(tmp_path / "cache")
+    manifest = read_manifest(cache)
+    files = manifest.files | {"latents/gone.safetensors": {"bytes": 1, "sha256": "0" * 64}}
+    manifest = manifest.model_copy(update={"files": files})
+    save_yaml(cache / "manifest.yaml", manifest.model_dump())
+    make_result(tmp_path / "wall" / "a", cache)
+    unknown = make_result(tmp_path / "wall" / "b", cache)
+    run = load_yaml(unknown / "run.yaml")
+    save_yaml(unknown / "run.yaml", {key: run[key] for key in run if key != "n_frames"})
+    (clip,) = make_report(tmp_path / "report", tmp_path / "wall")["clips"]
+    assert [each["label"] for each in clip["references"]] == ["Source", "Reconstruction"]
+    assert len(clip["edits"]) == 1 and "tells how many frames" in caplog.text
+
+
 def test_figures_come_from_rows_and_cost_else_from_the_run(shown):
     _, data = shown
     wall = {edit["label"]: edit["metrics"] for edit in data["clips"][1]["edits"]}

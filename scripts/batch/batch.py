@@ -84,7 +84,10 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         lines[-1] += f"; something failed of {n_failed} of {len(clips)} clips:"
     for job in jobs:
         if job["state"] == FAILED and job["reason"] != NOT_TRIED:
-            lines += [f"  {job['title']}: {job['reason']}", f"    alone: {job['alone']}"]
+            lines += [
+                f"  {job.get('title', job['kind'])}: {job['reason']}",
+                f"    alone: {job['alone']}",
+            ]
     return lines
 
 

@@ -17,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -252,7 +252,8 @@ def _known(path: Path | None, about: dict[str, object]) -> list[Row]:
     data = json.loads(path.read_text(encoding="utf-8"))
     if data["about"] != about:
         raise UserError(f"{path}: holds rows of {data['about']}, not of {about}; name another file")
-    return [Row(**row) for row in data["rows"]]
+    names = [field.name for field in fields(Row)]  # a file of an earlier version has more
+    return [Row(**{name: row[name] for name in names}) for row in data["rows"]]
 
 
 def _save(path: Path, about: dict[str, object], rows: Sequence[Row]) -> None:

@@ -1,6 +1,6 @@
 """What a bound on joint attention costs: warp errors of PnP edits under several max_keyframes.
 
-python -m scripts.studies.max_keyframes latents/shapes/clips.yaml --interval 1 --bounds 6 3
+python -m scripts.studies.max_keyframes latents/shapes/clips.yaml --keyframe_interval 1 --bounds 6 3
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("clips", type=Path, help="a list of clips as scripts/table1.sh takes it")
     add = parser.add_argument
-    add("--interval", type=at_least(1), default=1, help="frames per keyframe (default: 1)")
+    add("--keyframe_interval", "--interval", type=at_least(1), default=1,
+        help="frames per keyframe (default: 1)")  # fmt: skip
     add("--bounds", type=at_least(2), nargs="+", required=True, help="of max_keyframes")
     args = parser.parse_args(argv)
     setup_logging()
-    settings = {"keyframe_interval": args.interval}
+    settings = {"keyframe_interval": args.keyframe_interval}
     variants = [
         replace(PNP, name=str(bound), settings=PNP.settings | settings | {"max_keyframes": bound})
         for bound in (None, *args.bounds)
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := len(batch.clips) * len(variants) - len(scored):
         raise UserError(f"{missing} edits failed; see the logs in {batch.output_path / 'batch'}")
     rows = {b: [r for r in scored if r.method == str(b)] for b in (None, *args.bounds)}
-    print(f"{len(batch.clips)} clips, {args.interval} frames per keyframe; means")
+    print(f"{len(batch.clips)} clips, {args.keyframe_interval} frames per keyframe; means")
     head = ["max_keyframes", *SHOWN.values(), "clips with less flicker than unbounded"]
     cells = []
     for bound, found in rows.items():

@@ -867,7 +867,7 @@ def test_room_is_checked_beforehand(world, tally, tmp_path):
         place = job.place(disk / "place")
         child = Child(as_script(job.run), place)
         child.end()
-        assert re.search(r"are needed, .* are free; make some", the_line(child))
+        assert re.search(r"are needed, .* are free; make room", the_line(child))
         assert not (place / job.folder).exists()
         child = Child(unchecked(job.run), place)
         child.end()

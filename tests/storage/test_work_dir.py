@@ -1,5 +1,6 @@
 """Output directories appear whole, are locked, and work on them resumes after an interruption."""
 
+import json
 import multiprocessing
 import os
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from tokenflow.storage import work_dir as folders
 from tokenflow.storage.work_dir import (
@@ -185,6 +187,15 @@ def test_other_work_begins_anew(tmp_path, changes):
     with resumable_dir(tmp_path / "cache", WORK | changes) as work:
         assert work.checkpoint is None and files(work.folder) == []
     assert files(tmp_path) == []
+
+
+def test_a_checkpoint_of_an_earlier_version_is_discarded(tmp_path):
+    """It does not say what it is a checkpoint of."""
+    interrupted(tmp_path / "cache")
+    state = json.dumps({"stage": "half", "figures": {}, "sizes": {}})
+    save_file({}, tmp_path / ".cache.work" / "checkpoint.safetensors", {"state": state})
+    with resumable_dir(tmp_path / "cache", WORK) as work:
+        assert work.checkpoint is None and files(work.folder) == []
 
 
 def test_work_without_a_save_begins_anew(tmp_path):

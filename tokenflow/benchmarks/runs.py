@@ -86,7 +86,9 @@ class Options(Model):
         str(ROOT / "data" / "star.mp4"), description="a clip; too short, it plays back and forth"
     )
     frames: int = Field(16, ge=1, description="of the clip")
-    size: str = Field("256", description="pixels, as a number or HEIGHTxWIDTH")
+    size: str = Field(
+        "256", pattern=r"^\d+(x\d+)?$", description="pixels, as a number or HEIGHTxWIDTH"
+    )
     steps: int = Field(50, ge=1, description="sampling steps")
     technique: Literal["pnp", "sdedit"] = Field("pnp", description="of edits")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -105,7 +107,7 @@ class Options(Model):
 
 
 def read_setting(name: str, steps: int = 1) -> tuple[Literal["edit", "preprocess"], list[str]]:
-    """What a setting is one of, and what it changes.
+    """Whether a setting is of an edit or of preprocess, and what it changes.
 
     Returns:
         "preprocess" and options of preprocess.py, or "edit" and key=value of the edit's config.

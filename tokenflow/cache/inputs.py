@@ -175,7 +175,7 @@ def check_disk(inputs: PreprocessInputs, inverted: bool) -> None:
         depth = 4 * (manifest.depth_model is not None)
         a_pixel = 3 + depth + 4 * 4 * (len(manifest.timesteps) + 1) / VAE_FACTOR**2
         needed = manifest.n_frames * manifest.height * manifest.width * a_pixel
-    fix_hint = "make some, or use --save_dir on another disk"
+    fix_hint = "make room, or use --save_dir on another disk"
     if inputs.features is not None:
         features = feature_bytes(unet, grid, inputs.features)
         log.info("source features: %.1f MB", features / 1e6)

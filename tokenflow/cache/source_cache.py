@@ -268,7 +268,7 @@ def find_cache(
         if _CACHE_NAME.fullmatch(folder.name) and (folder / MANIFEST).is_file():
             try:
                 found[folder] = read_manifest(folder, remedy)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 if folder.parent.match(steps):
                     damaged.append(error)
     fitting = {folder: m for folder, m in found.items() if not _mismatches(m, wanted)}

@@ -280,7 +280,9 @@ class CachedSource:
     def load_chunk(self, t: int, frames: Tensor) -> None:
         """Fills `matches` and `features` of consecutive frames (m,) of the keyframes' step."""
         start, end = int(frames[0]), int(frames[-1]) + 1
-        kinds = ("previous/", "next/", "features")[: 2 + self.context.inject_features]
+        kinds = ("previous/", "next/")
+        if self.context.inject_features:
+            kinds += ("features",)
         with self.features.open(t) as file:
             names = [name for name in file.keys() if name.startswith(kinds)]  # noqa: SIM118
             found = self._moved({name: file.get_slice(name)[start:end] for name in names})

@@ -95,7 +95,7 @@ def psnr(frames: np.ndarray, reference: np.ndarray, mask: np.ndarray | None = No
         mask: bool, the pixels that count, (n, H, W); by default all.
     """
     error = SquaredError()
-    if mask is not None:  # one long frame
-        frames, reference = frames[mask][None], reference[mask][None]
-    error.add(frames, reference)
+    for i in range(len(frames)):
+        where = slice(None) if mask is None else mask[i]
+        error.add(frames[i][where][None], reference[i][where][None])
     return error.psnr if error.count else None

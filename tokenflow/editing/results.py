@@ -20,7 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenflow.cache.source_cache import MANIFEST, SourceCache, cache_key, open_cache
+from pydantic import Field
+
+from tokenflow.cache.source_cache import (
+    MANIFEST,
+    SourceCache,
+    cache_key,
+    open_cache,
+    read_manifest,
+)
 from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import clip_name
@@ -69,7 +77,7 @@ def result_folder(inputs: EditInputs, technique: str) -> Path:
 
 
 def result_settings(inputs: EditInputs) -> dict[str, object]:
-    """What a result depends on; of the cache, what that was made from."""
+    """What a result depends on; for its cache, the identity of that cache."""
     own = {"dtype": str(inputs.dtype), "device": inputs.device.type}
     settings = inputs.config.model_dump() | own | {"cache": cache_key(inputs.cache.manifest)}
     left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT)
@@ -99,7 +107,7 @@ def is_finished(folder: Path, cache_sha256: str, verify: bool) -> bool:
         run = parse(_Finished, load_yaml(folder / RUN_FILE), str(folder / RUN_FILE))
         for name in run.files:
             check_file(folder, name, run.files, "the edit is computed again", read=verify)
-    except UserError as error:
+    except (UserError, OSError) as error:
         log.warning("%s", error)
         return False
     if verify:
@@ -128,7 +136,7 @@ class _Run(Model, extra="allow"):
     technique: str | None = None
     cache: str | None = None
     cache_sha256: str | None = None
-    n_frames: int | None = None
+    n_frames: int | None = Field(None, ge=1)
     seconds: dict[str, float | None] | None = None
     peak_memory_bytes: float | None = None
 
@@ -176,7 +184,7 @@ class Result:
         known = [stage for stage in stages if stage is not None]
         return sum(known) / self.n_frames if known and self.n_frames else None
 
-    def cache(self) -> SourceCache:
+    def cache(self, check_files: bool = True) -> SourceCache:
         """The source cache that it was made from.
 
         A relative path in run.yaml is looked for from the current folder and from the folders
@@ -195,7 +203,7 @@ class Result:
                 f"{where}: cache: no finished cache {named}; build it again with preprocess.py, or "
                 "run this command where the edit was run"
             )
-        cache = open_cache(folder)
+        cache = open_cache(folder) if check_files else SourceCache(folder, read_manifest(folder))
         if self.run.get("cache_sha256") not in (None, cache.sha256):
             raise UserError(
                 f"{where}: its cache {folder} was replaced since the edit, maybe by one of other "

@@ -1,7 +1,8 @@
 """Base techniques: what a run script declares, and how it runs.
 
 A new technique is a script run_tokenflow_<name>.py with a `TECHNIQUE`, and a line in
-`results.TECHNIQUES`, the one list of them.
+`results.TECHNIQUES`, the one list of them. Add its YAML file, configs/config_<name>.yaml, and its
+name to pyproject.toml's contract of imports, and write docs/options.md by scripts/options_doc.py.
 """
 
 from __future__ import annotations

@@ -64,11 +64,14 @@ def ssim(
         frames, source: (n, H, W, 3) uint8.
         mask: (n, H, W) bool; without one, or without such pixels, the others are None.
     """
-    maps = np.stack([ssim_map(*pair) for pair in zip(frames, source, strict=True)])
-    if mask is None:
-        return float(maps.mean()), None, None
-    parts = (float(maps[where].mean()) if where.any() else None for where in (mask, ~mask))
-    return float(maps.mean()), *parts
+    sums = np.zeros((2, 2))  # of the mask's pixels and the others: similarity, and how many
+    for i, pair in enumerate(zip(frames, source, strict=True)):
+        similarity = ssim_map(*pair)
+        inside = np.zeros(similarity.shape, bool) if mask is None else mask[i]
+        for row, where in zip(sums, (inside, ~inside), strict=True):
+            row += similarity[where].sum(), where.sum()
+    whole, *parts = (float(s / n) if n else None for s, n in (sums.sum(axis=0), *sums))
+    return (whole, None, None) if mask is None else (whole, *parts)
 
 
 def ssim_map(frame: np.ndarray, source: np.ndarray) -> np.ndarray:

@@ -60,8 +60,11 @@ def readable_results(roots: Sequence[Path]) -> list[Result]:
     for folder in sorted(map(Path.resolve, finished)):
         try:
             read_clip(folder / "edited.mp4", 1)  # refuses what is no video
-            results.append(read_result(folder))
-        except UserError as error:
+            result = read_result(folder)
+            if not result.n_frames:
+                raise UserError(f"{folder}: neither run.yaml nor frames/ tells how many frames")
+            results.append(result)
+        except (UserError, OSError) as error:
             log.warning("left out: %s", error)
     if not results:
         raise UserError(f"{', '.join(map(str, roots))}: no result that can be read")
@@ -92,7 +95,7 @@ def group_results(results: Iterable[Result]) -> list[Group]:
     for result in results:
         key, caches = (result.folder.parent.name, plain(result.run.get("cache"))), {}
         try:
-            cache = result.cache()
+            cache = result.cache(check_files=False)
             m, caches = cache.manifest, {os.path.realpath(cache.folder): cache}
             key = (m.clip, m.source_sha256, m.frame_start, m.frame_stride)
         except UserError as error:

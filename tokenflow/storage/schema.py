@@ -299,7 +299,7 @@ def _texts(value: Any) -> list[str]:
 
 def _help(field: FieldInfo) -> str:
     text = (field.description or "").replace("%", "%%")
-    if field.is_required() or field.default in (None, "", False):
+    if field.is_required() or field.default is False or field.default in (None, ""):
         return text
     return f"{text} (default: {field.default})" if field.default is not True else text
 

@@ -248,7 +248,7 @@ def _resume(folder: Path, label: str) -> WorkDir | None:
     if checkpoint is None:
         log.warning("%s: damaged; the work starts from the beginning", place / CHECKPOINT)
         return None
-    if state["work"] != label:
+    if state.get("work") != label:
         return None
     known = {place / "folder" / name: size for name, size in state["sizes"].items()}
     for path in (place / "folder").rglob("*"):
