@@ -28,7 +28,7 @@ import torch
 
 
 class UserError(ValueError):
-    """Input that the user can mend; its message is one line, whatever the input held.
+    """Input that the user can correct; its message is one line, whatever the input held.
 
     Control characters, which a terminal would obey, are spelled as escapes.
     """

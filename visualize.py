@@ -26,7 +26,7 @@ from util import ArgumentParser, UserError, check_writable, command_line, setup_
 
 
 class KeyframeOptions(Model):
-    """Of `draw_keyframes`."""
+    """Options of `draw_keyframes`."""
 
     result: str = Field(description="the edit's folder")
     out: str = Field(description="folder of the pictures")

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add, positive = parser.add_argument, at_least(1)
     add("out", type=Path, help="the PNG to write")
     add("rows", nargs="+", type=_row, metavar="LABEL=CLIP", help="one row each")
-    add("--n_frames", type=positive, default=16, help="of these first (default: 16)")
+    add("--n_frames", type=positive, default=16, help="use the first N frames (default: 16)")
     add("--columns", type=positive, default=6, help="frames per row (default: 6)")
     add("--size", type=positive, default=96, help="frames' side in pixels (default: 96)")
     args = parser.parse_args(argv)

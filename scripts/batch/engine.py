@@ -275,8 +275,8 @@ def report(
     """
     outcomes[job.key] = outcome
     if outcome.state == FAILED:
-        needy = [edit for edit in jobs if edit.needs == job.key]
-        outcomes |= {edit.key: Outcome(FAILED, reason=NOT_TRIED) for edit in needy}
+        waiting = [edit for edit in jobs if edit.needs == job.key]
+        outcomes |= {edit.key: Outcome(FAILED, reason=NOT_TRIED) for edit in waiting}
     how = {
         MADE: f"{MADE} in {duration(outcome.seconds)}",
         FOUND: "found finished",

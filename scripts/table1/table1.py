@@ -118,17 +118,17 @@ def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:
     if not shared:
         return None, f"The paper's order, {' < '.join(ORDER)}: not measured, no clip has them all"
     means = {name: float(np.mean([errors[name, e] for e in shared])) for name in ORDER}
-    holds, told = score_table.order_verdict(means, ORDER)
-    return holds, f"{told} (means of {len(shared)} clips)"
+    holds, text = score_table.order_verdict(means, ORDER)
+    return holds, f"{text} (means of {len(shared)} clips)"
 
 
 def settings_line(path: Path, given: ClipList) -> str:
     """What the list sets for all clips, in a line."""
     sections = {"all": given.settings} | {name: getattr(given, name) for name in VARIANTS}
     sections["preprocess"] = given.preprocess
-    told = [f"{name}: " + ", ".join(f"{key} {value}" for key, value in section.items())
+    parts = [f"{name}: " + ", ".join(f"{key} {value}" for key, value in section.items())
             for name, section in sections.items() if section]  # fmt: skip
-    return f"Settings ({path}): {'; '.join(told) or 'defaults'}"
+    return f"Settings ({path}): {'; '.join(parts) or 'defaults'}"
 
 
 # ------------------------------------------------------------------------------------ the script

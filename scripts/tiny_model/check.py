@@ -65,10 +65,10 @@ METHODS = {
 ORDER = ("vae", *METHODS)  # of the warp errors in the paper's Table 1
 
 
-def accuracies(told: Sequence[tuple], true: Sequence[tuple]) -> dict[str, float]:
-    """The share of right answers for each attribute; `told` may lack the first, the fill."""
-    names = metrics.ATTRIBUTES[-len(told[0]) :]
-    right = np.array(told) == np.array(true)[:, -len(names) :]
+def accuracies(found: Sequence[tuple], true: Sequence[tuple]) -> dict[str, float]:
+    """The share of right answers for each attribute; `found` may lack the first, the fill."""
+    names = metrics.ATTRIBUTES[-len(found[0]) :]
+    right = np.array(found) == np.array(true)[:, -len(names) :]
     return dict(zip((f"{name}_accuracy" for name in names), right.mean(0).tolist(), strict=True))
 
 

@@ -84,8 +84,8 @@ def _sheet(training: Training, processor: CLIPImageProcessor, model: CLIPModel, 
     ).logits_per_image
     found = [choices[best] for best in similarity.argmax(dim=1).tolist()]
     right = 100 * np.mean(np.array(found) == captions)
-    told = "judge: %.1f %% of held-out pictures found their caption among %d"
-    log.info(told, right, len(choices))
+    text = "judge: %.1f %% of held-out pictures found their caption among %d"
+    log.info(text, right, len(choices))
     save_sheet(path, frames[:16])
     path.with_suffix(".txt").write_text("\n".join(found[:16]) + "\n", encoding="utf-8")
 

@@ -173,7 +173,9 @@ def test_a_finished_result_is_skipped_and_overwritten_on_demand(
     assert sha256_file(latents) == old
 
 
-def test_a_result_of_another_cache_is_made_anew(settings, place, tiny_model, tmp_path, monkeypatch):
+def test_a_result_of_another_cache_is_computed_again(
+    settings, place, tiny_model, tmp_path, monkeypatch
+):
     values = {**settings, "output_path": str(tmp_path / "out"), "start": 0.2}
     values["latents_path"] = str(shutil.copytree(place / "latents", tmp_path / "latents"))
     path = edit("sdedit", values, tmp_path)

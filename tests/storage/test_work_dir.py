@@ -182,7 +182,7 @@ def test_work_goes_on_from_the_last_save(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"prompt": "a fox"}, {"scale": 0.2}, {"more": None}])
-def test_other_work_begins_anew(tmp_path, changes):
+def test_other_work_starts_from_the_beginning(tmp_path, changes):
     interrupted(tmp_path / "cache")
     with resumable_dir(tmp_path / "cache", WORK | changes) as work:
         assert work.checkpoint is None and files(work.folder) == []
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_an_earlier_version_is_discarded(tmp_path):
         assert work.checkpoint is None and files(work.folder) == []
 
 
-def test_work_without_a_save_begins_anew(tmp_path):
+def test_work_without_a_save_starts_from_the_beginning(tmp_path):
     with pytest.raises(ZeroDivisionError), resumable_dir(tmp_path / "cache", WORK) as work:
         (work.folder / "a").write_text("a")
         _ = 1 / 0

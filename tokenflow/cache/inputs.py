@@ -62,7 +62,7 @@ def open_preprocess_inputs(
         group, watch: as in `build.build_cache`.
 
     Raises:
-        UserError: naming what is missing or does not fit, and what mends it.
+        UserError: naming what is missing or does not fit, and how to fix it.
     """
     device = resolve_device(options.device, group)
     dtype = resolve_dtype(options.dtype, device)

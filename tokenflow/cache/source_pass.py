@@ -46,7 +46,7 @@ class LiveSource:
     Args:
         denoiser: under the inversion's prompt and conditions.
         context: of the patch.
-        latents: the source's (n, 4, h, w) latents at a timestep; those of the last are kept.
+        latents: the source's (n, 4, h, w) latents at a timestep; called once a timestep.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ def build_features(
                         step, (t, keyframes) = steps[first + group.rank]
                         tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
                         _save_step(work.folder, t, tensors)
-                # Every process has written its step when all have told their number.
+                # Every process has written its step when all have sent their number.
                 made = sum(group.all_gather(denoiser.image_forwards - evaluated))
                 done = min(first + group.size, len(steps))
                 figures = {

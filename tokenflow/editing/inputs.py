@@ -54,7 +54,7 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
     """Finds and checks the cache, the checkpoint and the device of a configuration.
 
     Raises:
-        UserError: naming what is missing or does not fit, and the command that mends it.
+        UserError: naming what is missing or does not fit, and the command that fixes it.
     """
     device = resolve_device(config.device, group)
     if config.compile and group.size > 1:

@@ -45,7 +45,7 @@ class Protocol(Model):
     )
     masks: str | None = Field(
         None,
-        description="of a clip's PNG masks, or with one such folder for each clip",
+        description="folder of a clip's PNG masks, or of one such folder for each clip",
         json_schema_extra={"metavar": "FOLDER"},
     )
     clip_model: str | None = Field(CLIP_MODEL, description="hub id, folder or none")

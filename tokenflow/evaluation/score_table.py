@@ -183,8 +183,8 @@ def order_verdict(means: Mapping[str, float], order: Sequence[str]) -> tuple[boo
     """Whether methods' mean errors are in the order of the paper's Table 1, and a line on it."""
     found = sorted(order, key=means.__getitem__)
     holds = found == list(order)
-    told = "holds" if holds else f"does not hold, but {' < '.join(found)}"
-    return holds, f"The paper's order, {' < '.join(order)}: {told}"
+    verdict = "holds" if holds else f"does not hold, but {' < '.join(found)}"
+    return holds, f"The paper's order, {' < '.join(order)}: {verdict}"
 
 
 def _protocol_line(row: Row) -> str:

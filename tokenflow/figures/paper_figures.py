@@ -25,12 +25,12 @@ from util import UserError
 
 
 class FeatureOptions(features.ViewOptions):
-    """Of `draw_features`."""
+    """Options of `draw_features`."""
 
     result: str = Field(description="the edit's folder")
-    per_frame: str | None = Field(None, description="of another edit: consistency: none")
+    per_frame: str | None = Field(None, description="folder of an edit with consistency: none")
     row: int | None = Field(None, description="image row of the x-t slices (default: the middle)")
-    n_frames: int | None = Field(None, ge=1, description="of these first (default: all)")
+    n_frames: int | None = Field(None, ge=1, description="use the first N frames (default: all)")
     columns: int = Field(6, ge=1, description="frames that features.png shows")
     out: str = Field(description="folder of the pictures")
 
@@ -125,7 +125,7 @@ def _check_same_clip(edit: Result, cache: SourceCache) -> None:
 
 
 class CorrespondenceOptions(features.ViewOptions):
-    """Of `draw_correspondence`."""
+    """Options of `draw_correspondence`."""
 
     cache: str | None = Field(None, description="the clip's cache, as preprocess.py prints it")
     result: str | None = Field(None, description="an edit's folder: its cache")
