@@ -419,7 +419,7 @@ def damages(rng: random.Random, data: bytes, others: bytes) -> Iterator[tuple[st
 
 def is_yaml(data: bytes) -> bool:
     """Whether these are the bytes of a manifest or a run record."""
-    return b"\nfiles:\n" in data
+    return b"\nfiles:\n" in b"\n" + data
 
 
 def put(path: Path, content: bytes | None) -> None:
