@@ -30,7 +30,8 @@ def files(folder):
 
 # ---------------------------------------------------------------- locks
 
-fork = multiprocessing.get_context("fork")
+# Not forked: a fork of a process with threads, such as those of Ray, may wait for their locks.
+spawn = multiprocessing.get_context("spawn")
 
 
 def hold(folder, pipe):
@@ -44,8 +45,8 @@ def hold(folder, pipe):
 @contextmanager
 def other_process(folder):
     """Another process that holds the lock; it lets go at a word through the pipe yielded."""
-    here, there = fork.Pipe()
-    process = fork.Process(target=hold, args=(folder, there))
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=hold, args=(folder, there))
     process.start()
     assert here.recv() == "locked"
     try:
@@ -69,7 +70,7 @@ def test_waiting_ends_when_the_other_has_ended(tmp_path, caplog):
     caplog.set_level("INFO")
     folder = tmp_path / "cache"
     with other_process(folder) as (_, pipe):
-        waits = fork.Process(target=_wait_and_write, args=(folder, tmp_path / "order"))
+        waits = spawn.Process(target=_wait_and_write, args=(folder, tmp_path / "order"))
         waits.start()
         assert not (tmp_path / "order").exists()
         pipe.send("go on")
@@ -88,7 +89,7 @@ def test_many_processes_one_at_a_time(tmp_path):
     """Each reads a number, adds one and writes it: with two at a time some would be lost."""
     counter = tmp_path / "counter"
     counter.write_text("0")
-    processes = [fork.Process(target=_count, args=(counter, 50)) for _ in range(4)]
+    processes = [spawn.Process(target=_count, args=(counter, 50)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:

@@ -86,9 +86,7 @@ class Options(Model):
         str(ROOT / "data" / "star.mp4"), description="a clip; too short, it plays back and forth"
     )
     frames: int = Field(16, ge=1, description="frames of the clip to use")
-    size: str = Field(
-        "256", pattern=r"^\d+(x\d+)?$", description="pixels, as a number or HEIGHTxWIDTH"
-    )
+    size: str = Field("256", description="pixels, as a number or HEIGHTxWIDTH")
     steps: int = Field(50, ge=1, description="sampling steps")
     technique: Literal["pnp", "sdedit"] = Field("pnp", description="technique of the edits")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
