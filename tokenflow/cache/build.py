@@ -87,8 +87,9 @@ def build_cache(
             log.info("%s already exists with these settings", inputs.folder)
         else:
             with inputs.watch("load"):
-                key = inputs.checkpoint, inputs.device, inputs.dtype, options.allow_pickle
-                models = (load or load_stable_diffusion)(*key)
+                models = (load or load_stable_diffusion)(
+                    inputs.checkpoint, inputs.device, inputs.dtype, options.allow_pickle
+                )
             if not inverted:
                 depends_on = {"format": FORMAT, **identity(inputs.manifest)}
                 with resumable_dir(inputs.folder, depends_on, group) as work:
@@ -101,7 +102,7 @@ def build_cache(
 
 
 # ---------------------------------------------------------------------------------------------
-# What there is already
+# Finding earlier work
 
 
 def _find_work(inputs: PreprocessInputs) -> tuple[bool, bool]:
@@ -171,8 +172,8 @@ def _add_features(inputs: PreprocessInputs, models: StableDiffusion) -> None:
     # The pass holds the tokens of all keyframes too, so memory alone must not decide.
     batch_size, size = inputs.options.batch_size, frames.shape[1:3]
     at_once = unet_batch_size(batch_size, denoiser, size, most=FEATURE_BATCH)
-    what = inputs.timesteps.sampling, inputs.features
-    build_features(cache, denoiser, *what, at_once, inputs.watch, inputs.group)
+    timesteps, settings = inputs.timesteps.sampling, inputs.features
+    build_features(cache, denoiser, timesteps, settings, at_once, inputs.watch, inputs.group)
 
 
 class _Inversion:
@@ -228,8 +229,10 @@ class _Inversion:
         if manifest.depth_model is not None:
             with self.watch("depth"):
                 batch = min(self.batch_size or DEPTH_BATCH, DEPTH_BATCH)
-                where = self.inputs.device, batch, self.inputs.options.allow_pickle
-                depth = estimate_depth(self.frames, manifest.depth_model, *where)
+                allow = self.inputs.options.allow_pickle
+                depth = estimate_depth(
+                    self.frames, manifest.depth_model, self.inputs.device, batch, allow
+                )
         if self.work.writes:
             save_frames(folder / "frames", self.frames)
             with atomic_file(folder / "inversion_prompt.txt") as temporary:
@@ -347,9 +350,10 @@ class _Inversion:
             for first in range(0, len(clean), at_once):
                 part = slice(first, first + at_once)
                 with self.watch("vae"):
-                    how = self.vae_batch, self.group
-                    bound = decode_latents(self.models, clean[part], *how)
-                    found = decode_latents(self.models, latents[part], *how)
+                    bound, found = (
+                        decode_latents(self.models, x[part], self.vae_batch, self.group)
+                        for x in (clean, latents)
+                    )
                 pairs["psnr"].add(found, self.frames[part])
                 pairs["vae_psnr"].add(bound, self.frames[part])
                 pairs["psnr_to_vae"].add(found, bound)
