@@ -20,14 +20,13 @@ import torch
 
 import run_tokenflow_pnp as pnp
 from tokenflow.cache.source_cache import CLEAN_LATENTS
-from tokenflow.diffusion.conditions import optical_flow
 from tokenflow.diffusion.models import Loader
+from tokenflow.diffusion.optical_flow import optical_flow, warp
 from tokenflow.diffusion.vae import encode_frames
 from tokenflow.editing.config import read_config
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.editing.techniques import open_result, save_result
-from tokenflow.evaluation.motion import warp
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.yaml_files import load_yaml
 from util import UserError, command_line, setup_logging

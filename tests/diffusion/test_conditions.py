@@ -8,9 +8,9 @@ from tokenflow.diffusion.conditions import (
     canny_edges,
     depth_latents,
     draw_control,
-    optical_flow,
 )
 from tokenflow.diffusion.model_names import ControlSettings
+from tokenflow.diffusion.optical_flow import optical_flow
 
 
 def test_canny_finds_the_edge_and_nothing_else():

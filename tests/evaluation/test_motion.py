@@ -11,6 +11,7 @@ from torchvision.models.optical_flow import raft_large
 from scripts.shapes.metrics import true_motion
 from scripts.shapes.world import random_scene, render_clip
 from tests.helpers import randn
+from tokenflow.diffusion import optical_flow
 from tokenflow.evaluation import motion
 from util import MissingFileError, UserError, save_tensors
 
@@ -44,7 +45,9 @@ def uniform(n_pairs: int, dx: float, dy: float, height: int, width: int) -> torc
 
 def test_whole_pixels_are_looked_up_exactly_and_the_border_is_repeated() -> None:
     frame = np.arange(12, dtype=np.uint8).reshape(3, 4, 1).repeat(3, axis=-1)
-    warped = motion.warp(frame, uniform(1, 2, -1, 3, 4)[0])  # from two to the right and one above
+    warped = optical_flow.warp(
+        frame, uniform(1, 2, -1, 3, 4)[0]
+    )  # from two to the right and one above
     expected = [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7]]
     assert warped.dtype == np.float32
     assert warped[..., 0].tolist() == expected
@@ -53,7 +56,7 @@ def test_whole_pixels_are_looked_up_exactly_and_the_border_is_repeated() -> None
 def test_between_pixels_it_is_bilinear() -> None:
     ramp = np.fromfunction(lambda y, x: 10 * x + 3 * y, (6, 8), dtype=np.float32)
     frame = ramp[..., None].repeat(3, axis=-1)
-    warped = motion.warp(frame, uniform(1, 0.25, 0.5, 6, 8)[0])
+    warped = optical_flow.warp(frame, uniform(1, 0.25, 0.5, 6, 8)[0])
     np.testing.assert_allclose(warped[:-1, :-1], frame[:-1, :-1] + 2.5 + 1.5, atol=1e-4)
 
 
@@ -73,14 +76,14 @@ def test_between_pixels_it_is_bilinear() -> None:
 )
 def test_the_occlusion_test_is_the_formula(there, back, kept) -> None:
     fields = [uniform(1, *vector, 40, 40)[0] for vector in (there, back)]
-    assert bool(motion.consistent(*fields)[20, 20]) is kept
+    assert bool(optical_flow.consistent(*fields)[20, 20]) is kept
 
 
 def test_the_way_back_is_looked_up_where_the_way_there_ends() -> None:
     there, back = torch.zeros(2, 20, 20), torch.zeros(2, 20, 20)
     there[0, 5, 5] = 4
     back[0, 5, 9] = -4
-    seen = motion.consistent(there, back)
+    seen = optical_flow.consistent(there, back)
     assert seen[5, 5]
     assert not seen[5, 9]  # it stays, but it was another place before
     assert seen.sum() == 400 - 1
@@ -90,7 +93,7 @@ def test_what_comes_from_outside_is_not_visible() -> None:
     there, back = uniform(1, 2.4, -3, 10, 12)[0], uniform(1, -2.4, 3, 10, 12)[0]
     expected = torch.zeros(10, 12, dtype=torch.bool)
     expected[3:, :10] = True  # the right edge is at 11.5, the top one at -0.5
-    assert torch.equal(motion.consistent(there, back), expected)
+    assert torch.equal(optical_flow.consistent(there, back), expected)
 
 
 def test_a_moving_square_hides_what_it_uncovers() -> None:
@@ -99,7 +102,7 @@ def test_a_moving_square_hides_what_it_uncovers() -> None:
     back[0, 10:30, 20:40] = 6
     expected = torch.ones(40, 60, dtype=torch.bool)
     expected[10:30, 20:26] = False
-    assert torch.equal(motion.consistent(there, back), expected)
+    assert torch.equal(optical_flow.consistent(there, back), expected)
 
 
 # ---------------------------------------------------------------- DIS
@@ -108,7 +111,7 @@ def test_a_moving_square_hides_what_it_uncovers() -> None:
 @pytest.mark.parametrize("step", [(3, -2), (-4, 1)])
 def test_estimated_flow_points_to_where_things_were(step) -> None:
     """Things that move right by 3 were 3 to the left: the flow is (-3, ...)."""
-    found = motion.motion_by(motion.dis_flow, panned(3, step))
+    found = motion.motion_by(optical_flow.dis_flow, panned(3, step))
     assert found.flow.shape == (2, 2, 64, 80)
     assert found.visible.dtype == torch.bool
     inner = found.flow[:, :, 12:-12, 12:-12]
@@ -124,7 +127,7 @@ def test_estimate_and_truth_of_a_shapes_clip_agree() -> None:
     """
     clip = render_clip(random_scene(4, n_objects=1), 6, 128)
     true = true_motion(clip)
-    found = motion.motion_by(motion.dis_flow, clip.frames)
+    found = motion.motion_by(optical_flow.dis_flow, clip.frames)
     error = (found.flow - true.flow).norm(dim=1)
     flipped = (found.flow + true.flow).norm(dim=1)
     both = found.visible & true.visible
@@ -142,11 +145,11 @@ def test_the_truth_is_of_as_many_frames_as_asked_for() -> None:
 
 
 def test_one_frame_has_no_motion_and_small_ones_no_estimate() -> None:
-    found = motion.motion_by(motion.dis_flow, panned(1, (0, 0)))
+    found = motion.motion_by(optical_flow.dis_flow, panned(1, (0, 0)))
     assert found.flow.shape == (0, 2, 64, 80)
     assert found.visible.shape == (0, 64, 80)
     with pytest.raises(UserError, match=r"--flow dis: frames of 10x80 \(HxW\); it needs 16"):
-        motion.motion_by(motion.dis_flow, panned(2, (0, 0), height=10))
+        motion.motion_by(optical_flow.dis_flow, panned(2, (0, 0), height=10))
 
 
 # ---------------------------------------------------------------- RAFT
@@ -163,8 +166,8 @@ def raft_weights(tmp_path_factory):
 
 def test_raft_sees_the_frames_it_is_given(raft_weights, monkeypatch) -> None:
     """Padded to what it takes and cropped again; source first, in [-1, 1]."""
-    monkeypatch.setattr(motion, "RAFT_UPDATES", 1)
-    model = motion.Raft(raft_weights, CPU)
+    monkeypatch.setattr(optical_flow, "RAFT_UPDATES", 1)
+    model = optical_flow.Raft(raft_weights, CPU)
     seen, made = [], []
     model.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     model.model.register_forward_hook(lambda *call: made.append(call[2][-1]))
@@ -181,9 +184,9 @@ def test_raft_sees_the_frames_it_is_given(raft_weights, monkeypatch) -> None:
 
 
 def test_raft_is_torchvisions_with_the_given_weights(raft_weights, monkeypatch) -> None:
-    monkeypatch.setattr(motion, "RAFT_UPDATES", 2)
+    monkeypatch.setattr(optical_flow, "RAFT_UPDATES", 2)
     frames = panned(2, (3, -2), height=128, width=128)
-    found = motion.motion_by(motion.Raft(raft_weights, CPU), frames)
+    found = motion.motion_by(optical_flow.Raft(raft_weights, CPU), frames)
     torch.manual_seed(0)
     theirs = raft_large(weights=None).eval()
     now, before = (torch.from_numpy(f).permute(2, 0, 1)[None] / 127.5 - 1 for f in frames[::-1])
@@ -196,13 +199,13 @@ def test_raft_is_torchvisions_with_the_given_weights(raft_weights, monkeypatch) 
 def test_other_weights_are_refused(tmp_path) -> None:
     path = tmp_path / "raft.pth"
     with pytest.raises(MissingFileError, match=r"--flow_weights: .*raft.pth: no such file"):
-        motion.find_raft_weights(path)
+        optical_flow.find_raft_weights(path)
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"expected a \.safetensors file, pickles are not loaded"):
-        motion.find_raft_weights(path)
+        optical_flow.find_raft_weights(path)
     save_tensors(path.with_suffix(".safetensors"), {"a": torch.zeros(1)})
     with pytest.raises(UserError, match=r"raft.safetensors: not weights of torchvision's RAFT-l"):
-        motion.Raft(path.with_suffix(".safetensors"), CPU)
+        optical_flow.Raft(path.with_suffix(".safetensors"), CPU)
 
 
 def test_missing_weights_name_the_ways_without_them(tmp_path, monkeypatch) -> None:
@@ -212,7 +215,7 @@ def test_missing_weights_name_the_ways_without_them(tmp_path, monkeypatch) -> No
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(MissingFileError) as raised:
-        motion.find_raft_weights(None)
+        optical_flow.find_raft_weights(None)
     name = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"
     place = str(tmp_path / "hub" / "checkpoints" / name)
     for words in (place, "no network", "--flow dis", "--flow truth", "--flow_weights FILE"):
@@ -225,9 +228,9 @@ def test_the_hubs_file_is_held_to_its_checksum(tmp_path, monkeypatch) -> None:
     path.parent.mkdir(parents=True)
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="damaged, its checksum does not begin with ff5fadd5"):
-        motion.find_raft_weights(None)
-    monkeypatch.setattr(motion, "sha256_file", lambda path: "ff5fadd5" + 56 * "0")
-    assert motion.find_raft_weights(None) == path
+        optical_flow.find_raft_weights(None)
+    monkeypatch.setattr(optical_flow, "sha256_file", lambda path: "ff5fadd5" + 56 * "0")
+    assert optical_flow.find_raft_weights(None) == path
 
 
 def test_the_hubs_file_can_make_nothing_but_tensors(tmp_path) -> None:
@@ -237,15 +240,15 @@ def test_the_hubs_file_can_make_nothing_but_tensors(tmp_path) -> None:
 
     torch.save({"a": Evil()}, tmp_path / "hub.pth")
     with pytest.raises(Exception, match="Weights only load failed"):
-        motion.Raft(tmp_path / "hub.pth", CPU)
+        optical_flow.Raft(tmp_path / "hub.pth", CPU)
     assert not (tmp_path / "ran").exists()
 
 
 def test_weights_are_called_by_their_name_and_content(raft_weights, tmp_path) -> None:
     copy = tmp_path / raft_weights.name
     copy.write_bytes(raft_weights.read_bytes())
-    name = motion.raft_weights_name(raft_weights)
-    assert name == motion.raft_weights_name(copy)
+    name = optical_flow.raft_weights_name(raft_weights)
+    assert name == optical_flow.raft_weights_name(copy)
     assert name.startswith("raft.safetensors (sha256 ")
 
 

@@ -1,4 +1,4 @@
-"""Edges, depth and optical flow of a clip, and the ControlNet that is conditioned on them."""
+"""Edges and depth of a clip, and the ControlNet that is conditioned on them."""
 
 from __future__ import annotations
 
@@ -89,17 +89,3 @@ def depth_latents(depth: Tensor, grid: tuple[int, int]) -> Tensor:
     """The depth model's fifth latent channel: (n, 1, H, W) in [0, 1] to (n, 1, h, w) in [-1, 1]."""
     resized = F.interpolate(depth, grid, mode="bicubic", align_corners=False, antialias=True)
     return resized.clamp(0.0, 1.0) * 2.0 - 1.0
-
-
-def optical_flow(source: np.ndarray, target: np.ndarray) -> Tensor:
-    """Dense optical flow by OpenCV's DIS (Kroeger et al. 2016).
-
-    Args:
-        source, target: (H, W, 3) uint8 RGB.
-
-    Returns:
-        (2, H, W) float32: how far right and down each source pixel moves, in pixels.
-    """
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (source, target)]
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    return torch.from_numpy(dis.calc(*grey, None)).permute(2, 0, 1)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokenflow.cache.source_features import layer_sizes
 from tokenflow.cache.source_pass import LiveSource
-from tokenflow.diffusion.conditions import optical_flow
 from tokenflow.diffusion.denoiser import Denoiser
+from tokenflow.diffusion.optical_flow import optical_flow
 from tokenflow_utils import TokenFlowContext
 
 

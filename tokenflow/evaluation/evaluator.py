@@ -15,6 +15,7 @@ import torchvision
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from tokenflow.diffusion import optical_flow
 from tokenflow.diffusion.models import resolve_device
 from tokenflow.diffusion.vae import psnr
 from tokenflow.editing.results import find_results
@@ -103,8 +104,8 @@ class Evaluator:
         self.device = resolve_device(protocol.device)
         self._weights = self._weights_name = None
         if protocol.flow == "raft":
-            self._weights = motion.find_raft_weights(protocol.flow_weights)
-            self._weights_name = motion.raft_weights_name(self._weights)
+            self._weights = optical_flow.find_raft_weights(protocol.flow_weights)
+            self._weights_name = optical_flow.raft_weights_name(self._weights)
         self._folders = {
             option: metrics.model_folder(key, option)
             for option in ("clip_model", "dino_model")
@@ -121,8 +122,12 @@ class Evaluator:
         return metrics.DinoKeys(self._folders["dino_model"], self.device)
 
     @cached_property
-    def flow(self) -> motion.FlowModel:
-        return motion.Raft(self._weights, self.device) if self._weights else motion.dis_flow
+    def flow(self) -> optical_flow.FlowModel:
+        return (
+            optical_flow.Raft(self._weights, self.device)
+            if self._weights
+            else optical_flow.dis_flow
+        )
 
     def score_result(self, folder: Path) -> Row:
         """Score a result's folder; errors as those of `open_result`."""
@@ -136,7 +141,7 @@ class Evaluator:
         source = self._scores_of(subject.source)
         frames, masks = source.frames, source.masks
         whole, inside, outside = metrics.ssim(edited, frames, masks)
-        tested = f"forward-backward, alpha1 {motion.ALPHA1}, alpha2 {motion.ALPHA2}"
+        tested = f"forward-backward, alpha1 {optical_flow.ALPHA1}, alpha2 {optical_flow.ALPHA2}"
         measures = {
             "protocol": {
                 "flow": protocol.flow,

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
-from tokenflow.evaluation.motion import Motion, warp
+from tokenflow.diffusion.optical_flow import warp
+from tokenflow.evaluation.motion import Motion
 from util import UserError
 
 log = logging.getLogger("tokenflow")
