@@ -12,13 +12,13 @@ from pydantic import Field, model_validator
 from tokenflow.diffusion.checkpoints import check_controlnet_fits, single_model_folder
 from tokenflow.diffusion.conditions import estimate_depth
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, ControlKind, control_settings
-from tokenflow.editing.config import EditConfig
+from tokenflow.editing.config import NoiseConfig
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.techniques import Technique
 from util import command_line
 
 
-class ControlNetConfig(EditConfig):
+class ControlNetConfig(NoiseConfig):
     """The keys of configs/config_controlnet.yaml."""
 
     control: ControlKind = Field("canny", description="what the ControlNet follows")
@@ -33,11 +33,6 @@ class ControlNetConfig(EditConfig):
     depth_model: str = Field(
         DEPTH_ESTIMATOR,
         description="DPT model for control: depth, where the cache holds no depth",
-    )
-    use_ddim_noise: bool = Field(
-        True,
-        description="start from DDIM-inverted latents; false: from one Gaussian noise that all "
-        "frames share, as Text2Video-Zero does",
     )
 
     @model_validator(mode="after")
@@ -54,7 +49,7 @@ class ControlNetConfig(EditConfig):
 def plan(session: EditSession) -> EditPlan:
     """From the clip's latents at the first timestep, guided by the ControlNet at every step.
 
-    They are noised by DDIM's noise or by one Gaussian noise that all frames share.
+    They are noised by the noise that the config names.
     """
     config, timesteps = session.config, session.inputs.timesteps
     if config.control == "depth" and session.depth is None:
@@ -62,8 +57,11 @@ def plan(session: EditSession) -> EditPlan:
         session.depth = estimate_depth(
             session.frames, config.depth_model, device, allow_pickle=allow
         )
-    noised = session.ddim_start if config.use_ddim_noise else session.gaussian_start
-    return EditPlan(timesteps, noised(timesteps[0]), control=control_settings(config))
+    return EditPlan(
+        timesteps,
+        session.noisy_start(timesteps[0], config.start_noise),
+        control=control_settings(config),
+    )
 
 
 def check(config: ControlNetConfig, checkpoint: Path, has_depth: bool) -> None:

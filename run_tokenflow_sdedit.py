@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from tokenflow.editing.config import EditConfig
+from tokenflow.editing.config import NoiseConfig
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.editing.techniques import Technique
 from util import command_line
 
 
-class SDEditConfig(EditConfig):
+class SDEditConfig(NoiseConfig):
     """The keys of configs/config_sdedit.yaml."""
 
     start: float = Field(
@@ -21,11 +21,6 @@ class SDEditConfig(EditConfig):
         gt=0,
         le=1,
         description="share of the schedule that is run; lower stays closer to the clip",
-    )
-    use_ddim_noise: bool = Field(
-        True,
-        description="start from DDIM-inverted latents, which keep structure; false: from one "
-        "Gaussian noise that all frames share",
     )
 
 
@@ -41,11 +36,12 @@ def steps_from(timesteps: list[int], start: float, propagation: str) -> list[int
 
 
 def plan(session: EditSession) -> EditPlan:
-    """From the clip's latents noised to `start`, by DDIM's noise or one shared Gaussian noise."""
+    """From the clip's latents, noised to `start` by the noise that the config names."""
     config = session.config
     timesteps = steps_from(session.inputs.timesteps, config.start, config.propagation)
-    noised = session.ddim_start if config.use_ddim_noise else session.gaussian_start
-    return EditPlan(timesteps=timesteps, start=noised(timesteps[0]))
+    return EditPlan(
+        timesteps=timesteps, start=session.noisy_start(timesteps[0], config.start_noise)
+    )
 
 
 TECHNIQUE = Technique(

@@ -319,6 +319,8 @@ class TokenFlowContext:
     nearest: Callable[[Tensor, Tensor, Tensor], Tensor] | None = nearest_tokens
     # Eq. 3-4 for all keyframes of an EXTENDED pass.
     attend: Callable[[Attention, Tensor, Tensor, Tensor], Tensor] = attend
+    # Eq. 6; a source whose `matches` are no single tokens brings its own.
+    propagate: Callable[..., Tensor] = propagate
     # With several processes, SOURCE and EXTENDED passes compute this process's keyframes: `shard`
     # takes their part of (k, ...) along `dim`, `gather` is the inverse.
     shard: Callable[..., Tensor] = lambda x, dim=0: x
@@ -358,7 +360,8 @@ class TokenFlowAttention:
             case Pass.EXTENDED:
                 output = self._extended(attn, tokens)
             case Pass.PROPAGATE:
-                output = propagate(context.base[layer], context.matches[layer], context.neighbours)
+                base, matches = context.base[layer], context.matches[layer]
+                output = context.propagate(base, matches, context.neighbours)
             case Pass.PER_FRAME:
                 output = attend_alone(attn, self._query_key_tokens(tokens), tokens)
             case Pass.FIRST_FRAME:

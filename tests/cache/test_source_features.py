@@ -128,6 +128,8 @@ def test_chunks_of_the_edit_need_not_be_those_of_the_features(keys, chunk_size):
         ("sdedit", {"start": 0.5}),
         ("pnp", {"prompt": "a disc", "blend": "linear", "guidance_scale": 1.0}),
         ("pnp", {"pnp_attn_t": 0.0, "pnp_f_t": 0.2}),
+        ("pnp", {"correspondence": "flow", "smooth_steps": 0.5}),
+        ("pnp", {"correspondence": "hybrid"}),
     ],
 )
 def test_they_serve_other_techniques_prompts_blends_and_fewer_steps(keys, technique, changes):
@@ -150,7 +152,6 @@ def test_they_serve_other_techniques_prompts_blends_and_fewer_steps(keys, techni
         ({"pnp_attn_t": 0.6}, "attention_steps is 2 there, 3 here"),
         ({"pnp_f_t": 1.0}, "feature_steps is 4 there, 5 here"),
         ({"propagation": "released"}, "propagation: released"),
-        ({"correspondence": "flow"}, "correspondence: flow"),
         ({"keyframes": "fixed"}, "keyframes: fixed"),
         ({"source_features": "live"}, "source_features: live"),
     ],

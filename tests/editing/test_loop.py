@@ -68,7 +68,7 @@ def test_edit_matches_the_reference(keys, propagation, technique):
     plan = run_tokenflow_pnp.plan(session)
     assert (plan.attention_steps, plan.feature_steps) == (2, 4)  # of 5: some steps with each
     if technique == "sdedit":
-        plan = EditPlan(plan.timesteps[1:], session.gaussian_start(plan.timesteps[1]))
+        plan = EditPlan(plan.timesteps[1:], session.noisy_start(plan.timesteps[1], "shared"))
     models = session.models
     texts = encode_prompts(models, [SOURCE_PROMPT, config.negative_prompt, config.prompt])
     other = reference.ReferenceEdit(
@@ -183,6 +183,8 @@ def test_choices_that_must_change_the_result(keys):
             "released": {"propagation": "released"},
             "linear": {"blend": "linear"},
             "flow": {"correspondence": "flow"},
+            "hybrid": {"correspondence": "hybrid"},
+            "smoothing": {"smooth_steps": 0.5},
             "one keyframe": {"keyframe_interval": N_FRAMES},
             "prompt": {"prompt": "a blue disc"},
             "negative prompt": {"negative_prompt": ""},
@@ -237,13 +239,16 @@ def test_released_start_renoises_with_the_noisiest_latent(keys):
 
 
 def test_gaussian_start_is_one_noise_for_all_frames(keys):
-    session = EditSession(open_edit_inputs(SDEditConfig(**keys, use_ddim_noise=False)))
+    session = EditSession(open_edit_inputs(SDEditConfig(**keys)))
     t = session.inputs.timesteps[1]
     alpha, sigma = session.models.schedule.alpha_sigma(t)
     clean = session.cache.latents("clean", N_FRAMES)
-    noise = (session.gaussian_start(t) - alpha * clean) / sigma
+    noise = (session.noisy_start(t, "shared") - alpha * clean) / sigma
     assert torch.allclose(noise, noise[:1].expand_as(noise), atol=1e-4)
     assert noise[0].std() == pytest.approx(1.0, abs=0.15)
+    warped = (session.noisy_start(t, "warped") - alpha * clean) / sigma
+    assert torch.allclose(warped[0], noise[0], atol=1e-4)  # the same draw
+    assert not torch.allclose(warped[-1], noise[0], atol=1e-2)  # the clip moves
 
 
 @pytest.mark.parametrize(

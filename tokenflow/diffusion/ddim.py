@@ -66,6 +66,16 @@ class NoiseSchedule:
         alpha, sigma = self.alpha_sigma(t)
         return alpha * clean + sigma * eps
 
+    def predict_clean(self, x: Tensor, eps: Tensor, t: int) -> Tensor:
+        """x_0 of a latent at timestep t and its noise."""
+        alpha, sigma = self.alpha_sigma(t)
+        return (x - sigma * eps) / alpha
+
+    def predict_noise(self, x: Tensor, clean: Tensor, t: int) -> Tensor:
+        """The noise of a latent at timestep t and its x_0."""
+        alpha, sigma = self.alpha_sigma(t)
+        return (x - alpha * clean) / sigma
+
 
 def ddim_step(x: Tensor, eps: Tensor, schedule: NoiseSchedule, t_from: int, t_to: int) -> Tensor:
     """Moves x along the predicted noise from one timestep to another, up or down.
@@ -75,8 +85,7 @@ def ddim_step(x: Tensor, eps: Tensor, schedule: NoiseSchedule, t_from: int, t_to
 
     Source: DDIM, Eq. 12 with sigma = 0.
     """
-    alpha, sigma = schedule.alpha_sigma(t_from)
-    return schedule.add_noise((x - sigma * eps) / alpha, eps, t_to)
+    return schedule.add_noise(schedule.predict_clean(x, eps, t_from), eps, t_to)
 
 
 def ddim_inversion_step(

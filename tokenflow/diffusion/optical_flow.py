@@ -24,7 +24,10 @@ RAFT_WEIGHTS = Raft_Large_Weights.C_T_SKHT_V2
 RAFT_UPDATES = 20  # as many as RAFT's published demo makes
 RAFT_LEAST_SIDE = 128  # its correlation pyramid has no fewer cells
 DIS_LEAST_SIDE = 16
-OFFLINE = "without them: --flow dis, --flow truth, or --flow_weights FILE (safetensors)"
+OFFLINE = (
+    "without them: --flow dis, --flow truth, or --flow_weights FILE (safetensors); "
+    "in an edit: flow_model: dis"
+)
 
 # A flow model: (H, W, 3) uint8 source and target frames -> (2, H, W) float32, how far right and
 # down each source pixel moves.
@@ -102,7 +105,7 @@ def dis_flow(source: np.ndarray, target: np.ndarray) -> Tensor:
     """OpenCV's DIS on the CPU, a FlowModel. Raises: UserError if the frames are too small."""
     if min(source.shape[:2]) < DIS_LEAST_SIDE:
         size = "x".join(map(str, source.shape[:2]))
-        raise UserError(f"--flow dis: frames of {size} (HxW); it needs {DIS_LEAST_SIDE} a side")
+        raise UserError(f"optical flow: frames of {size} (HxW); DIS needs {DIS_LEAST_SIDE} a side")
     return optical_flow(source, target)
 
 
@@ -167,16 +170,15 @@ def find_raft_weights(weights: str | Path | None) -> Path:
                 "docs/evaluation.md says how to convert one"
             )
         return weights
-    name = RAFT_WEIGHTS.url.rpartition("/")[2]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    digest = name.rpartition("-")[2].removesuffix(".pth")
+    cached = cached_raft_weights()
+    digest = cached.stem.rpartition("-")[2]
     if not cached.is_file():
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(RAFT_WEIGHTS.url, str(cached), digest)
         except (OSError, RuntimeError) as error:
             raise MissingFileError(
-                f"--flow raft: its weights are not at {cached} and cannot be fetched from "
+                f"RAFT's weights are not at {cached} and cannot be fetched from "
                 f"{RAFT_WEIGHTS.url} ({error}); {OFFLINE}"
             ) from error
     if not sha256_file(cached).startswith(digest):
@@ -187,6 +189,16 @@ def find_raft_weights(weights: str | Path | None) -> Path:
     return cached
 
 
+def cached_raft_weights() -> Path:
+    """Where torch's hub keeps torchvision's weights of RAFT, fetched or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / RAFT_WEIGHTS.url.rpartition("/")[2]
+
+
 def raft_weights_name(weights: Path) -> str:
     """What to call weights in a protocol: the same for the same bytes, wherever they lie."""
     return f"{weights.name} (sha256 {sha256_file(weights)[:8]})"
+
+
+def flow_model(weights: Path | None, device: torch.device) -> FlowModel:
+    """RAFT with these weights, or DIS without any."""
+    return Raft(weights, device) if weights else dis_flow

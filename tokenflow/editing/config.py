@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from tokenflow.cache.options import Dtype, SdVersion
 from tokenflow.storage.images import MAX_SIDE
-from tokenflow.storage.schema import MAX_COUNT, Count, CountOrNull, Model, Seed, load_config
+from tokenflow.storage.schema import MAX_COUNT, Count, CountOrNull, Model, Seed, Share, load_config
 from tokenflow.storage.video import MAX_FPS
 from util import ArgumentParser
 
@@ -136,8 +136,20 @@ class EditConfig(Model):
     blend: Literal["sigmoid", "linear"] = Field(
         "sigmoid", description="weights of the two keyframes; sigmoid: Eq. 7"
     )
-    correspondence: Literal["nn", "flow"] = Field(
-        "nn", description="nn: nearest source tokens, Eq. 5; flow: optical flow"
+    correspondence: Literal["nn", "flow", "hybrid"] = Field(
+        "nn",
+        description="nn: nearest source tokens, Eq. 5; flow: optical flow, interpolated between "
+        "tokens; hybrid: flow where forward and backward flow agree, nn elsewhere",
+    )
+    smooth_steps: Share = Field(
+        0.0,
+        description="share of the steps, from the first, in which the predicted clean latents are "
+        "averaged with the neighbouring frames' along the optical flow",
+    )
+    flow_model: Literal["auto", "raft", "dis"] = Field(
+        "auto",
+        description="estimates the optical flow: raft (fetched once) or OpenCV's dis; auto: raft "
+        "if its weights are in torch's cache, else dis",
     )
 
     @model_validator(mode="after")
@@ -146,12 +158,43 @@ class EditConfig(Model):
             raise ValueError(f"H: {self.H}, W: {self.W}; expected both or neither, multiples of 8")
         if self.propagation == "released" and self.blend != "sigmoid":
             raise ValueError("blend: linear goes with propagation: paper; released has its own")
+        if self.propagation == "released" and self.correspondence != "nn":
+            raise ValueError(
+                f"correspondence: {self.correspondence} goes with propagation: paper; released "
+                "takes the nearest tokens"
+            )
         if self.n_inversion_steps is not None and self.n_inversion_steps % self.n_timesteps:
             raise ValueError(
                 f"n_timesteps: {self.n_timesteps} does not divide n_inversion_steps: "
                 f"{self.n_inversion_steps}; the timesteps of the one must be among the other's"
             )
         return self
+
+    @property
+    def uses_flow(self) -> bool:
+        """Whether the edit needs the source's optical flow."""
+        return self.correspondence != "nn" or self.smooth_steps > 0
+
+
+class NoiseConfig(EditConfig):
+    """The keys of techniques that may start from Gaussian noise."""
+
+    noise: Literal["ddim", "shared", "warped"] | None = Field(
+        None,
+        description="start noise: ddim (DDIM-inverted, keeps structure), shared (one Gaussian "
+        "noise for all frames), warped (Gaussian noise that moves along with the clip); null: ddim "
+        "if use_ddim_noise, else shared",
+    )
+    use_ddim_noise: bool = Field(True, description="the released code's key, if noise is null")
+
+    @property
+    def start_noise(self) -> str:
+        """`noise`, or what `use_ddim_noise` stands for."""
+        return self.noise or ("ddim" if self.use_ddim_noise else "shared")
+
+    @property
+    def uses_flow(self) -> bool:
+        return super().uses_flow or self.start_noise == "warped"
 
 
 Config = TypeVar("Config", bound=EditConfig)

@@ -21,6 +21,11 @@ from tokenflow.diffusion.checkpoints import (
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
+from tokenflow.diffusion.optical_flow import (
+    DIS_LEAST_SIDE,
+    cached_raft_weights,
+    find_raft_weights,
+)
 from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.video import clip_name, resolve_clip, source_sha256
@@ -48,6 +53,7 @@ class EditInputs:
     device: torch.device
     dtype: torch.dtype
     group: ProcessGroup = SINGLE_PROCESS  # the processes that make this edit together
+    flow_weights: Path | None = None  # of RAFT; None: DIS estimates the optical flow
 
 
 def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -> EditInputs:
@@ -94,7 +100,25 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
         device=device,
         dtype=resolve_dtype(config.dtype, device),
         group=group,
+        flow_weights=_flow_weights(config, cache),
     )
+
+
+def _flow_weights(config: EditConfig, cache: SourceCache) -> Path | None:
+    """RAFT's weights if the edit estimates optical flow by it; None for DIS, or no flow."""
+    if not config.uses_flow:
+        return None
+    if config.flow_model == "raft" or (
+        config.flow_model == "auto" and cached_raft_weights().is_file()
+    ):
+        return find_raft_weights(None)
+    side = min(cache.manifest.height, cache.manifest.width)
+    if side < DIS_LEAST_SIDE:
+        raise UserError(
+            f"correspondence, smooth_steps, noise: optical flow by DIS needs {DIS_LEAST_SIDE} "
+            f"pixels a side, but {cache.folder} holds frames of {side}; use flow_model: raft"
+        )
+    return None
 
 
 def _find_cache(config: EditConfig, checkpoint: Path) -> SourceCache:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tokenflow.cache.source_features import (
     FeatureSettings,
     Step,
     find_features,
+    layer_sizes,
 )
 from tokenflow.cache.source_pass import INJECTED_BLOCK, LiveSource
 from tokenflow.diffusion.ddim import CLEAN, ddim_step
@@ -32,9 +33,16 @@ from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.memory import chunked_forward
 from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import Loader, compile_unet, load_stable_diffusion
+from tokenflow.diffusion.optical_flow import flow_model
 from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.config import EditConfig
-from tokenflow.editing.flow_field import FlowSource
+from tokenflow.editing.flow_field import (
+    ClipFlow,
+    FlowSource,
+    propagate_places,
+    smooth_along_flow,
+    warped_noise,
+)
 from tokenflow.editing.inputs import EditInputs, features_remedy
 from tokenflow.editing.keyframe_windows import WindowedAttention, keyframe_windows
 from tokenflow.ops.nearest import nearest_tokens
@@ -59,7 +67,6 @@ SERVED_BY_CACHED_FEATURES = {
     "source_features": "auto",
     "consistency": "tokenflow",
     "propagation": "paper",
-    "correspondence": "nn",
     "keyframes": "random",
 }
 # Settings that all features of one cache share, whatever preprocess.py is asked to add.
@@ -133,12 +140,24 @@ class EditSession:
         eps = (self.latents(noisiest) - alpha * clean) / sigma
         return self.models.schedule.add_noise(clean, eps, t)
 
-    def gaussian_start(self, t: int) -> Tensor:
-        """The clean latents with one Gaussian noise, shared by all frames, at timestep t."""
+    def noisy_start(self, t: int, noise: str) -> Tensor:
+        """The source's latents at timestep t with a noise of `NoiseConfig`, (n, 4, h, w)."""
+        if noise == "ddim":
+            return self.ddim_start(t)
         clean = self.latents(CLEAN_LATENTS)
         generator = torch.Generator().manual_seed(self.config.seed)
-        eps = torch.randn(clean[:1].shape, generator=generator)
-        return self.models.schedule.add_noise(clean, eps.expand_as(clean), t)
+        if noise == "shared":
+            eps = torch.randn(clean[:1].shape, generator=generator).expand_as(clean)
+        else:
+            eps = warped_noise(self.flow, clean.shape[1], generator)
+        return self.models.schedule.add_noise(clean, eps, t)
+
+    @cached_property
+    def flow(self) -> ClipFlow:
+        """The optical flow between the source's frames, on the grid of the latents."""
+        model = flow_model(self.inputs.flow_weights, self.models.device)
+        grid = tuple(size // self.models.vae_factor for size in self.frames.shape[1:3])
+        return ClipFlow(self.frames, grid, model)
 
     @torch.inference_mode()
     def edit_latents(self, plan: EditPlan) -> Tensor:
@@ -164,13 +183,15 @@ class EditSession:
         shard = self.group.shard(n_frames)
         own = shard.local_indices  # empty if there are more processes than frames
         chunks = own.split(self.chunk_size) if len(own) else ()
+        smooth_steps = int(len(steps) * config.smooth_steps)
         context = self._context(denoiser.branches)
         guided = partial(guided_noise, denoiser, context, config.guidance_scale)
         with ExitStack() as stack:
             unet, backend = self.models.unet, config.attention_backend
             stack.enter_context(tokenflow_patch(unet, context, backend))
             source = self._open_source(stack, context, steps, done)
-            denoisers = [denoiser, *([source.denoiser] if isinstance(source, LiveSource) else [])]
+            live = getattr(source, "source", source)  # what a FlowSource reads from
+            denoisers = [denoiser, *([live.denoiser] if isinstance(live, LiveSource) else [])]
             self._bound_memory(stack, denoisers)
             progress = {"initial": done, "disable": not self.group.is_main, "unit": "step"}
             for i in tqdm(range(done, len(steps)), "edit", len(steps), **progress):
@@ -187,12 +208,20 @@ class EditSession:
                             config.consistency, guided, source, context, x, step.t, chunks
                         )
                     eps = shard.gather(shard.take(eps))
+                    if i < smooth_steps:
+                        eps = self._smoothed(x, eps, step.t)
                     x = ddim_step(x, eps, schedule, step.t, following[i])
                 if (i + 1) % config.checkpoint_every == 0 or following[i] == CLEAN:
                     evaluated = sum(each.image_forwards for each in denoisers)
                     self.image_forwards = before + sum(self.group.all_gather(evaluated))
                     self._checkpoint(x, i + 1)
         return x
+
+    def _smoothed(self, x: Tensor, eps: Tensor, t: int) -> Tensor:
+        """The noise whose predicted clean latents are those of `eps`, smoothed along the flow."""
+        schedule = self.models.schedule
+        clean = smooth_along_flow(schedule.predict_clean(x, eps, t), self.flow)
+        return schedule.predict_noise(x, clean, t)
 
     def _checkpoint(self, x: Tensor, steps: int) -> None:
         if self.work is not None:
@@ -211,8 +240,10 @@ class EditSession:
             branches=branches,
             propagate_source=config.propagation == "released",
             keep_base=config.consistency == "tokenflow",
-            nearest=nearest_tokens if config.correspondence == "nn" else None,
+            nearest=None if config.correspondence == "flow" else nearest_tokens,
         )
+        if config.correspondence != "nn":
+            context.propagate = propagate_places
         if config.consistency in ("tokenflow", "extended_attention"):
             together = len(self.frames)
             if config.consistency == "tokenflow":
@@ -241,7 +272,20 @@ class EditSession:
     def _open_source(
         self, stack: ExitStack, context: TokenFlowContext, steps: Sequence[Step], done: int
     ) -> Source:
-        """Chooses cached or live source features for the steps after `done`; logs the choice."""
+        """Chooses the source of features and correspondences for the steps after `done`."""
+        source = self._open_features(stack, context, steps, done)
+        if self.config.correspondence == "nn":
+            return source
+        grid = self.flow.grid
+        sizes = layer_sizes(self.models.unet, grid)
+        grids = {layer: (h, w) for layer, (h, w, _) in sizes.items()}
+        hybrid = self.config.correspondence == "hybrid"
+        return FlowSource(source, context, self.flow, grids, hybrid)
+
+    def _open_features(
+        self, stack: ExitStack, context: TokenFlowContext, steps: Sequence[Step], done: int
+    ) -> CachedSource | LiveSource:
+        """Chooses cached or live source features; logs the choice."""
         features, reason = self._cached_features(steps)
         self.source_features = "live" if features is None else "cached"
         kind = f"{self.source_features} of {self.cache.sha256}"
@@ -257,8 +301,6 @@ class EditSession:
         live = make_denoiser(
             self.models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
         )
-        if self.config.correspondence == "flow":
-            return FlowSource(live, context, self.latents, self.frames)
         return LiveSource(live, context, self.latents)
 
     def _cached_features(self, steps: Sequence[Step]) -> tuple[CachedFeatures | None, str]:

@@ -60,6 +60,9 @@ MARKS = {
     ("propagation", "released"): "released",
     ("blend", "linear"): "linear blend",
     ("correspondence", "flow"): "optical flow",
+    ("correspondence", "hybrid"): "optical flow and nearest tokens",
+    ("noise", "shared"): "shared noise",
+    ("noise", "warped"): "warped noise",
 }
 
 
@@ -80,6 +83,9 @@ def result_settings(inputs: EditInputs) -> dict[str, object]:
     """What a result depends on; for its cache, the identity of that cache."""
     own = {"dtype": str(inputs.dtype), "device": inputs.device.type}
     settings = inputs.config.model_dump() | own | {"cache": cache_key(inputs.cache.manifest)}
+    settings["flow_model"] = None
+    if inputs.config.uses_flow:
+        settings["flow_model"] = "raft" if inputs.flow_weights else "dis"
     left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT)
     return {key: value for key, value in settings.items() if key not in left_out}
 
@@ -167,6 +173,7 @@ class Result:
         consistency = str(self.config.get("consistency", "tokenflow"))
         bound = self.config.get("max_keyframes")
         marks = [mark for key, mark in MARKS.items() if self.config.get(key[0]) == key[1]]
+        marks += ["smoothed"] if self.config.get("smooth_steps") else []
         if consistency == "tokenflow":
             kind = "fixed keyframes" if self.config.get("keyframes") == "fixed" else "TokenFlow"
             marks += [f"{bound} keyframes at once"] if bound else []

@@ -123,11 +123,7 @@ class Evaluator:
 
     @cached_property
     def flow(self) -> optical_flow.FlowModel:
-        return (
-            optical_flow.Raft(self._weights, self.device)
-            if self._weights
-            else optical_flow.dis_flow
-        )
+        return optical_flow.flow_model(self._weights, self.device)
 
     def score_result(self, folder: Path) -> Row:
         """Score a result's folder; errors as those of `open_result`."""
