@@ -166,7 +166,7 @@ class EditSession:
         Of several processes, each computes the chunks of its own frames, and the predictions are
         gathered; keyframes that are edited together are shared between the processes separately.
         """
-        config, schedule, n_frames = self.config, self.models.schedule, len(self.frames)
+        config, n_frames = self.config, len(self.frames)
         steps, following = plan_steps(config, plan, n_frames), [*plan.timesteps[1:], CLEAN]
         x, done, before = plan.start, 0, 0
         if self.work is not None and self.work.checkpoint is not None:
@@ -198,30 +198,43 @@ class EditSession:
                 step = steps[i]
                 context.inject_attention, context.inject_features = step.attention, step.features
                 with self.watch("edit"):
-                    if config.consistency == "tokenflow":
-                        eps = tokenflow_step(
-                            guided, source, context, x, step.t, step.keyframes, chunks,
-                            self._neighbours,
-                        )  # fmt: skip
-                    else:
-                        eps = ablation_step(
-                            config.consistency, guided, source, context, x, step.t, chunks
-                        )
+                    eps = self._predict(guided, source, context, x, step, chunks)
                     eps = shard.gather(shard.take(eps))
-                    if i < smooth_steps:
-                        eps = self._smoothed(x, eps, step.t)
-                    x = ddim_step(x, eps, schedule, step.t, following[i])
+                    x = self._advance(x, eps, step.t, following[i], smooth=i < smooth_steps)
                 if (i + 1) % config.checkpoint_every == 0 or following[i] == CLEAN:
                     evaluated = sum(each.image_forwards for each in denoisers)
                     self.image_forwards = before + sum(self.group.all_gather(evaluated))
                     self._checkpoint(x, i + 1)
         return x
 
-    def _smoothed(self, x: Tensor, eps: Tensor, t: int) -> Tensor:
-        """The noise whose predicted clean latents are those of `eps`, smoothed along the flow."""
+    def _predict(
+        self,
+        guided: Callable[[Tensor, int, Tensor], Tensor],
+        source: Source,
+        context: TokenFlowContext,
+        x: Tensor,
+        step: Step,
+        chunks: Sequence[Tensor],
+    ) -> Tensor:
+        """The guided noise of a step, of the frames in `chunks`: Algorithm 1, or an ablation."""
+        if self.config.consistency != "tokenflow":
+            consistency = self.config.consistency
+            return ablation_step(consistency, guided, source, context, x, step.t, chunks)
+        return tokenflow_step(
+            guided, source, context, x, step.t, step.keyframes, chunks, self._neighbours
+        )
+
+    def _advance(self, x: Tensor, eps: Tensor, t: int, t_next: int, smooth: bool) -> Tensor:
+        """The latents at t_next, from those at t and their noise, all (n, 4, h, w).
+
+        Args:
+            smooth: average the predicted clean latents along the flow first.
+        """
         schedule = self.models.schedule
-        clean = smooth_along_flow(schedule.predict_clean(x, eps, t), self.flow)
-        return schedule.predict_noise(x, clean, t)
+        if smooth:
+            clean = smooth_along_flow(schedule.predict_clean(x, eps, t), self.flow)
+            eps = schedule.predict_noise(x, clean, t)
+        return ddim_step(x, eps, schedule, t, t_next)
 
     def _checkpoint(self, x: Tensor, steps: int) -> None:
         if self.work is not None:
