@@ -30,6 +30,7 @@ from tests.helpers import (
     save_masks,
 )
 from tokenflow.cache.source_cache import open_cache
+from tokenflow.diffusion import optical_flow
 from tokenflow.diffusion.vae import psnr
 from tokenflow.editing.results import Result, find_results, read_result
 from tokenflow.evaluation import inputs, metrics, motion
@@ -122,9 +123,15 @@ def test_the_scores_are_the_measures_of_the_png_frames(scored, place):
         masks = render_clip(random_scene(["one", "two"].index(row.clip)), 5, (HEIGHT, WIDTH)).masks
         object_ = masks[:N_FRAMES] > 0
         assert row.warp_error == metrics.warp_error(frames, truth)
+        for part, where in (("object", object_), ("background", ~object_)):
+            error = metrics.warp_error(frames, truth, where)
+            assert getattr(row, f"warp_error_{part}") == error
         assert row.psnr == psnr(frames, source)
         assert row.psnr_object == psnr(frames, source, object_)
         assert row.psnr_background == psnr(frames, source, ~object_)
+        assert row.sharpness == metrics.sharpness(frames)
+        assert row.sharpness_object == metrics.sharpness(frames, object_) != row.sharpness
+        assert row.sharpness_background == metrics.sharpness(frames, ~object_)
         assert (row.ssim, row.ssim_object, row.ssim_background) == metrics.ssim(
             frames, source, object_
         )
@@ -466,7 +473,7 @@ def test_a_missing_prompt_is_refused_before_anything_is_loaded(place, results, m
 
 
 def test_folders_without_results_are_refused_before_weights_are_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(motion, "find_raft_weights", no_model_may_load)
+    monkeypatch.setattr(optical_flow, "find_raft_weights", no_model_may_load)
     monkeypatch.setattr(metrics, "model_folder", no_model_may_load)
     with pytest.raises(MissingFileError, match="gone: no such folder of results"):
         evaluate.main([str(tmp_path / "gone")])

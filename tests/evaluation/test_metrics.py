@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -123,6 +124,50 @@ def test_the_shapes_worlds_warp_error_is_this_one() -> None:
     error = shapes_warp_error(noisy, clip)
     assert error == metrics.warp_error(noisy, true_motion(clip)) > 1
     assert shapes_warp_error(noisy[:3], clip) != error
+
+
+def test_the_error_of_a_part_is_that_of_the_later_frames_pixels_there() -> None:
+    """The object, a column that moves right by 2, flickers by 51 of 255; the rest stands still."""
+    frames = np.full((4, 32, 48, 3), 100, np.uint8)
+    masks, flow = np.zeros((4, 32, 48), bool), torch.zeros(3, 2, 32, 48)
+    for i in range(4):
+        masks[i, :, 10 + 2 * i : 20 + 2 * i] = True
+        frames[i][masks[i]] = 151 if i % 2 else 202
+    visible = torch.from_numpy(masks[1:] | ~masks[:-1])  # not where it uncovers the rest
+    flow[:, 0][torch.from_numpy(masks[1:])] = -2
+    motion = Motion(flow, visible)
+    assert metrics.warp_error(frames, motion, masks) == pytest.approx(1e3 * 0.2**2, rel=1e-12)
+    assert metrics.warp_error(frames, motion, ~masks) == 0
+    everywhere = np.ones_like(masks)
+    assert metrics.warp_error(frames, motion, everywhere) == metrics.warp_error(frames, motion)
+    assert metrics.warp_error(frames, motion, ~everywhere) is None
+
+
+# ---------------------------------------------------------------- sharpness
+
+
+def test_sharpness_of_cases_worked_out_by_hand() -> None:
+    frames = np.zeros((2, 5, 7, 3), np.uint8)
+    assert metrics.sharpness(frames) == 0
+    frames[0, :, 3:, 0] = 51  # an edge of 0.2 in one channel and one frame, 5 pixels high
+    frames[1, 2:, :, :] = 102  # and one of 0.4 in all channels of the other, 7 pixels wide
+    squares = 5 * 0.2**2 / 3, 7 * 0.4**2
+    assert metrics.sharpness(frames) == pytest.approx((sum(squares) / 70) ** 0.5, rel=1e-12)
+    left = np.zeros((2, 5, 7), bool)
+    left[:, :, :3] = True
+    squares = squares[0] + 3 * 0.4**2
+    assert metrics.sharpness(frames, left) == pytest.approx((squares / 30) ** 0.5, rel=1e-12)
+    assert metrics.sharpness(frames, ~left) == pytest.approx((4 * 0.4**2 / 40) ** 0.5, rel=1e-12)
+    assert metrics.sharpness(frames, np.zeros_like(left)) is None
+
+
+def test_blur_lowers_sharpness() -> None:
+    clip = render_clip(random_scene(3, n_objects=1), 2, 96)
+    found = [metrics.sharpness(clip.frames)]
+    for sigma in (0.7, 1.5):
+        blurred = np.stack([cv2.GaussianBlur(f, (0, 0), sigma) for f in clip.frames])
+        found.append(metrics.sharpness(blurred))
+    assert found[0] > 1.1 * found[1] > 1.2 * found[2]
 
 
 # ---------------------------------------------------------------- PSNR and SSIM

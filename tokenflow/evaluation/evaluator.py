@@ -150,14 +150,16 @@ class Evaluator:
                 "versions": versions() | {"torchvision": str(torchvision.__version__)},
             },
             "warp_error": metrics.warp_error(edited, source.motion),
+            "sharpness": metrics.sharpness(edited),
             "psnr": psnr(edited, frames),
             "ssim": whole,
             "ssim_object": inside,
             "ssim_background": outside,
         }
-        if masks is not None:
-            measures["psnr_object"] = psnr(edited, frames, masks)
-            measures["psnr_background"] = psnr(edited, frames, ~masks)
+        for part, where in {} if masks is None else {"object": masks, "background": ~masks}.items():
+            measures[f"warp_error_{part}"] = metrics.warp_error(edited, source.motion, where)
+            measures[f"sharpness_{part}"] = metrics.sharpness(edited, where)
+            measures[f"psnr_{part}"] = psnr(edited, frames, where)
         if protocol.clip_model:
             embeddings, text = self.clip.embed_frames(edited), self.clip.embed_text(row.prompt)
             measures["clip_score"] = metrics.clip_score(embeddings, text)

@@ -36,7 +36,7 @@ CHUNK = 8  # frames that a model sees at once
 # Frames
 
 
-def warp_error(frames: np.ndarray, motion: Motion) -> float | None:
+def warp_error(frames: np.ndarray, motion: Motion, where: np.ndarray | None = None) -> float | None:
     """How much a clip changes along a motion, x1e-3 (the paper's Table 1).
 
     The mean over consecutive frames of the squared difference, over RGB in [0, 1] and the pixels
@@ -45,15 +45,38 @@ def warp_error(frames: np.ndarray, motion: Motion) -> float | None:
     Args:
         frames: (n, H, W, 3) uint8 RGB, edited or not.
         motion: the source's, of n frames; None is returned where it shows no pixel.
+        where: (n, H, W) bool, which pixels of a pair's later frame count; None: all.
     """
     errors = []
     for p in range(len(frames) - 1):
         visible = motion.visible[p].numpy()
+        if where is not None:
+            visible = visible & where[p + 1]
         if not visible.any():
             continue
         difference = (warp(frames[p], motion.flow[p]) - frames[p + 1])[visible]
         errors.append(np.square(difference, dtype=np.float64).mean() / 255.0**2)
     return 1e3 * float(np.mean(errors)) if errors else None
+
+
+def sharpness(frames: np.ndarray, where: np.ndarray | None = None) -> float | None:
+    """The root mean square of the gradient over RGB in [0, 1], a pixel: a blurred clip has less.
+
+    Differences to the next pixel, right and down. The square makes blur show: the mean of the
+    gradient's magnitude across an edge is the edge's height, however blurred it is.
+
+    Args:
+        frames: (n, H, W, 3) uint8 RGB.
+        where: (n, H, W) bool, which pixels count, pooled over the clip; None: all.
+    """
+    total, count = 0.0, 0
+    for i, frame in enumerate(frames):
+        pixels, squares = frame / 255.0, np.zeros(frame.shape[:2])
+        squares[:-1] += np.square(np.diff(pixels, axis=0)).mean(axis=-1)
+        squares[:, :-1] += np.square(np.diff(pixels, axis=1)).mean(axis=-1)
+        counted = squares if where is None else squares[where[i]]
+        total, count = total + float(counted.sum()), count + counted.size
+    return (total / count) ** 0.5 if count else None
 
 
 def ssim(

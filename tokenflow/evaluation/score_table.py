@@ -62,6 +62,12 @@ class Row(Model):
     fps: float
     protocol: dict[str, Any]
     warp_error: Annotated[float | None, Column("warp error", "x1e-3", 2, "low")] = None
+    warp_error_object: Annotated[float | None, Column("warp error object", "x1e-3", 2, "low")] = (
+        None
+    )
+    warp_error_background: Annotated[
+        float | None, Column("warp error background", "x1e-3", 2, "low")
+    ] = None
     clip_score: Annotated[float | None, Column("CLIP score", "", 3, "high")] = None
     clip_frame: Annotated[float | None, Column("CLIP frame", "", 3, "high")] = None
     clip_directional: Annotated[float | None, Column("CLIP direction", "", 3, "high")] = None
@@ -71,6 +77,9 @@ class Row(Model):
     ssim_background: Annotated[float | None, Column("SSIM background", "", 3, "high")] = None
     psnr_object: Annotated[float | None, Column("PSNR object", "dB", 2, "")] = None
     ssim_object: Annotated[float | None, Column("SSIM object", "", 3, "")] = None
+    sharpness: Annotated[float | None, Column("sharpness", "", 4, "")] = None
+    sharpness_object: Annotated[float | None, Column("sharpness object", "", 4, "")] = None
+    sharpness_background: Annotated[float | None, Column("sharpness background", "", 4, "")] = None
     dino_distance: Annotated[float | None, Column("DINO distance", "", 4, "low")] = None
     seconds: dict[str, float | None] | None = None
     seconds_per_frame: Annotated[float | None, Column("edit", "s/frame", 2, "low")] = None
