@@ -17,6 +17,7 @@ from tests import reference
 from tests.helpers import edit_keys, invert, make_clip
 from tokenflow.cache.source_pass import INJECTED_BLOCK
 from tokenflow.diffusion.denoiser import encode_prompts
+from tokenflow.diffusion.samplers import SAMPLERS
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.storage.work_dir import WorkDir, resumable_dir
@@ -125,10 +126,11 @@ def test_two_runs_are_bit_equal(keys):
     assert not torch.equal(sdedit(keys, **start), sdedit(keys, **start, seed=2))
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("saves", range(1, STEPS + 1))
-def test_an_edit_resumes_from_each_checkpoint(keys, tmp_path, monkeypatch, saves):
+def test_an_edit_resumes_from_each_checkpoint(keys, tmp_path, monkeypatch, saves, sampler):
     """Also from the last one, after which no step is left."""
-    inputs = open_edit_inputs(PnPConfig(**keys, checkpoint_every=1))
+    inputs = open_edit_inputs(PnPConfig(**keys, checkpoint_every=1, sampler=sampler))
     whole = EditSession(inputs)
     expected = whole.edit_latents(run_tokenflow_pnp.plan(whole))
     numbers, save = itertools.count(1), WorkDir.save
@@ -189,6 +191,7 @@ def test_choices_that_must_change_the_result(keys):
             "prompt": {"prompt": "a blue disc"},
             "negative prompt": {"negative_prompt": ""},
             "guidance": {"guidance_scale": 3.0},
+            "sampler": {"sampler": "dpmpp_2m"},
             "no attention": {"pnp_attn_t": 0.0},
             "no features": {"pnp_f_t": 0.0},
         }.items()

@@ -25,6 +25,12 @@ from tokenflow.editing.results import Result
             {"propagation": "released", "correspondence": "flow"},
             "PnP, TokenFlow (released, optical flow)",
         ),
+        ("sdedit", {"sampler": "dpmpp_2m"}, "SDEdit, TokenFlow (DPM-Solver++)"),
+        (
+            "pnp",
+            {"consistency": "none", "sampler": "dpmpp_2m", "blend": "linear"},
+            "PnP, per frame (DPM-Solver++)",
+        ),
         ("reconstruction", {"keyframes": "fixed"}, "VAE reconstruction"),
         ("rgb_propagation", {}, "RGB propagation"),
         ("dreamix", {}, "dreamix, TokenFlow"),

@@ -1,5 +1,6 @@
 """The small trained model of models/tiny: a quick part of scripts/tiny_model/check.py."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,8 +12,12 @@ import torch
 from scripts.shapes.world import SAMPLE_FRAMES, SAMPLES, random_scene, render_clip
 from scripts.tiny_model import check as check_tiny
 from tokenflow.diffusion.checkpoints import check_controlnet_fits
+from tokenflow.diffusion.ddim import CLEAN, ddim_inversion_step
+from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.model_names import CONTROLNETS, MODELS
-from tokenflow.diffusion.vae import psnr
+from tokenflow.diffusion.models import load_stable_diffusion
+from tokenflow.diffusion.samplers import SAMPLERS
+from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.storage.video import read_clip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +92,29 @@ def test_tokenflow_flickers_less_than_the_same_edit_frame_by_frame(figures):
 
 def test_the_edits_differ(figures):
     assert len(set(np.round(list(figures["warp_error"].values()), 6))) == 6
+
+
+@torch.inference_mode()
+def test_each_sampler_leads_back_from_an_inversion():
+    """Plain DDIM inversion in 20 steps, half as many sampling steps, the source's own caption."""
+    models = load_stable_diffusion(MODEL, torch.device("cpu"), torch.float32)
+    scene, frame = random_scene(SEED + 9), torch.tensor([0])
+    frames = render_clip(scene, 1, 128).frames
+    clean, schedule = encode_frames(models, frames), models.schedule
+    denoiser = make_denoiser(models, frames, scene.caption, None, None)
+    levels, x = [CLEAN, *schedule.timesteps(20)[::-1]], clean
+    latents = {}
+    for t_from, t_to in itertools.pairwise(levels):
+        eps = lambda x, t, rows: denoiser(x, t, rows)[0]  # noqa: E731
+        x = latents[t_to] = ddim_inversion_step(eps, x, schedule, t_from, t_to)
+    timesteps, decibels = schedule.timesteps(10), {}
+    for name, sampler in SAMPLERS.items():
+        x, steps = latents[timesteps[0]], sampler(schedule, timesteps)
+        for i, t in enumerate(timesteps):
+            x = steps.step(x, denoiser(x, t, frame)[0], i)
+        decibels[name] = psnr(decode_latents(models, x), decode_latents(models, clean))
+    assert min(decibels.values()) > 32
+    assert decibels["dpmpp_2m"] > decibels["ddim"] - 0.5, decibels
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -95,6 +95,11 @@ class EditConfig(Model):
     n_timesteps: int = Field(
         50, ge=1, le=1000, description="sampling steps; the cache must hold their latents"
     )
+    sampler: Literal["ddim", "dpmpp_2m"] = Field(
+        "ddim",
+        description="ddim, as in the paper; dpmpp_2m: DPM-Solver++ (2M), of second order, for few "
+        "steps",
+    )
     guidance_scale: float = Field(
         7.5, ge=0, description="classifier-free guidance; 1 is none, at half the time"
     )
@@ -158,6 +163,10 @@ class EditConfig(Model):
             raise ValueError(f"H: {self.H}, W: {self.W}; expected both or neither, multiples of 8")
         if self.propagation == "released" and self.blend != "sigmoid":
             raise ValueError("blend: linear goes with propagation: paper; released has its own")
+        if self.propagation == "released" and self.sampler != "ddim":
+            raise ValueError(
+                f"sampler: {self.sampler} goes with propagation: paper; released takes ddim"
+            )
         if self.propagation == "released" and self.correspondence != "nn":
             raise ValueError(
                 f"correspondence: {self.correspondence} goes with propagation: paper; released "

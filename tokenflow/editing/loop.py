@@ -28,12 +28,12 @@ from tokenflow.cache.source_features import (
     layer_sizes,
 )
 from tokenflow.cache.source_pass import INJECTED_BLOCK, LiveSource
-from tokenflow.diffusion.ddim import CLEAN, ddim_step
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.memory import chunked_forward
 from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import Loader, compile_unet, load_stable_diffusion
 from tokenflow.diffusion.optical_flow import flow_model
+from tokenflow.diffusion.samplers import SAMPLERS, DDIMSampler
 from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.flow_field import (
@@ -167,12 +167,14 @@ class EditSession:
         gathered; keyframes that are edited together are shared between the processes separately.
         """
         config, n_frames = self.config, len(self.frames)
-        steps, following = plan_steps(config, plan, n_frames), [*plan.timesteps[1:], CLEAN]
+        steps = plan_steps(config, plan, n_frames)
+        sampler = SAMPLERS[config.sampler](self.models.schedule, plan.timesteps)
         x, done, before = plan.start, 0, 0
         if self.work is not None and self.work.checkpoint is not None:
             saved = self.work.checkpoint
             x, done = saved.tensors["latents"], saved.figures["steps"]
             before = saved.figures["image_forwards"]
+            sampler.resume(done, saved.tensors)
             self.watch.add("edit", saved.figures["seconds"])
         self.image_forwards = before
         prompts = [config.negative_prompt, config.prompt]
@@ -200,11 +202,11 @@ class EditSession:
                 with self.watch("edit"):
                     eps = self._predict(guided, source, context, x, step, chunks)
                     eps = shard.gather(shard.take(eps))
-                    x = self._advance(x, eps, step.t, following[i], smooth=i < smooth_steps)
-                if (i + 1) % config.checkpoint_every == 0 or following[i] == CLEAN:
+                    x = self._advance(sampler, x, eps, i, smooth=i < smooth_steps)
+                if (i + 1) % config.checkpoint_every == 0 or i + 1 == len(steps):
                     evaluated = sum(each.image_forwards for each in denoisers)
                     self.image_forwards = before + sum(self.group.all_gather(evaluated))
-                    self._checkpoint(x, i + 1)
+                    self._checkpoint({"latents": x, **sampler.state()}, i + 1)
         return x
 
     def _predict(
@@ -224,22 +226,24 @@ class EditSession:
             guided, source, context, x, step.t, step.keyframes, chunks, self._neighbours
         )
 
-    def _advance(self, x: Tensor, eps: Tensor, t: int, t_next: int, smooth: bool) -> Tensor:
-        """The latents at t_next, from those at t and their noise, all (n, 4, h, w).
+    def _advance(
+        self, sampler: DDIMSampler, x: Tensor, eps: Tensor, i: int, smooth: bool
+    ) -> Tensor:
+        """The latents after step i, from those before it and their noise, all (n, 4, h, w).
 
         Args:
             smooth: average the predicted clean latents along the flow first.
         """
-        schedule = self.models.schedule
+        schedule, t = self.models.schedule, sampler.levels[i]
         if smooth:
             clean = smooth_along_flow(schedule.predict_clean(x, eps, t), self.flow)
             eps = schedule.predict_noise(x, clean, t)
-        return ddim_step(x, eps, schedule, t, t_next)
+        return sampler.step(x, eps, i)
 
-    def _checkpoint(self, x: Tensor, steps: int) -> None:
+    def _checkpoint(self, tensors: dict[str, Tensor], steps: int) -> None:
         if self.work is not None:
             figures = {"seconds": self.watch.seconds["edit"], "image_forwards": self.image_forwards}
-            self.work.save("edit", {"latents": x}, steps=steps, **figures)
+            self.work.save("edit", tensors, steps=steps, **figures)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """The (n, H, W, 3) uint8 frames of clean latents (n, 4, h, w)."""

@@ -63,7 +63,9 @@ MARKS = {
     ("correspondence", "hybrid"): "optical flow and nearest tokens",
     ("noise", "shared"): "shared noise",
     ("noise", "warped"): "warped noise",
+    ("sampler", "dpmpp_2m"): "DPM-Solver++",
 }
+OF_PROPAGATION = ("blend", "correspondence")  # keys that change nothing but consistency: tokenflow
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,14 +174,18 @@ class Result:
             return BASELINES[technique]
         consistency = str(self.config.get("consistency", "tokenflow"))
         bound = self.config.get("max_keyframes")
-        marks = [mark for key, mark in MARKS.items() if self.config.get(key[0]) == key[1]]
+        skipped = () if consistency == "tokenflow" else OF_PROPAGATION
+        marks = [
+            mark
+            for (key, value), mark in MARKS.items()
+            if self.config.get(key) == value and key not in skipped
+        ]
         marks += ["smoothed"] if self.config.get("smooth_steps") else []
         if consistency == "tokenflow":
             kind = "fixed keyframes" if self.config.get("keyframes") == "fixed" else "TokenFlow"
             marks += [f"{bound} keyframes at once"] if bound else []
         else:
             kind = CONSISTENCY.get(consistency, consistency)
-            marks = [mark for mark in marks if mark == "released"]
         name = f"{TECHNIQUES.get(technique, technique)}, {kind}"
         return f"{name} ({', '.join(marks)})" if marks else name
 
