@@ -6,6 +6,7 @@ python run_tokenflow_controlnet.py --set data_path=clip.mp4 --set prompt="a marb
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -20,6 +21,8 @@ from util import command_line
 
 class ControlNetConfig(NoiseConfig):
     """The keys of configs/config_controlnet.yaml."""
+
+    PRESET_SECTIONS: ClassVar = ("edit", "controlnet")
 
     control: ControlKind = Field("canny", description="what the ControlNet follows")
     controlnet_key: str | None = Field(

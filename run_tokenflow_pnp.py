@@ -6,6 +6,7 @@ python run_tokenflow_pnp.py --set data_path=clip.mp4 --set prompt="a marble scul
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -20,6 +21,8 @@ from util import UserError, command_line
 
 class PnPConfig(EditConfig):
     """The keys of configs/config_pnp.yaml."""
+
+    PRESET_SECTIONS: ClassVar = ("edit", "pnp")
 
     pnp_attn_t: Share = Field(
         0.5,

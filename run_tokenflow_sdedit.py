@@ -5,6 +5,8 @@ python run_tokenflow_sdedit.py --set data_path=clip.mp4 --set prompt="a marble s
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from tokenflow.editing.config import NoiseConfig
@@ -15,6 +17,8 @@ from util import command_line
 
 class SDEditConfig(NoiseConfig):
     """The keys of configs/config_sdedit.yaml."""
+
+    PRESET_SECTIONS: ClassVar = ("edit", "sdedit")
 
     start: float = Field(
         0.9,

@@ -37,7 +37,8 @@ def _row(name: str, technique: str, changes: Mapping[str, object]) -> Variant:
     """A row: its technique, and the settings in which it differs from TokenFlow."""
     if technique in baselines.BASELINES:
         return Variant(name, "pnp", PnPConfig, baselines.BASELINES[technique], TOKENFLOW)
-    return replace(VARIANTS[technique], name=name, settings=TOKENFLOW | changes)
+    settings = changes if "preset" in changes else TOKENFLOW | changes  # they would win over it
+    return replace(VARIANTS[technique], name=name, settings=settings)
 
 
 METHODS = tuple(_row(*row) for row in _ROWS["rows"])
@@ -56,7 +57,7 @@ def read_list(path: Path, methods: Sequence[Variant] = METHODS) -> tuple[Batch, 
     clips = enumerate(batch.given.clips, start=1)
     for where, keys in [("", batch.given), *((f"clips: number {i}: ", clip) for i, clip in clips)]:
         for place, section in keys.sections():
-            for key in TOKENFLOW.keys() & section.keys():
+            for key in {*TOKENFLOW, "preset"} & section.keys():
                 place = f"{place}: {key}" if place else key
                 raise UserError(f"{path}: {where}{place}: distinguishes the rows; leave it out")
     return batch, parse(Protocol, batch.given.evaluate, f"{path}: evaluate")

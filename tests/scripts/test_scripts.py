@@ -29,11 +29,12 @@ from tests.helpers import (
     no_model_may_load,
     video_facts,
 )
+from tokenflow.cache.options import PreprocessOptions
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.editing import loop as editing
 from tokenflow.editing import techniques
 from tokenflow.storage.images import load_frames
-from tokenflow.storage.schema import load_config
+from tokenflow.storage.schema import PRESETS_FILE, load_config
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import UserError, load_tensors, sha256_file
 
@@ -318,6 +319,65 @@ def test_the_commented_config_is_the_defaults(technique):
     if technique == "controlnet":
         chosen.add("sd_version")
     assert {name for name in fields if getattr(config, name) != fields[name]} == chosen
+
+
+def resolved(cls, path, text, *overrides):
+    path.write_text(f"data_path: a\nprompt: b\n{text}", encoding="utf-8")
+    return load_config(cls, path, overrides)
+
+
+@pytest.mark.parametrize("name", load_yaml(PRESETS_FILE))
+@pytest.mark.parametrize("technique", SCRIPTS)
+def test_a_preset_is_its_keys_and_not_a_key_of_the_result(technique, name, tmp_path):
+    cls, sections = SCRIPTS[technique][1], load_yaml(PRESETS_FILE)[name]
+    keys = sections["edit"] | sections[technique]
+    config = resolved(cls, tmp_path / "c.yaml", f"preset: {name}\n")
+    assert config == cls(data_path="a", prompt="b", **keys)
+    assert "preset" not in config.model_dump()
+    shipped = ROOT / "configs" / f"config_{technique}.yaml"
+    config = load_config(cls, shipped, [f"preset={name}"])
+    assert config.model_dump() == load_config(cls, shipped).model_dump() | keys
+    assert PreprocessOptions(data_path="a", preset=name) == PreprocessOptions(
+        data_path="a", **sections["preprocess"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("", [], ("nn", 8)),
+        ("preset: best", [], ("flow", 4)),
+        ("preset: best\ncorrespondence: nn\nbatch_size: 2", [], ("nn", 2)),  # the file's own keys
+        ("correspondence: nn\nbatch_size: 2", ["preset=best"], ("flow", 4)),
+        ("correspondence: nn", ["keyframe_interval=3", "preset=best"], ("flow", 3)),
+        ("preset: best\ncorrespondence: hybrid", ["preset=paper"], ("hybrid", 8)),
+        ("preset: best", ["preset=paper"], ("nn", 8)),
+        ("preset: best", ["batch_size=5"], ("flow", 5)),
+    ],
+)
+def test_keys_win_over_a_preset_that_is_named_with_them(
+    text, overrides, expected, tmp_path, monkeypatch, caplog
+):
+    keys = {"correspondence": "flow", "keyframe_interval": 4}
+    presets = {"paper": {"edit": {}, "pnp": {}}, "best": {"edit": keys, "pnp": {}}}
+    monkeypatch.setattr("tokenflow.storage.schema._presets", lambda: presets)
+    caplog.set_level("INFO")
+    config = resolved(PnPConfig, tmp_path / "c.yaml", text, *overrides)
+    assert (config.correspondence, config.keyframe_interval) == expected
+    kept = "keeps correspondence: nn, batch_size: 2; preset: best has others" in caplog.text
+    assert kept == (expected == ("nn", 2))
+
+
+def test_an_unknown_preset_is_refused(tmp_path):
+    with pytest.raises(UserError, match="preset: expected one of paper, released, best; got"):
+        resolved(PnPConfig, tmp_path / "c.yaml", "preset: bets")
+    with pytest.raises(UserError, match="--preset: 'bets', expected one of paper, released, best"):
+        preprocess.parse_args(["--data_path", "a", "--preset", "bets"])
+
+
+def test_fast_wins_over_a_preset():
+    words = ["--data_path", "a", "--preset", "released", "--fast"]
+    assert preprocess.parse_args(words) == preprocess.parse_args(["--data_path", "a", "--fast"])
 
 
 BUNDLED = [(t, path) for t in SCRIPTS for path in sorted(ROOT.glob(f"configs/[!c]*_{t}*.yaml"))]

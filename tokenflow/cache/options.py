@@ -15,7 +15,7 @@ from tokenflow.storage.schema import (
     MAX_COUNT,
     Count,
     CountOrNull,
-    Model,
+    PresetModel,
     Seed,
     Share,
     add_arguments,
@@ -48,7 +48,7 @@ SdVersion = Literal[tuple(MODELS)]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
-class PreprocessOptions(Model):
+class PreprocessOptions(PresetModel):
     """What preprocess.py is asked to do; `fast` is replaced by the settings that it stands for."""
 
     ALIASES: ClassVar = {  # the keys of an edit, and an earlier name
@@ -58,6 +58,7 @@ class PreprocessOptions(Model):
         "chunk_size": "batch_size",
         "interval": "keyframe_interval",
     }
+    PRESET_SECTIONS: ClassVar = ("preprocess",)
 
     data_path: str = Field(description="video, GIF or folder of images")
     save_dir: str = Field("latents", description="folder of the caches")
@@ -144,13 +145,12 @@ class PreprocessOptions(Model):
         False, description="compare the checksums of all files of an existing cache"
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _expand_fast(cls, given: Any) -> Any:
-        """Replaces `fast` by its settings; a reconstruction takes save_steps steps by default."""
-        if not isinstance(given, dict):
-            return given
-        given = cls.take_aliases(given)
+    def take_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Replaces `fast`, and then `preset`, by the settings that they stand for.
+
+        A reconstruction takes save_steps steps by default.
+        """
         if given.get("fast") is True:
             for name in [name for name in FAST if name in given]:
                 raise ValueError(
@@ -158,6 +158,7 @@ class PreprocessOptions(Model):
                     f"{FAST[name]:g}; give only one of them (--fast stands for {_spelled(FAST)})"
                 )
             given |= {**FAST, "fast": False}
+        given = super().take_preset(given)
         if given.get("recon_steps") is None:
             given["recon_steps"] = given.get("save_steps", cls.model_fields["save_steps"].default)
         return given

@@ -10,7 +10,15 @@ from pydantic import Field, model_validator
 
 from tokenflow.cache.options import Dtype, SdVersion
 from tokenflow.storage.images import MAX_SIDE
-from tokenflow.storage.schema import MAX_COUNT, Count, CountOrNull, Model, Seed, Share, load_config
+from tokenflow.storage.schema import (
+    MAX_COUNT,
+    Count,
+    CountOrNull,
+    PresetModel,
+    Seed,
+    Share,
+    load_config,
+)
 from tokenflow.storage.video import MAX_FPS
 from util import ArgumentParser
 
@@ -23,10 +31,11 @@ CUDA_BACKENDS += ("_native_cudnn",)
 FEATURE_OPTIONS = ("keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t")
 
 
-class EditConfig(Model):
+class EditConfig(PresetModel):
     """The keys that all techniques share."""
 
     ALIASES: ClassVar = {"batch_size": "keyframe_interval"}  # the released code's name
+    PRESET_SECTIONS: ClassVar = ("edit",)
 
     # what to edit
     data_path: str = Field(

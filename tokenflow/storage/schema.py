@@ -22,15 +22,18 @@ are refused. Every fault is a UserError of one line. Lists, mappings and models 
 `clips: list[Row]` gives "clips.yaml: clips: number 3: prompt: expected text, got 7". A validator of
 one field raises ValueError("expected a city, got 'x'"): its place is put before it. `ALIASES` are
 other names of fields, such as those of the released code. `model_copy(update=...)` does not check.
+A `PresetModel` has the key `preset`: a named set of values that keys next to it win over.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -41,6 +44,9 @@ from pydantic_core import ErrorDetails
 from tokenflow.storage.yaml_files import MAX_CONFIG_BYTES, load_yaml, parse_yaml
 from util import UserError, check_text, shown, shown_key
 
+log = logging.getLogger("tokenflow")
+
+PRESETS_FILE = Path(__file__).parents[2] / "configs" / "presets.yaml"
 MAX_COUNT = 1_000_000  # of frames, steps or a batch: far beyond use, far below overflow
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 CountOrNull = Annotated[int | None, Field(ge=1, le=MAX_COUNT)]
@@ -74,6 +80,11 @@ class Model(BaseModel):
             if name in values:
                 raise ValueError(f"{name} is given twice, under one of its other names too")
             values[name] = value
+        return cls.take_preset(values)
+
+    @classmethod
+    def take_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Replaces the key `preset` by the values that it stands for, where there is such a key."""
         return values
 
     @field_validator("*", mode="after")
@@ -82,6 +93,44 @@ class Model(BaseModel):
         for text in _texts(value):
             check_text(text)
         return value
+
+
+class PresetModel(Model):
+    """A model with the key `preset`, which stands for other keys' values in configs/presets.yaml.
+
+    Keys given in the same mapping win over it. What is read has the values, and `preset` no more.
+    """
+
+    PRESET_SECTIONS: ClassVar[Sequence[str]] = ()  # of a preset in that file; later ones win
+
+    preset: Literal["paper", "released", "best"] = Field(
+        "paper",
+        exclude=True,
+        description="named set of keys (configs/presets.yaml), which keys given next to it win "
+        "over: paper (none), released (the published code's settings) or best (the best edits that "
+        "we measured)",
+    )
+
+    @classmethod
+    def preset_values(cls, name: Any) -> dict[str, Any]:
+        """The keys that a preset stands for; none for an unknown name, which is refused later."""
+        sections = _presets().get(name, {}) if isinstance(name, str) else {}
+        found = [sections.get(section, {}) for section in cls.PRESET_SECTIONS]
+        return {key: value for section in found for key, value in section.items()}
+
+    @classmethod
+    def take_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        name = values.get("preset")
+        if not isinstance(name, str) or name not in _presets():
+            return values
+        values = cls.preset_values(name) | values
+        del values["preset"]
+        return values
+
+
+@lru_cache
+def _presets() -> dict[str, dict[str, dict[str, Any]]]:
+    return load_yaml(PRESETS_FILE)
 
 
 M = TypeVar("M", bound=Model)
@@ -105,7 +154,8 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
 
     Args:
         overrides: "key=value" strings that win over the file. The value of a text is taken as it
-            stands (except quotes around it, and null where that is allowed); others are YAML.
+            stands (except quotes around it, and null where that is allowed); others are YAML. A
+            preset among them wins over the file's keys too.
 
     Raises:
         MissingFileError: there is no such file.
@@ -126,8 +176,25 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
         overridden[key] = where
         values = {name: values[name] for name in values if cls.ALIASES.get(name) != key}
         values[key] = _override(value, field.annotation if field else str, where)
-
+    if issubclass(cls, PresetModel):
+        values = _without_replaced(cls, values, set(overridden), path)
     return _parse(cls, values, lambda key: overridden.get(key) or _joined(str(path), key))
+
+
+def _without_replaced(
+    cls: type[PresetModel], values: dict[Any, Any], overridden: set[str], path: str | Path
+) -> dict[Any, Any]:
+    """Leaves out a file's keys that an overriding preset sets; logs those that win over its own."""
+    preset = cls.preset_values(values.get("preset"))
+    own = {key: cls.ALIASES.get(key, key) for key in values}
+    own = {key: name for key, name in own.items() if name in preset and name not in overridden}
+    if "preset" in overridden:
+        return {key: value for key, value in values.items() if key not in own}
+    kept = [f"{key}: {values[key]}" for key, name in own.items() if values[key] != preset[name]]
+    if kept:
+        listed = ", ".join(kept)
+        log.info("%s: keeps %s; preset: %s has others", path, listed, values["preset"])
+    return values
 
 
 def add_arguments(parser: argparse.ArgumentParser, cls: type[Model]) -> None:
