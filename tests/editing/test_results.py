@@ -28,8 +28,8 @@ from tokenflow.editing.results import Result
         ("sdedit", {"sampler": "dpmpp_2m"}, "SDEdit, TokenFlow (DPM-Solver++)"),
         (
             "pnp",
-            {"consistency": "none", "sampler": "dpmpp_2m", "blend": "linear"},
-            "PnP, per frame (DPM-Solver++)",
+            {"consistency": "none", "sampler": "dpmpp_2m", "blend": "linear", "deflicker": True},
+            "PnP, per frame (DPM-Solver++, deflickered)",
         ),
         ("reconstruction", {"keyframes": "fixed"}, "VAE reconstruction"),
         ("rgb_propagation", {}, "RGB propagation"),

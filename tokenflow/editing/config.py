@@ -160,6 +160,11 @@ class EditConfig(PresetModel):
         description="share of the steps, from the first, in which the predicted clean latents are "
         "averaged with the neighbouring frames' along the optical flow",
     )
+    deflicker: bool = Field(
+        False,
+        description="average each frame at the end with its neighbours along the optical flow; the "
+        "method's name says so",
+    )
     flow_model: Literal["auto", "raft", "dis"] = Field(
         "auto",
         description="estimates the optical flow: raft (fetched once) or OpenCV's dis; auto: raft "
@@ -191,7 +196,7 @@ class EditConfig(PresetModel):
     @property
     def uses_flow(self) -> bool:
         """Whether the edit needs the source's optical flow."""
-        return self.correspondence != "nn" or self.smooth_steps > 0
+        return self.correspondence != "nn" or self.smooth_steps > 0 or self.deflicker
 
 
 class NoiseConfig(EditConfig):

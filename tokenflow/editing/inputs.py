@@ -115,8 +115,9 @@ def _flow_weights(config: EditConfig, cache: SourceCache) -> Path | None:
     side = min(cache.manifest.height, cache.manifest.width)
     if side < DIS_LEAST_SIDE:
         raise UserError(
-            f"correspondence, smooth_steps, noise: optical flow by DIS needs {DIS_LEAST_SIDE} "
-            f"pixels a side, but {cache.folder} holds frames of {side}; use flow_model: raft"
+            f"correspondence, smooth_steps, noise, deflicker: optical flow by DIS needs "
+            f"{DIS_LEAST_SIDE} pixels a side, but {cache.folder} holds frames of {side}; use "
+            "flow_model: raft"
         )
     return None
 

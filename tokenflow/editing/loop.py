@@ -36,6 +36,7 @@ from tokenflow.diffusion.optical_flow import flow_model
 from tokenflow.diffusion.samplers import SAMPLERS, DDIMSampler
 from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.config import EditConfig
+from tokenflow.editing.deflicker import deflicker
 from tokenflow.editing.flow_field import (
     ClipFlow,
     FlowSource,
@@ -246,9 +247,13 @@ class EditSession:
             self.work.save("edit", tensors, steps=steps, **figures)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """The (n, H, W, 3) uint8 frames of clean latents (n, 4, h, w)."""
+        """The (n, H, W, 3) uint8 frames of clean latents (n, 4, h, w), deflickered if asked for."""
         with self.watch("decode"):
-            return decode_latents(self.models, latents, self.chunk_size, self.group)
+            frames = decode_latents(self.models, latents, self.chunk_size, self.group)
+        if self.config.deflicker:
+            with self.watch("deflicker"):
+                frames = deflicker(frames, self.frames, self.flow.model, group=self.group)
+        return frames
 
     def _context(self, branches: int) -> TokenFlowContext:
         """The patch's context; processes share the frames that attend to each other."""

@@ -64,6 +64,7 @@ MARKS = {
     ("noise", "shared"): "shared noise",
     ("noise", "warped"): "warped noise",
     ("sampler", "dpmpp_2m"): "DPM-Solver++",
+    ("deflicker", True): "deflickered",
 }
 OF_PROPAGATION = ("blend", "correspondence")  # keys that change nothing but consistency: tokenflow
 
@@ -193,7 +194,7 @@ class Result:
     def seconds_per_frame(self) -> float | None:
         """What the edit took without loading models; None if run.yaml does not say it."""
         seconds = self.run.get("seconds") or {}
-        stages = [seconds.get(stage) for stage in ("edit", "decode", "write")]
+        stages = [seconds.get(stage) for stage in ("edit", "decode", "deflicker", "write")]
         known = [stage for stage in stages if stage is not None]
         return sum(known) / self.n_frames if known and self.n_frames else None
 
