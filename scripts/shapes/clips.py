@@ -4,13 +4,17 @@
     sh scripts/table1.sh latents/shapes/clips.yaml
 
 Each clip is a folder of PNG frames, with its optical flow and visibility next to it
-(`<clip>.flow.safetensors`, motion.py) and its masks in `masks/<clip>/`; the edit asked for is
-another colour of the object. No scene was trained on: the seeds are the held-out ones.
+(`<clip>.flow.safetensors`, motion.py) and the edited object's masks in `masks/<clip>/`. The edit
+asked for is another colour of the object; `--kinds` asks for others. No scene was trained on: the
+seeds are the held-out ones.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -19,7 +23,15 @@ import numpy as np
 from scripts.demo import inversion_options
 from scripts.shapes.metrics import true_motion
 from scripts.shapes.pictures import HELD_OUT, SIZE
-from scripts.shapes.world import SAMPLE_FRAMES, another_color, random_scene, recolored, render_clip
+from scripts.shapes.world import (
+    BACKGROUNDS,
+    FILLS,
+    SAMPLE_FRAMES,
+    Scene,
+    another_color,
+    random_scene,
+    render_clip,
+)
 from tokenflow.editing.config import ROOT
 from tokenflow.evaluation.motion import save_motion, truth_file
 from tokenflow.storage.images import save_frames
@@ -34,32 +46,71 @@ OWN = {  # what Table 1 takes from each technique's demo config, besides the com
     "sdedit": ("guidance_scale", "start"),
     "controlnet": ("guidance_scale",),
 }
+PAN = 0.9  # travel of the background in a clip of the kind "moving", in short sides
+KINDS = {  # of clips: the attribute that is edited, and demo's settings of PnP for such an edit
+    "shapes": ("color", "demo_pnp"),
+    "moving": ("color", "demo_pnp"),  # the camera pans three times as far or more
+    "crossing": ("color", "demo_pnp"),  # a second object hides the edited one for some frames
+    "fill": ("fill", "demo_pnp_fill"),
+    "background": ("background", "demo_pnp_background"),
+}
 
 
-def write_clip(folder: Path, seed: int, n_frames: int) -> dict:
+def scene_of(kind: str, seed: int) -> Scene:
+    """The held-out scene of a clip of KINDS."""
+    scene = random_scene(seed, n_objects=2 if kind == "crossing" else 1)
+    if kind == "moving":
+        length = PAN / math.hypot(*scene.pan)
+        return replace(scene, pan=tuple(length * along for along in scene.pan))
+    if kind == "crossing":  # each to the other's side: they meet in the middle at time 1/2
+        across = [replace(o, travel=tuple(-2 * x for x in o.center)) for o in scene.objects]
+        return replace(scene, objects=tuple(across))
+    return scene
+
+
+def edited_scene(kind: str, scene: Scene) -> Scene:
+    """What the edit of a clip is to show: the scene with another colour, fill or background.
+
+    Only its caption is meant: its colours in RGB are still the source's.
+    """
+    attribute, thing = KINDS[kind][0], scene.objects[0]
+    if attribute == "background":
+        taken = {scene.background, thing.color, "gray"}
+        first = BACKGROUNDS.index(scene.background)
+        turned = [*BACKGROUNDS[first:], *BACKGROUNDS[:first]]
+        return replace(scene, background=next(b for b in turned if b not in taken))
+    value = (
+        another_color(scene)
+        if attribute == "color"
+        else FILLS[(FILLS.index(thing.fill) + 1) % len(FILLS)]
+    )
+    return replace(scene, objects=(replace(thing, **{attribute: value}), *scene.objects[1:]))
+
+
+def write_clip(folder: Path, seed: int, n_frames: int, kind: str = "shapes") -> dict:
     """Write a scene's clip with its ground truth; returns its entry in the list of clips."""
-    scene = random_scene(seed, n_objects=1)
+    scene = scene_of(kind, seed)
     clip = render_clip(scene, SAMPLE_FRAMES, SIZE)
-    path = folder / f"shapes-{seed}"
+    path = folder / f"{kind}-{seed}"
     save_frames(path, clip.frames[:n_frames])
     save_motion(truth_file(path), true_motion(clip, n_frames))
     masks = folder / "masks" / path.name
     masks.mkdir(parents=True)
     for number, mask in enumerate(clip.masks[:n_frames]):
-        cv2.imwrite(str(masks / f"{number:05d}.png"), 255 * (mask > 0).astype(np.uint8))
-    return {
-        "data_path": str(path),
-        "inversion_prompt": scene.caption,
-        "prompt": recolored(scene, another_color(scene)),
-    }
+        cv2.imwrite(str(masks / f"{number:05d}.png"), 255 * (mask == 1).astype(np.uint8))
+    # PnP is guided away from the source's caption, as in the demo.
+    own = {"negative_prompt": scene.caption}
+    if KINDS[kind][1] != "demo_pnp":
+        config = load_yaml(ROOT / "configs" / f"{KINDS[kind][1]}.yaml")
+        own |= {key: config[key] for key in OWN["pnp"] if key in config}
+    prompts = {"inversion_prompt": scene.caption, "prompt": edited_scene(kind, scene).caption}
+    return {"data_path": str(path), **prompts, "pnp": own}
 
 
 def clips_list(clips: Sequence[dict], masks: Path) -> dict:
     """The list for Table 1: the demo's settings, and the world's truth to measure by."""
     configs = {name: load_yaml(ROOT / "configs" / f"demo_{name}.yaml") for name in OWN}
     own = {name: {key: configs[name][key] for key in keys} for name, keys in OWN.items()}
-    # PnP is guided away from the source's caption, as in the demo.
-    away = [{**clip, "pnp": {"negative_prompt": clip["inversion_prompt"]}} for clip in clips]
     options = inversion_options(configs["pnp"])
     return {
         "latents_path": "latents/table1",
@@ -68,8 +119,20 @@ def clips_list(clips: Sequence[dict], masks: Path) -> dict:
         **own,
         "preprocess": {key: options[key] for key in ("H", "W", "inversion_iters")},
         "evaluate": {"flow": "truth", "masks": str(masks), "clip_model": "models/tiny/judge"},
-        "clips": away,
+        "clips": list(clips),
     }
+
+
+def write_clips(folder: Path, seed: int, count: int, kinds: Sequence[str]) -> Path:
+    """Write clips of these kinds in turn, of one seed after another; returns their list."""
+    n_frames = load_yaml(ROOT / "configs/demo_pnp.yaml")["n_frames"]
+    with atomic_dir(folder) as partial:
+        each = zip(range(count), itertools.cycle(kinds), strict=False)
+        clips = [write_clip(partial, seed + i, n_frames, kind) for i, kind in each]
+        for clip in clips:
+            clip["data_path"] = str(folder / Path(clip["data_path"]).name)
+        save_yaml(partial / "clips.yaml", clips_list(clips, folder / "masks"))
+    return folder / "clips.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,17 +142,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seed", type=at_least(HELD_OUT), default=SEED, help=f"of the first (default: {SEED})"
     )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["shapes"], metavar="KIND",
+                        help=f"some of {', '.join(KINDS)}, in turn (default: shapes)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.folder.exists():
         raise UserError(f"{args.folder}: exists already; remove it or name another")
     check_writable(args.folder.parent, "folder")
-    n_frames = load_yaml(ROOT / "configs/demo_pnp.yaml")["n_frames"]
-    with atomic_dir(args.folder) as partial:
-        clips = [write_clip(partial, args.seed + i, n_frames) for i in range(args.clips)]
-        for clip in clips:
-            clip["data_path"] = str(args.folder / Path(clip["data_path"]).name)
-        save_yaml(partial / "clips.yaml", clips_list(clips, args.folder / "masks"))
-    print(f"{args.clips} clips: {args.folder / 'clips.yaml'}")
+    path = write_clips(args.folder, args.seed, args.clips, args.kinds)
+    print(f"{args.clips} clips: {path}")
 
 
 if __name__ == "__main__":

@@ -100,13 +100,15 @@ def recolored(scene: Scene, color: str) -> str:
 
 
 def another_color(scene: Scene) -> str:
-    """A colour for the object of a scene, far from its own: red to green, yellow to teal, ...
+    """A colour for the first object of a scene, far from its own: red to green, ...
 
-    The next but one in COLORS, or the one after that where the background has it.
+    The next but one in COLORS, or the next after that which neither the background nor another
+    object has.
     """
     first = COLORS.index(scene.objects[0].color) + 2
     turned = [*COLORS[first:], *COLORS[:first]]
-    return next(color for color in turned if color != scene.background)
+    taken = {scene.background, *(thing.color for thing in scene.objects)}
+    return next(color for color in turned if color not in taken)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ _ROWS = load_yaml(Path(__file__).with_name("rows.yaml"))
 TOKENFLOW = _ROWS["tokenflow"]
 
 
-def _row(name: str, technique: str, changes: Mapping[str, object]) -> Variant:
+def variant(name: str, technique: str, changes: Mapping[str, object]) -> Variant:
     """A row: its technique, and the settings in which it differs from TokenFlow."""
     if technique in baselines.BASELINES:
         return Variant(name, "pnp", PnPConfig, baselines.BASELINES[technique], TOKENFLOW)
@@ -41,19 +41,26 @@ def _row(name: str, technique: str, changes: Mapping[str, object]) -> Variant:
     return replace(VARIANTS[technique], name=name, settings=settings)
 
 
-METHODS = tuple(_row(*row) for row in _ROWS["rows"])
+METHODS = tuple(variant(*row) for row in _ROWS["rows"])
 PAPER = _ROWS["paper"]
 ORDER = tuple(PAPER)[:5]  # the methods whose order `verdict` checks
 SHOWN = ("warp_error", "clip_score", "clip_frame", "psnr_background", "seconds_per_frame")
 
 
-def read_list(path: Path, methods: Sequence[Variant] = METHODS) -> tuple[Batch, Protocol]:
+def read_list(
+    path: Path,
+    methods: Sequence[Variant] = METHODS,
+    overrides: Mapping[str, object] | None = None,
+) -> tuple[Batch, Protocol]:
     """Reads a list of clips: the jobs of these rows, and how their results are scored.
+
+    Args:
+        overrides: as in `read_batch`.
 
     Raises:
         UserError: naming the key that is unknown, missing or wrong.
     """
-    batch = read_batch(path, variants=methods)
+    batch = read_batch(path, overrides, variants=methods)
     clips = enumerate(batch.given.clips, start=1)
     for where, keys in [("", batch.given), *((f"clips: number {i}: ", clip) for i, clip in clips)]:
         for place, section in keys.sections():

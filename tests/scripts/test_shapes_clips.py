@@ -1,11 +1,21 @@
 """Clips of the shapes world on disk, with their truth and the list for Table 1."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
 
 from scripts.shapes import clips as shapes_clips
-from scripts.shapes.world import SAMPLE_FRAMES, another_color, random_scene, recolored, render_clip
+from scripts.shapes.metrics import ATTRIBUTES, attributes
+from scripts.shapes.world import (
+    COLORS,
+    SAMPLE_FRAMES,
+    another_color,
+    random_scene,
+    recolored,
+    render_clip,
+)
 from tokenflow.evaluation.metrics import warp_error
 from tokenflow.evaluation.motion import load_motion
 from tokenflow.storage.images import load_frames
@@ -39,10 +49,34 @@ def test_frames_and_truth_are_the_world_s(place):
         assert np.array_equal(mask > 0, clip.masks[3] > 0)
 
 
+@pytest.mark.parametrize("seed", [6_000_000, 6_000_007])
+def test_kinds_are_what_they_are_called(seed):
+    scenes = {kind: shapes_clips.scene_of(kind, seed) for kind in shapes_clips.KINDS}
+    assert np.hypot(*scenes["moving"].pan) == pytest.approx(shapes_clips.PAN)
+    assert scenes["moving"].objects == scenes["shapes"].objects
+    visible = (render_clip(scenes["crossing"], SAMPLE_FRAMES, 128).masks == 1).sum(axis=(1, 2))
+    assert visible[:12].min() < 0.5 * min(visible[0], visible[11])  # hidden, and seen again
+    for kind, scene in scenes.items():
+        asked, attribute = shapes_clips.edited_scene(kind, scene), shapes_clips.KINDS[kind][0]
+        differing = [
+            name
+            for name, a, b in zip(ATTRIBUTES, attributes(scene), attributes(asked), strict=True)
+            if a != b
+        ]
+        assert differing == [attribute]
+        assert asked.objects[1:] == scene.objects[1:]
+        assert attributes(asked)[1] != asked.background
+    for color in COLORS:  # of the first object; the second keeps its own
+        things = replace(scenes["crossing"].objects[0], color=color), scenes["crossing"].objects[1]
+        scene = replace(scenes["crossing"], objects=things)
+        assert another_color(scene) not in {scene.background, *(o.color for o in things)}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--clips", "0"], "--clips: expected at least 1"),
+        (["--kinds", "still"], "--kinds: invalid choice"),
         (["--seed", "5"], "--seed: expected at least 1000000"),
     ],
 )
