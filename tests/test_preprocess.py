@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 import weakref
@@ -223,6 +224,31 @@ def test_a_cache_can_be_built_with_loaded_models_in_other_batches(
         made.append(read_manifest(folder))
     assert made[0].image_forwards == made[1].image_forwards
     assert made[0].psnr == pytest.approx(made[1].psnr, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_frames", "shown"), [("sample", 9, 2), ("sample", 1, 1), ("none", 3, 0)]
+)
+def test_a_reconstruction_of_some_frames_or_none(
+    kind, n_frames, shown, tiny_model, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    clip = make_clip(tmp_path / "clip.mp4", n_frames)
+    options = {"n_frames": n_frames, "batch_size": 4}
+    full = invert(clip, tmp_path / "full", tiny_model, **options)
+    folder = invert(clip, tmp_path / "some", tiny_model, **options, reconstruction=kind)
+    whole, some = read_manifest(full), read_manifest(folder)
+    assert whole.files.keys() - some.files.keys() == {"inverted.mp4"}
+    assert {name: whole.files[name] for name in some.files} == some.files
+    assert some.image_forwards == whole.image_forwards | {"reconstruction": 5 * shown}
+    assert math.isfinite(some.psnr) == math.isfinite(some.psnr_to_vae) == (shown > 0)
+    assert (some.psnr == whole.psnr) == (shown == n_frames)
+    assert ("every eighth frame" in caplog.text) == (kind == "sample")
+    monkeypatch.setattr(build, "load_stable_diffusion", no_model_may_load)
+    serves = invert(clip, tmp_path / "full", tiny_model, **options, reconstruction=kind)
+    assert serves == full
+    with pytest.raises(UserError, match=f"made with --reconstruction {kind}, full here; edits nee"):
+        invert(clip, tmp_path / "some", tiny_model, **options)
 
 
 # ---------------------------------------------------------------- the fast preset

@@ -36,6 +36,7 @@ from util import UserError, load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME = 1e-5  # relative error, float32
+ITERATED = {"inversion_tol": 0.001, "inversion_iters": 3}
 FORK = multiprocessing.get_context("fork")
 TOO_LONG = 300  # seconds
 N_FRAMES, STEPS = 5, 2  # two processes have 3 and 2 frames, three have 2, 2 and 1
@@ -208,7 +209,7 @@ def test_a_result_is_written_once_and_then_found(keys, tmp_path):
     ("size", "changes"),
     [
         (2, {}),
-        pytest.param(3, {"inversion_tol": 0.001, "inversion_iters": 3}, marks=slow),
+        pytest.param(3, ITERATED | {"reconstruction": "sample"}, marks=slow),
         pytest.param(3, {"n_frames": 2, "sd_version": "ControlNet"}, marks=slow),
     ],
 )
@@ -262,7 +263,7 @@ def dies_at(call, number):
 
 
 def test_a_cache_that_two_processes_began_is_gone_on_with_by_three(clip, tiny_model, tmp_path):
-    changes = {"inversion_tol": 0.001, "inversion_iters": 3}
+    changes = ITERATED
     args = clip, tmp_path / "several", tiny_model
 
     def begin(group):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tokenflow.cache.inputs import PreprocessInputs, check_disk, open_preprocess_inputs
@@ -50,6 +51,8 @@ WARN_GAP_DB = 3.0
 DEPTH_BATCH = 8  # frames at once in the depth estimator, at most
 FEATURE_BATCH = 8  # frames at once in the source pass of edits, at most
 SAVE_EVERY = 10  # steps of the reconstruction
+# Every how many frames --reconstruction shows one, from the least to the most; None: no frame.
+RECONSTRUCTED = {"none": None, "sample": 8, "full": 1}
 
 T = TypeVar("T")
 
@@ -92,6 +95,8 @@ def build_cache(
                 )
             if not inverted:
                 depends_on = {"format": FORMAT, **identity(inputs.manifest)}
+                if options.reconstruction != "full":
+                    depends_on["reconstruction"] = options.reconstruction
                 with resumable_dir(inputs.folder, depends_on, group) as work:
                     manifest = _Inversion(inputs, models, work).run()
                 if group.is_main:
@@ -128,6 +133,13 @@ def _has_inversion(inputs: PreprocessInputs, verify: bool) -> bool:
     if differing:
         raise UserError(
             f"{inputs.folder}: made with other settings ({'; '.join(differing)}); add --overwrite"
+        )
+    kinds, asked = list(RECONSTRUCTED), inputs.options.reconstruction
+    if kinds.index(found.reconstruction) < kinds.index(asked):
+        raise UserError(
+            f"{inputs.folder}: made with --reconstruction {found.reconstruction}, {asked} here; "
+            f"edits need none: use --reconstruction {found.reconstruction}, or --overwrite to "
+            "invert it again"
         )
     return True
 
@@ -187,6 +199,9 @@ class _Inversion:
         self.models, self.work, self.watch = models, work, inputs.watch
         self.batch_size = inputs.options.batch_size
         self.group, self.shard = inputs.group, inputs.group.shard(len(self.frames))
+        every = RECONSTRUCTED[inputs.options.reconstruction]
+        # The frames that are reconstructed.
+        self.shown = torch.arange(0, len(self.frames) if every else 0, every or 1)
         self.image_forwards = {"inversion": 0, "reconstruction": 0}  # of this process
         if work.checkpoint is not None and self.group.is_main:  # of all processes of earlier runs
             self.image_forwards.update(work.checkpoint.figures["image_forwards"])
@@ -207,12 +222,14 @@ class _Inversion:
         with self.watch("load"):
             self.unet_batch = unet_batch_size(self.batch_size, self.denoiser, size)
         if resumed is not None and resumed.stage == "reconstruction":
-            latents = self._reconstruct(resumed.tensors["latents"], resumed.figures["t"])
+            latents, t = resumed.tensors["latents"], resumed.figures["t"]
         else:
-            noisy = self._invert(clean)
-            latents = self._reconstruct(noisy, self.inputs.timesteps.reconstruction[0])
-        figures = {
-            **self._save_reconstruction(clean, latents),
+            latents, t = self._invert(clean), self.inputs.timesteps.reconstruction[0]
+        figures = {}
+        if len(self.shown):
+            latents = self._reconstruct(latents, t)
+            figures = self._save_reconstruction(clean[self.shown], latents)
+        figures |= {
             "seconds": self.watch.seconds,
             "image_forwards": self._total_image_forwards(),
             "versions": versions(),
@@ -257,7 +274,7 @@ class _Inversion:
     def _invert(self, clean: Tensor) -> Tensor:
         """Writes the latents of the saved timesteps, from the newest ones on if there are some.
 
-        Returns those, (n, 4, h, w) as all are, that the reconstruction starts from.
+        Returns those of the frames `shown`, (m, 4, h, w), that the reconstruction starts from.
         """
         timesteps, resumed = self.inputs.timesteps, self.work.checkpoint
         latents, t, start, past = clean, CLEAN, None, []
@@ -275,7 +292,8 @@ class _Inversion:
             self.unet_batch,
             t=t,
             past=past,
-            **self._own_frames,
+            frames=self.shard.local_indices,
+            progress=self.group.is_main,
         )
         with closing(steps):  # so that its bar ends before an error is printed
             for t, own in self._timed("inversion", steps):
@@ -288,25 +306,24 @@ class _Inversion:
                 if self.manifest.inversion_tol:  # else no step needs it
                     tensors |= {f"noise_{p}": self.shard.gather(noise) for p, noise in past}
                 self._save("inversion", tensors, t)
+        start = start[self.shown]
         self._save("reconstruction", {"latents": start}, timesteps.reconstruction[0])
         return start
 
     def _reconstruct(self, latents: Tensor, t: int) -> Tensor:
-        """The clean latents (n, 4, h, w) that sampling from those at timestep t leads to."""
+        """The clean latents (m, 4, h, w) that sampling from those at timestep t leads to."""
         if t == CLEAN:
             return latents
-        own, timesteps = self.shard.take(latents), self.inputs.timesteps.reconstruction
-        steps = sample(self.denoiser, own, timesteps, self.unet_batch, t, **self._own_frames)
+        shard, timesteps = self.group.shard(len(latents)), self.inputs.timesteps.reconstruction
+        own, frames = shard.take(latents), shard.take(self.shown)
+        shown = self.group.is_main
+        steps = sample(self.denoiser, own, timesteps, self.unet_batch, t, frames, shown)
         with closing(steps):
             for number, (t, own) in enumerate(self._timed("reconstruction", steps), start=1):
                 if number % SAVE_EVERY == 0 or t == CLEAN:
-                    latents = self.shard.gather(own)
+                    latents = shard.gather(own)
                     self._save("reconstruction", {"latents": latents}, t)
         return latents
-
-    @property
-    def _own_frames(self) -> dict[str, object]:
-        return {"frames": self.shard.local_indices, "progress": self.group.is_main}
 
     def _timed(self, stage: str, steps: Iterator[T]) -> Iterator[T]:
         """The steps, whose seconds and evaluations count for a stage."""
@@ -334,11 +351,12 @@ class _Inversion:
         return {stage: sum(self.group.all_gather(n)) for stage, n in self.image_forwards.items()}
 
     def _save_reconstruction(self, clean: Tensor, latents: Tensor) -> dict[str, float]:
-        """Decodes the latents of the clip and of its reconstruction in step; writes inverted.mp4.
+        """Decodes latents of the clip and of its reconstruction in step; writes inverted.mp4.
 
         No more than a chunk of each decoding is held (of several processes, a chunk each). Returns
-        the three PSNRs of the manifest.
+        the three PSNRs of the manifest; inverted.mp4 needs all frames.
         """
+        frames = self.frames[self.shown.numpy()]
         pairs = {
             "psnr": SquaredError(),  # reconstruction and frames
             "vae_psnr": SquaredError(),  # the VAE's decoding and frames
@@ -354,12 +372,12 @@ class _Inversion:
                         decode_latents(self.models, x[part], self.vae_batch, self.group)
                         for x in (clean, latents)
                     )
-                pairs["psnr"].add(found, self.frames[part])
-                pairs["vae_psnr"].add(bound, self.frames[part])
+                pairs["psnr"].add(found, frames[part])
+                pairs["vae_psnr"].add(bound, frames[part])
                 pairs["psnr_to_vae"].add(found, bound)
                 yield from found
 
-        if self.work.writes:
+        if self.work.writes and self.inputs.options.reconstruction == "full":
             save_video(self.work.folder / "inverted.mp4", decoded(), self.inputs.clip.fps)
         else:
             deque(decoded(), maxlen=0)  # takes part in the decoding
@@ -367,13 +385,15 @@ class _Inversion:
 
 
 def _report_reconstruction(manifest: Manifest) -> None:
-    log.info(
-        "reconstruction PSNR %.2f dB (upper bound of the VAE: %.2f dB); %.2f dB against the VAE's "
-        "own reconstruction",
-        manifest.psnr,
-        manifest.vae_psnr,
-        manifest.psnr_to_vae,
-    )
+    if manifest.reconstruction != "none":
+        log.info(
+            "reconstruction PSNR %.2f dB (upper bound of the VAE: %.2f dB); %.2f dB against the "
+            "VAE's own reconstruction%s",
+            manifest.psnr,
+            manifest.vae_psnr,
+            manifest.psnr_to_vae,
+            " (every eighth frame)" if manifest.reconstruction == "sample" else "",
+        )
     log.info(
         "image-forwards a frame: %s",
         ", ".join(f"{n / manifest.n_frames:.1f} {s}" for s, n in manifest.image_forwards.items()),

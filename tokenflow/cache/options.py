@@ -45,6 +45,7 @@ FrameRate = Annotated[
     Fraction, PlainValidator(lambda value: frame_rate(str(value))), PlainSerializer(str)
 ]
 SdVersion = Literal[tuple(MODELS)]
+Reconstruction = Literal["full", "sample", "none"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -107,6 +108,12 @@ class PreprocessOptions(PresetModel):
     )
     recon_steps: CountOrNull = Field(
         None, description="steps of the reconstruction (default: save_steps)"
+    )
+    reconstruction: Reconstruction = Field(
+        "full",
+        description="what is sampled back from the inverted latents, to see how good they are; "
+        "edits do not need it: full (inverted.mp4 and its PSNR), sample (the PSNR of every eighth "
+        "frame) or none",
     )
     batch_size: Annotated[int | None, BeforeValidator(_batch_size)] = Field(
         None,

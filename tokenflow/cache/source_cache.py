@@ -6,7 +6,7 @@
         latents/clean.safetensors, latents/noisy_latents_<t>.safetensors
         depth.safetensors        where the model or its ControlNet wants depth
         inversion_prompt.txt
-        inverted.mp4             the reconstruction
+        inverted.mp4             the reconstruction; with --reconstruction full
         features/                what edits need from the source (source_features.py), added later
 
 A cache is built in a hidden folder and appears whole (storage/work_dir.py). Its manifest has the
@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import AllowInfNan, Field
@@ -92,7 +92,8 @@ class Manifest(Identity):
     model_key: str
     timesteps: list[int]  # the saved ones, noisiest first
     # How it went.
-    psnr: Figure = math.nan  # of the reconstruction against the frames, dB
+    reconstruction: Literal["full", "sample", "none"] = "full"
+    psnr: Figure = math.nan  # of the reconstruction against the frames, dB; NaN: not measured
     vae_psnr: Figure = math.nan  # of the VAE's own reconstruction, dB
     psnr_to_vae: Figure = math.nan  # of the reconstruction against the VAE's own, dB
     seconds: dict[str, float] = Field(default_factory=dict)  # by stage

@@ -190,6 +190,8 @@ def _made_with(manifest: Manifest) -> dict[str, object]:
     """The options that tell an inversion from others of the clip and model; None: left out."""
     control = manifest.control
     settings = {name: getattr(manifest, name) or None for name in MADE_WITH}
+    if manifest.reconstruction != default("reconstruction"):
+        settings["reconstruction"] = manifest.reconstruction
     settings |= {"H": manifest.height, "W": manifest.width}
     if control is not None:
         settings |= {

@@ -223,7 +223,8 @@ def clip_data(group: Group, rows: Mapping[str, Row], media: Path, out: Path) -> 
             facts = [(name, f"{db:.2f} dB") for name, db in psnr.items() if math.isfinite(db)]
             video = add_video(media, path, f"{name}-reconstruction", m.n_frames)
             references.append({"label": label, "video": video, "facts": facts})
-    if source and len(references) < 2:
+    computed = all(cache.manifest.reconstruction == "full" for cache in caches)
+    if source and computed and len(references) < 2:
         notes.append("The reconstruction is missing: its cache is no longer there.")
 
     differing = differing_settings([result.config for result in results])
