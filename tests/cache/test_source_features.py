@@ -207,6 +207,34 @@ def test_the_size_is_known_beforehand(keys, tiny_model):
     assert sum(record["bytes"] for record in found.files.values()) < expected * 1.5 + 100_000
 
 
+def test_features_for_optical_flow_hold_no_nearest_tokens(keys, tiny_model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    other = make_cache(tmp_path, tiny_model)
+    settings = SETTINGS.model_copy(update={"correspondence": "flow"})
+    write(other, settings, chunk_size=3)
+    session = session_of(other)
+    found = find_features(session.cache)
+    # Two steps take both passes, two that of the frames alone, the last none.
+    manifest = load_yaml(found.folder / "manifest.yaml")
+    assert manifest["image_forwards"] == 2 * 3 + 4 * N_FRAMES
+    stored = 0
+    for step, t in enumerate(session.inputs.timesteps):
+        with found.open(t) as file:
+            names = {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118
+            stored += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+        assert names == {name for name, n in (("tokens", 2), ("features", 4)) if step < n}
+    grid = session.cache.latents("clean", 1).shape[-2:]
+    assert stored == feature_bytes(session.models.unet, grid, settings)
+    flow = pnp(other, correspondence="flow")
+    assert relative_error(flow, pnp(keys, correspondence="flow").double()) < ROUNDING
+    live = pnp(other, correspondence="flow", source_features="live")
+    assert relative_error(flow, live.double()) < ROUNDING
+    for correspondence in ("nn", "hybrid"):
+        pnp(other, correspondence=correspondence)
+        assert "correspondence is flow there, nn here; for others, run" in caplog.text
+        caplog.clear()
+
+
 def test_files_hold_what_the_docstring_says(keys):
     found = find_features(session_of(keys).cache)
     assert len(found.files) == STEPS

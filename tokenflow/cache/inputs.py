@@ -139,6 +139,7 @@ def _feature_settings(options: PreprocessOptions, manifest: Manifest) -> Feature
         feature_steps=int(manifest.save_steps * options.pnp_f_t),
         dtype=manifest.dtype,
         save_tokens=options.save_tokens,
+        correspondence="flow" if options.correspondence == "flow" else "nn",
     )
 
 

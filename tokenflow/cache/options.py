@@ -130,6 +130,11 @@ class PreprocessOptions(PresetModel):
     keyframe_seed: Seed = Field(1, description="seed of the edits' keyframes")
     pnp_attn_t: Share = Field(0.5, description="largest pnp_attn_t of the edits")
     pnp_f_t: Share = Field(0.8, description="largest pnp_f_t of the edits")
+    correspondence: Literal["nn", "flow", "hybrid"] = Field(
+        "nn",
+        description="the edits' correspondence; features for flow serve no other edits: they hold "
+        "no nearest tokens, and take no source pass where PnP injects nothing",
+    )
     save_tokens: Literal["keyframes", "all"] = Field(
         "keyframes",
         description="all: also the tokens of every frame, layer and step, for figures",

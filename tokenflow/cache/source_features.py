@@ -9,7 +9,7 @@ of a seed; `CachedSource` reads them into an edit. This saves a third of an edit
         manifest.yaml               what they depend on, and the files; written last
         step_<t>.safetensors        of a sampling timestep; c and L differ from layer to layer
             tokens/<layer>          (k, L, c) of the keyframes; PnP's layers, first attention_steps
-            previous/<layer>, next/<layer>      (n, L) int16 or int32
+            previous/<layer>, next/<layer>      (n, L) int16 or int32; not for optical flow
             features                (n, C, h, w); first feature_steps
         tokens_<t>.safetensors      with save_tokens: all; no edit reads them
             all_tokens/<layer>      (n, L, c) of every layer
@@ -63,6 +63,7 @@ class FeatureSettings(Model):
     feature_steps: int  # how many first steps have convolution features
     dtype: str  # of the pass, of tokens and features: float32, float16 or bfloat16
     save_tokens: Literal["keyframes", "all"] = "keyframes"  # all: of every frame, layer and step
+    correspondence: Literal["nn", "flow"] = "nn"  # whether there are nearest tokens; flow: none
 
     @property
     def n_keyframes(self) -> int:
@@ -77,6 +78,8 @@ class FeatureSettings(Model):
                 differing.append(name)
         if needed.save_tokens == "all" and self.save_tokens != "all":
             differing.append("save_tokens")
+        if needed.correspondence == "nn" != self.correspondence:
+            differing.append("correspondence")
         return "; ".join(
             f"{name} is {getattr(self, name)} there, {getattr(needed, name)} here"
             for name in differing
@@ -108,7 +111,9 @@ def feature_bytes(
     n, steps = settings.n_frames, settings.n_timesteps
     injected = sum(h * w * c for layer, (h, w, c) in sizes.items() if layer in ATTENTION_LAYERS)
     total = settings.attention_steps * settings.n_keyframes * injected * width
-    total += steps * n * sum(2 * h * w * index_dtype(h * w).itemsize for h, w, _ in sizes.values())
+    if settings.correspondence == "nn":
+        grids = [h * w for h, w, _ in sizes.values()]
+        total += steps * n * sum(2 * cells * index_dtype(cells).itemsize for cells in grids)
     convolution = dict(unet.named_modules()).get(FEATURE_LAYER)
     if convolution is not None:
         size = math.prod(_grid_at(unet, FEATURE_LAYER, grid)) * convolution.out_channels
@@ -280,7 +285,7 @@ class CachedSource:
     def load_chunk(self, t: int, frames: Tensor) -> None:
         """Fills `matches` and `features` of consecutive frames (m,) of the keyframes' step."""
         start, end = int(frames[0]), int(frames[-1]) + 1
-        kinds = ("previous/", "next/")
+        kinds = ("previous/", "next/") if self.context.nearest else ()
         if self.context.inject_features:
             kinds += ("features",)
         with self.features.open(t) as file:

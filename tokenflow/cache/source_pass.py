@@ -89,7 +89,8 @@ def build_features(
         watch: times the stage "features".
         group: the processes that do it together, each of which calls this.
     """
-    context = TokenFlowContext(nearest=nearest_tokens)
+    nearest = nearest_tokens if settings.correspondence == "nn" else None
+    context = TokenFlowContext(nearest=nearest)
     live = LiveSource(denoiser, context, partial(cache.latents, n_frames=settings.n_frames))
     steps = list(enumerate(zip(timesteps, feature_keyframes(settings), strict=True)))
     identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": settings.model_dump()}
@@ -158,11 +159,14 @@ def _record_step(
     context, device = live.context, live.denoiser.models.device
     context.inject_features = step < settings.feature_steps
     context.keep_matched_tokens = settings.save_tokens == "all"
-    live.load_keyframes(t, keyframes)
-    tensors = {}
+    tensors, matched = {}, context.nearest is not None
+    if matched or step < settings.attention_steps:
+        live.load_keyframes(t, keyframes)
     if step < settings.attention_steps:
         injected = [layer for layer in context.tokens if layer in ATTENTION_LAYERS]
         tensors = {f"tokens/{layer}": context.tokens[layer].cpu() for layer in injected}
+    if not (matched or context.inject_features or context.keep_matched_tokens):
+        return tensors
     chunks = []
     for frames in torch.arange(settings.n_frames).split(chunk_size):
         context.neighbours = neighbours(frames, keyframes).to(device)

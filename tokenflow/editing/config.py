@@ -28,7 +28,7 @@ CPU_BACKENDS = ("native", "_native_math")
 CUDA_BACKENDS = ("xformers", "flash", "sage", "flex", "_native_flash", "_native_efficient")
 CUDA_BACKENDS += ("_native_cudnn",)
 # What cached features depend on: keys of a config, and options of preprocess.py.
-FEATURE_OPTIONS = ("keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t")
+FEATURE_OPTIONS = ("keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t", "correspondence")
 
 
 class EditConfig(PresetModel):

@@ -346,6 +346,7 @@ class EditSession:
             attention_steps=attention and skipped + attention,
             feature_steps=injected and skipped + injected,
             dtype=self.models.dtype_name,
+            correspondence="flow" if config.correspondence == "flow" else "nn",
         )
         reason = features.settings.mismatch(needed)
         if not reason:
