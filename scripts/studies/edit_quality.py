@@ -32,6 +32,7 @@ from tokenflow.cache.source_cache import FEATURES, MANIFEST
 from tokenflow.editing.results import read_result
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.score_table import COLUMNS, Column, Row, aligned, protocols
+from tokenflow.figures.drawing import picture_grid, png
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import Model, parse
@@ -246,6 +247,15 @@ def _by(scores: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping
     return found
 
 
+def picture(scores: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG of one clip's edits, a row each: the middle half of every second frame."""
+    rows = {score["method"]: load_frames(Path(score["folder"]) / "frames") for score in scores}
+    height, width = next(iter(rows.values())).shape[1:3]
+    y, x = (slice(side // 4, side - side // 4) for side in (height, width))
+    grid = picture_grid([list(frames[::2, y, x]) for frames in rows.values()], list(rows))
+    return png(grid)
+
+
 # ------------------------------------------------------------------------------------ the script
 
 
@@ -267,8 +277,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     add("--jobs", type=at_least(1), metavar="N", help="edits at once, as scripts/table1.sh")
     add("--json", type=Path, metavar="FILE", help="write each clip's scores there")
     add("--markdown", type=Path, metavar="FILE", help="write the tables there")
+    add("--picture", type=Path, metavar="FILE", help="draw the first clip's edits there, a PNG")
     args = parser.parse_args(argv)
-    for option in ("json", "markdown"):
+    for option in ("json", "markdown", "picture"):
         if path := getattr(args, option):
             check_report_path(path, f"--{option}")
     check_writable(args.folder, "--folder")
@@ -294,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if args.markdown:
         blocks = [aligned(table, "pipe") for table in tables] + protocols(rows)
         reports.append((args.markdown, "\n\n".join(blocks) + "\n"))
+    if args.picture:
+        reports.append((args.picture, picture([s for s in scores if s["clip"] == kept[0]])))
     write_reports("\n\n".join(map(aligned, tables)), reports)
     if missing := sum(job.variant is not None for job in batch.jobs) - len(scores):
         raise UserError(f"{missing} edits have no scores; see the logs in {log_folder}")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from scripts.batch.engine import FAILED, ROOT, Outcome
 from scripts.shapes.clips import edited_scene, scene_of, write_clips
@@ -127,6 +128,7 @@ def test_the_whole(clips, tmp_path, monkeypatch, shared_ray, capsys):
     words = ["tune", "--folder", str(clips.parents[1]), "--clips", "1"]
     words += ["--rows", "PnP", "PnP, released", "PnP, inversion 32 x 1"]
     files = ["--json", str(tmp_path / "s.json"), "--markdown", str(tmp_path / "s.md")]
+    files += ["--picture", str(tmp_path / "s.png")]
     scores = edit_quality.main([*words, *files])
     assert json.loads((tmp_path / "s.json").read_text()) == scores
     assert [s["method"] for s in scores] == [*words[-3:], edit_quality.VAE]
@@ -135,6 +137,7 @@ def test_the_whole(clips, tmp_path, monkeypatch, shared_ray, capsys):
     # Inversion, reconstruction and features; with one evaluation a step, two fewer.
     assert base["preprocess_forwards"] - plain["preprocess_forwards"] == 2
     assert base["edit_forwards"] > 4
+    assert Image.open(tmp_path / "s.png").size[0] > 100
     assert "| PnP, released " in (tmp_path / "s.md").read_text()
 
     def fail(jobs, *args):
