@@ -104,6 +104,7 @@ def read_jobs(clips: Path, settings: Mapping[str, Setting]) -> tuple[Batch, Prot
         batch, protocol = table1.read_list(clips, variants, {**places, "preprocess": own})
         batches.append(batch)
     jobs = [_with_mask(job, protocol) for batch in batches for job in batch.jobs]
+    jobs.sort(key=lambda job: batches[0].clips.index(job.clip))  # one clip after another
     return replace(batches[0], jobs=jobs), protocol
 
 
