@@ -65,8 +65,14 @@ def test_masks_without_leading_zeros_are_in_order(tmp_path):
     assert [path.name for path in find_masks(source, tmp_path)] == ["9.png", "10.png"]
 
 
+def test_one_mask_serves_all_frames(tmp_path):
+    save_masks(tmp_path / "bear", np.eye(4, 8, dtype=np.uint8)[None])
+    read = read_masks(some_source(start=5), tmp_path / "bear" / "00000.png")
+    assert np.array_equal(read, [np.eye(4, 8)] * 2)
+
+
 def test_missing_masks_are_refused(tmp_path):
-    with pytest.raises(MissingFileError, match=r"--masks: .*: expected PNG files, or a fol"):
+    with pytest.raises(MissingFileError, match=r"--masks: .*: expected a folder of PNG files, one"):
         find_masks(some_source(), tmp_path)
     Image.new("L", (8, 4)).save(tmp_path / "0.png")
     with pytest.raises(UserError, match="1 masks, the edit needs 2"):

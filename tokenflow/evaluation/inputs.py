@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from pydantic import Field, model_validator
 
 from tokenflow.editing.results import frame_files, read_result
 from tokenflow.evaluation.motion import Motion, load_motion, resize_motion, truth_file, truth_shape
 from tokenflow.evaluation.score_table import Row
-from tokenflow.storage.images import fit_frame, load_frames, opened_image
+from tokenflow.storage import images
+from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import Model
 from tokenflow.storage.video import clip_name, read_clip
-from util import MissingFileError, UserError
+from util import UserError
 
 MASK_RULE = "object: not 0; resized by nearest neighbour; pixels pooled over the clip"
 
@@ -203,37 +203,12 @@ def read_truth(source: Source, truth: str | Path | None) -> Motion:
 
 
 def find_masks(source: Source, masks: str | Path) -> list[Path]:
-    """The PNG files of a clip's masks, one a frame.
-
-    Args:
-        masks: a folder of PNG files, or one with a folder `<clip>` of them inside.
-
-    Raises:
-        UserError: there are none for the clip, or not enough.
-    """
-    folder = next((f for f in (Path(masks, source.clip), Path(masks)) if f.is_dir()), None)
-    # By length first, so that numbers without leading zeros are in order: 9.png before 10.png.
-    files = list(folder.glob("[!.]*.png")) if folder else []
-    files.sort(key=lambda path: (len(path.name), path.name))
-    if not files:
-        raise MissingFileError(
-            f"--masks: {masks}: expected PNG files, or a folder {source.clip}/ of them"
-        )
-    wanted = range(source.start, source.start + source.shape[0] * source.stride, source.stride)
-    if len(files) <= wanted[-1]:
-        raise UserError(f"--masks: {folder}: {len(files)} masks, the edit needs {wanted[-1] + 1}")
-    return [files[i] for i in wanted]
+    """The files of a clip's masks, one a frame; errors as in `images.find_masks`."""
+    n = source.shape[0]
+    numbers = range(source.start, source.start + n * source.stride, source.stride)
+    return images.find_masks("--masks", masks, source.clip, numbers)
 
 
 def read_masks(source: Source, masks: str | Path) -> np.ndarray:
     """`find_masks`' files, resized as the frames were: (n, H, W) bool, True where one is not 0."""
-    found = []
-    for path in find_masks(source, masks):
-        with opened_image(path, "a mask") as image:
-            # A palette's indices, not its colours; of other pictures, any channel but alpha.
-            one_channel = image.mode in ("P", "L", "1", "I", "I;16")
-            values = np.asarray(image if one_channel else image.convert("RGB"))
-        mask = Image.fromarray((values.reshape(*values.shape[:2], -1) != 0).any(-1).astype("u1"))
-        mask = fit_frame(mask, source.shape[1:], source.fit, Image.Resampling.NEAREST)
-        found.append(np.asarray(mask) > 0)
-    return np.stack(found)
+    return images.read_masks(find_masks(source, masks), source.shape[1:], source.fit)

@@ -1,4 +1,4 @@
-"""Image files: reading one safely, folders of them, and the frames of results."""
+"""Image files: reading one safely, folders of them, masks, and the frames of results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -150,6 +150,57 @@ def fit_frame(
     height, width = size
     resize = ImageOps.fit if fit == "crop" else Image.Image.resize
     return resize(image, (width, height), how)
+
+
+def find_masks(key: str, place: str | Path, clip: str, numbers: range) -> list[Path]:
+    """The PNG files of a clip's masks, one a frame.
+
+    Args:
+        key: the option that names `place`, for errors.
+        place: one file for all frames; a folder of files that are numbered like the clip's frames,
+            from 0; or a folder with a folder `<clip>` of them inside.
+        numbers: which of the clip's frames, ascending.
+
+    Raises:
+        UserError: there are none for the clip, or not enough.
+    """
+    place = Path(place)
+    if place.is_file() and place.suffix.lower() == ".png":
+        return [place] * len(numbers)
+    folder = next((f for f in (place / clip, place) if f.is_dir()), None)
+    # By length first, so that numbers without leading zeros are in order: 9.png before 10.png.
+    files = list(folder.glob("[!.]*.png")) if folder else []
+    files.sort(key=lambda path: (len(path.name), path.name))
+    if not files:
+        raise MissingFileError(
+            f"{key}: {place}: expected a folder of PNG files, one a frame, or a folder {clip}/ of "
+            "them inside, or one PNG file for all frames"
+        )
+    if len(files) <= numbers[-1]:
+        raise UserError(
+            f"{key}: {folder}: {len(files)} masks, the edit needs {numbers[-1] + 1}; masks are "
+            "numbered like the clip's frames"
+        )
+    return [files[i] for i in numbers]
+
+
+def read_masks(files: Sequence[Path], size: tuple[int, int], fit: str) -> np.ndarray:
+    """Masks resized as frames are by `fit_frame`: (n, H, W) bool, True where one is not 0.
+
+    Of palette images indices count (as DAVIS has them), not colours; of others, any channel but
+    alpha.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    found: dict[Path, np.ndarray] = {}
+    for path in dict.fromkeys(files):  # one may serve several frames
+        with opened_image(path, "a mask") as image:
+            one_channel = image.mode in ("P", "L", "1", "I", "I;16")
+            values = np.asarray(image if one_channel else image.convert("RGB"))
+        mask = Image.fromarray((values.reshape(*values.shape[:2], -1) != 0).any(-1).astype("u1"))
+        found[path] = np.asarray(fit_frame(mask, size, fit, Resampling.NEAREST)) > 0
+    return np.stack([found[path] for path in files])
 
 
 def frame_name(index: int) -> str:
