@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import preprocess
 import run_tokenflow_pnp
@@ -117,6 +118,24 @@ def write_config(folder, keys):
 )
 def test_a_bad_value_is_refused(place, keys, change, message):
     refused(place, message, {**keys, **change})
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("nowhere", "mask: nowhere: expected a folder of PNG files, one a frame, or"),
+        ("clip.mp4", "mask: clip.mp4: expected a folder of PNG files"),
+        ("few", "mask: few: 4 masks, the edit needs 5; masks are numbered like"),
+        ("few/0.png", "mask: few/0.png: is 0 in all of the 5 frames"),
+        ("broken.png", "broken.png: a mask that cannot be read"),
+    ],
+)
+def test_a_bad_mask_is_refused(place, keys, mask, message):
+    (place / "few").mkdir()
+    for i in range(4):
+        Image.new("L", (8, 4)).save(place / "few" / f"{i}.png")
+    (place / "broken.png").write_bytes(b"no picture")
+    refused(place, message, {**keys, "mask": mask})
 
 
 @pytest.mark.parametrize(

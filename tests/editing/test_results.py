@@ -31,6 +31,7 @@ from tokenflow.editing.results import Result
             {"consistency": "none", "sampler": "dpmpp_2m", "blend": "linear", "deflicker": True},
             "PnP, per frame (DPM-Solver++, deflickered)",
         ),
+        ("pnp", {"mask": "masks", "consistency": "none"}, "PnP, per frame (masked)"),
         ("reconstruction", {"keyframes": "fixed"}, "VAE reconstruction"),
         ("rgb_propagation", {}, "RGB propagation"),
         ("dreamix", {}, "dreamix, TokenFlow"),

@@ -90,6 +90,18 @@ class EditConfig(PresetModel):
         description="compile the UNet with torch.compile: for long runs on CUDA, one process only; "
         "changes a result by rounding only",
     )
+    # what to keep
+    mask: str | None = Field(
+        None,
+        description="edit only where it is not 0: a folder of PNG files numbered like the clip's "
+        "frames, a folder with a folder of them for each clip (as DAVIS has), or one PNG file for "
+        "all frames; null: edit everything",
+    )
+    composite: bool = Field(
+        True,
+        description="with a mask: the source's own pixels outside of it, with a soft border; "
+        "false: the decoded ones",
+    )
     # running: neither key changes a result
     checkpoint_every: int = Field(
         5, ge=1, description="save a checkpoint after every so many steps, to resume from"

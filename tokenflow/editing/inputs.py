@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
@@ -28,6 +29,7 @@ from tokenflow.diffusion.optical_flow import (
 )
 from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
+from tokenflow.storage.images import find_masks, read_masks
 from tokenflow.storage.video import clip_name, resolve_clip, source_sha256
 from util import MissingFileError, UserError, check_path, check_writable
 
@@ -54,6 +56,7 @@ class EditInputs:
     dtype: torch.dtype
     group: ProcessGroup = SINGLE_PROCESS  # the processes that make this edit together
     flow_weights: Path | None = None  # of RAFT; None: DIS estimates the optical flow
+    masks: np.ndarray | None = None  # (n, H, W) bool, where to edit; None: everywhere
 
 
 def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -> EditInputs:
@@ -101,7 +104,24 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
         dtype=resolve_dtype(config.dtype, device),
         group=group,
         flow_weights=_flow_weights(config, cache),
+        masks=_masks(config, manifest, n_frames),
     )
+
+
+def _masks(config: EditConfig, manifest: Manifest, n_frames: int) -> np.ndarray | None:
+    """The masks of the edited frames, resized as they were."""
+    if config.mask is None:
+        return None
+    start, stride = manifest.frame_start, manifest.frame_stride
+    numbers = range(start, start + n_frames * stride, stride)
+    files = find_masks("mask", config.mask, manifest.clip, numbers)
+    masks = read_masks(files, (manifest.height, manifest.width), manifest.fit)
+    if not masks.any():
+        raise UserError(
+            f"mask: {config.mask}: is 0 in all of the {n_frames} frames, so nothing would be "
+            "edited; what is not 0 is edited"
+        )
+    return masks
 
 
 def _flow_weights(config: EditConfig, cache: SourceCache) -> Path | None:

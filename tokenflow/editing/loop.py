@@ -28,6 +28,7 @@ from tokenflow.cache.source_features import (
     layer_sizes,
 )
 from tokenflow.cache.source_pass import INJECTED_BLOCK, LiveSource
+from tokenflow.diffusion.ddim import CLEAN
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.memory import chunked_forward
 from tokenflow.diffusion.model_names import ControlSettings
@@ -46,6 +47,7 @@ from tokenflow.editing.flow_field import (
 )
 from tokenflow.editing.inputs import EditInputs, features_remedy
 from tokenflow.editing.keyframe_windows import WindowedAttention, keyframe_windows
+from tokenflow.editing.masks import composite, edited_cells
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch, reset_peak_memory
 from tokenflow.storage.work_dir import WorkDir
@@ -239,7 +241,12 @@ class EditSession:
         if smooth:
             clean = smooth_along_flow(schedule.predict_clean(x, eps, t), self.flow)
             eps = schedule.predict_noise(x, clean, t)
-        return sampler.step(x, eps, i)
+        x = sampler.step(x, eps, i)
+        if self.inputs.masks is not None:  # outside, the source's latents at that timestep
+            t = sampler.levels[i + 1]
+            source = self.latents(CLEAN_LATENTS if t == CLEAN else t)
+            x = torch.where(edited_cells(self.inputs.masks, self.models.vae_factor), x, source)
+        return x
 
     def _checkpoint(self, tensors: dict[str, Tensor], steps: int) -> None:
         if self.work is not None:
@@ -254,6 +261,12 @@ class EditSession:
             with self.watch("deflicker"):
                 frames = deflicker(frames, self.frames, self.flow.model, group=self.group)
         return frames
+
+    def composite(self, frames: np.ndarray) -> np.ndarray:
+        """The edited frames with the source's pixels outside of the mask, if there is one."""
+        if self.inputs.masks is None or not self.config.composite:
+            return frames
+        return composite(frames, self.frames, self.inputs.masks)
 
     def _context(self, branches: int) -> TokenFlowContext:
         """The patch's context; processes share the frames that attend to each other."""

@@ -89,6 +89,10 @@ def result_settings(inputs: EditInputs) -> dict[str, object]:
     settings["flow_model"] = None
     if inputs.config.uses_flow:
         settings["flow_model"] = "raft" if inputs.flow_weights else "dis"
+    settings["mask"] = settings["composite"] = None
+    if inputs.masks is not None:  # what it shows counts, not where it lies
+        digest = hashlib.sha256(repr(inputs.masks.shape).encode() + inputs.masks.tobytes())
+        settings |= {"mask": digest.hexdigest(), "composite": inputs.config.composite}
     left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT)
     return {key: value for key, value in settings.items() if key not in left_out}
 
@@ -182,6 +186,7 @@ class Result:
             if self.config.get(key) == value and key not in skipped
         ]
         marks += ["smoothed"] if self.config.get("smooth_steps") else []
+        marks += ["masked"] if self.config.get("mask") else []
         if consistency == "tokenflow":
             kind = "fixed keyframes" if self.config.get("keyframes") == "fixed" else "TokenFlow"
             marks += [f"{bound} keyframes at once"] if bound else []

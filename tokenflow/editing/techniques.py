@@ -95,7 +95,8 @@ class Technique:
             if work is not None:
                 session = EditSession(inputs, watch=watch, load=load, work=work)
                 latents = session.edit_latents(self.plan(session))
-                save_result(self.name, session, session.decode(latents), latents)
+                frames = session.composite(session.decode(latents))
+                save_result(self.name, session, frames, latents)
         return folder
 
 
