@@ -1,5 +1,6 @@
 """Deflickering against a loop-written reference, and the direction of its flow."""
 
+import itertools
 import math
 
 import numpy as np
@@ -17,14 +18,24 @@ from tokenflow.storage.images import load_frames
 N, H, W = 5, 6, 9
 
 
-def look_up(image, y, x):
-    """Bilinear, the border repeated, number by number."""
-    (top, left), height, width = (math.floor(y), math.floor(x)), *image.shape[:2]
-    total = 0.0
-    for row, share_y in ((top, 1 - (y - top)), (top + 1, y - top)):
-        for column, share_x in ((left, 1 - (x - left)), (left + 1, x - left)):
-            pixel = image[min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
-            total = total + share_y * share_x * pixel.astype(float)
+def bilinear(x):
+    return max(0.0, 1 - abs(x))
+
+
+def bicubic(x, a=-0.75):
+    """Keys' kernel (1981), with OpenCV's a."""
+    x = abs(x)
+    if x < 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+def look_up(image, y, x, kernel):
+    """The border repeated, number by number."""
+    (top, left), (height, width), total = (math.floor(y), math.floor(x)), image.shape[:2], 0.0
+    for row, column in itertools.product(range(top - 1, top + 3), range(left - 1, left + 3)):
+        pixel = image[min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
+        total = total + kernel(y - row) * kernel(x - column) * pixel.astype(float)
     return total
 
 
@@ -37,12 +48,12 @@ def reference(frames, flows, radius, scale):
             if not 0 < abs(j - i) <= radius:
                 continue
             dx, dy = flows[i, j][:, y, x].tolist()
-            back = look_up(flows[j, i].permute(1, 2, 0).numpy(), y + dy, x + dx)
+            back = look_up(flows[j, i].permute(1, 2, 0).numpy(), y + dy, x + dx, bilinear)
             lengths = dx**2 + dy**2 + (back**2).sum()
             agrees = (dx + back[0]) ** 2 + (dy + back[1]) ** 2 < ALPHA1 * lengths + ALPHA2
             inside = -0.5 < x + dx < W - 0.5 and -0.5 < y + dy < H - 0.5
             if agrees and inside:
-                there = look_up(frames[j], y + dy, x + dx)
+                there = look_up(frames[j], y + dy, x + dx, bicubic)
                 weight = math.exp(-np.square((own - there) / 255).mean() / scale)
                 total, weights = total + weight * there, weights + weight
         averaged[i, y, x] = total / weights

@@ -38,15 +38,16 @@ FlowModel = Callable[[np.ndarray, np.ndarray], Tensor]
 # Warping and occlusion
 
 
-def warp(image: np.ndarray, flow: Tensor) -> np.ndarray:
+def warp(image: np.ndarray, flow: Tensor, interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
     """Look an image up where a backward flow points to: out(x) = image(x + flow(x)).
 
-    Bilinear, with the border's pixels repeated beyond it. OpenCV's remap, not grid_sample: it takes
-    pixels, so that a flow of whole pixels gives the very values.
+    The border's pixels are repeated beyond it. OpenCV's remap, not grid_sample: it takes pixels, so
+    that a flow of whole pixels gives the very values.
 
     Args:
         image: (H, W, c), of any number type.
         flow: (2, H, W), pixels right and down.
+        interpolation: OpenCV's, bilinear by default; a cubic one may pass the image's extremes.
 
     Returns:
         (H, W, c) float32, on the image's own scale.
@@ -55,7 +56,7 @@ def warp(image: np.ndarray, flow: Tensor) -> np.ndarray:
     dx, dy = flow.float().numpy()
     image = np.ascontiguousarray(image, np.float32)
     border = cv2.BORDER_REPLICATE
-    return cv2.remap(image, columns + dx, rows + dy, cv2.INTER_LINEAR, borderMode=border)
+    return cv2.remap(image, columns + dx, rows + dy, interpolation, borderMode=border)
 
 
 def consistent(there: Tensor, back: Tensor) -> Tensor:
