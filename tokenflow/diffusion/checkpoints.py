@@ -72,9 +72,12 @@ def single_model_folder(key: str, option: str, allow_pickle: bool = False) -> Pa
     """The local folder of one model (a ControlNet, a depth estimator); see `checkpoint_folder`.
 
     Args:
-        option: the option that names it, for errors: controlnet_key or depth_model.
+        key: a local folder, a hub id, or a hub id's folder: owner/name/folder.
+        option: the option that names it, for errors: controlnet_key, depth_model or decoder_key.
     """
-    folder = _find(key, option, {"": tuple(WEIGHTS)}, allow_pickle)
+    parts = [] if key[:1] in "/.~" or os.path.exists(key) else key.split("/", 2)
+    repository, part = ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (key, "")
+    folder = _find(repository, option, {part: tuple(WEIGHTS)}, allow_pickle) / part
     weights = next((name for name in WEIGHTS if _exists(folder / name)), next(iter(WEIGHTS)))
     where = f"{key}: not a model in diffusers' or transformers' format"
     _check_part(folder, "", ("config.json", weights), allow_pickle, where)

@@ -30,6 +30,9 @@ CONTROLNETS = {
     ("2.1", "depth"): "thibaud/controlnet-sd21-depth-diffusers",
     ("tiny", "canny"): str(Path(__file__).parents[2] / "models" / "tiny" / "controlnet"),
 }
+# Stable Video Diffusion's decoder, for the latents of Stable Diffusion 1 and 2.
+TEMPORAL_DECODER = "maxin-cn/Latte-1/vae_temporal_decoder"
+TINY_TEMPORAL_DECODER = str(Path(__file__).parents[2] / "models" / "tiny" / "vae_temporal_decoder")
 DEPTH_ESTIMATOR = "Intel/dpt-large"
 ControlKind = Literal["canny", "depth"]
 

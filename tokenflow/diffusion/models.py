@@ -11,7 +11,12 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
+from tokenflow.diffusion.checkpoints import (
+    Model,
+    for_inference,
+    load_model,
+    single_model_folder,
+)
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from util import UserError
@@ -32,16 +37,25 @@ class StableDiffusion:
     schedule: NoiseSchedule
     device: torch.device
     dtype: torch.dtype
-    allow_pickle: bool = False  # for models loaded later, such as ControlNets
-    _controlnets: dict[str, ControlNetModel] = field(default_factory=dict, compare=False)
+    allow_pickle: bool = False  # for models loaded later (`single_model`)
+    _others: dict[str, nn.Module] = field(default_factory=dict, compare=False)
+
+    def single_model(self, cls: type[Model], key: str, option: str) -> Model:
+        """A model of its own (ControlNet, temporal decoder), loaded once.
+
+        Args:
+            key: hub id or folder.
+            option: the option that names it, for errors, of which see `load_model`.
+        """
+        if key not in self._others:
+            folder = single_model_folder(key, option, self.allow_pickle)
+            model = load_model(cls, folder, self.allow_pickle, torch_dtype=self.dtype)
+            self._others[key] = for_inference(model, self.device)
+        return self._others[key]
 
     def controlnet(self, key: str) -> ControlNetModel:
-        """The ControlNet of a hub id or folder, loaded once; errors: see `load_model`."""
-        if key not in self._controlnets:
-            folder = single_model_folder(key, "controlnet_key", self.allow_pickle)
-            model = load_model(ControlNetModel, folder, self.allow_pickle, torch_dtype=self.dtype)
-            self._controlnets[key] = for_inference(model, self.device)
-        return self._controlnets[key]
+        """The ControlNet of a hub id or folder; see `single_model`."""
+        return self.single_model(ControlNetModel, key, "controlnet_key")
 
     @property
     def dtype_name(self) -> str:

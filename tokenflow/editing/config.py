@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from tokenflow.cache.options import Dtype, SdVersion
+from tokenflow.diffusion.model_names import TEMPORAL_DECODER, TINY_TEMPORAL_DECODER
 from tokenflow.storage.images import MAX_SIDE
 from tokenflow.storage.schema import (
     MAX_COUNT,
@@ -124,6 +125,16 @@ class EditConfig(PresetModel):
     guidance_scale: float = Field(
         7.5, ge=0, description="classifier-free guidance; 1 is none, at half the time"
     )
+    decoder: Literal["image", "temporal"] = Field(
+        "image",
+        description="image: the checkpoint's VAE; temporal: Stable Video Diffusion's decoder, "
+        "which sees 20 frames at once and flickers less",
+    )
+    decoder_key: str | None = Field(
+        None,
+        description="hub id (owner/name or owner/name/folder) or local folder of the temporal "
+        "decoder; null: the one known for sd_version",
+    )
     # TokenFlow
     keyframe_interval: Count = Field(8, description="frames per keyframe")
     chunk_size: CountOrNull = Field(
@@ -189,6 +200,8 @@ class EditConfig(PresetModel):
             raise ValueError(f"H: {self.H}, W: {self.W}; expected both or neither, multiples of 8")
         if self.propagation == "released" and self.blend != "sigmoid":
             raise ValueError("blend: linear goes with propagation: paper; released has its own")
+        if self.decoder_key is not None and self.decoder == "image":
+            raise ValueError(f"decoder_key: {self.decoder_key} goes with decoder: temporal")
         if self.propagation == "released" and self.sampler != "ddim":
             raise ValueError(
                 f"sampler: {self.sampler} goes with propagation: paper; released takes ddim"
@@ -204,6 +217,14 @@ class EditConfig(PresetModel):
                 f"{self.n_inversion_steps}; the timesteps of the one must be among the other's"
             )
         return self
+
+    @property
+    def temporal_decoder(self) -> str | None:
+        """The hub id or folder of the temporal decoder; None for the image decoder."""
+        if self.decoder == "image":
+            return None
+        known = TINY_TEMPORAL_DECODER if self.sd_version == "tiny" else TEMPORAL_DECODER
+        return self.decoder_key or known
 
     @property
     def uses_flow(self) -> bool:

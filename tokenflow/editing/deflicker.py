@@ -43,7 +43,7 @@ def deflicker(
     n, shard = len(frames), group.shard(len(frames))
     known: dict[tuple[int, int], Tensor] = {}
     averaged = []
-    for i in range(n)[shard.local if group.size > 1 else slice(None)]:
+    for i in range(n)[shard.local]:
         own = frames[i].astype(np.float32)
         total, weights = own.copy(), np.ones((*own.shape[:2], 1), np.float32)
         for j in range(max(0, i - radius), min(n, i + radius + 1)):

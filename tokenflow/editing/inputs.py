@@ -27,6 +27,7 @@ from tokenflow.diffusion.optical_flow import (
     cached_raft_weights,
     find_raft_weights,
 )
+from tokenflow.diffusion.temporal_decoder import check_decoder_fits
 from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.images import find_masks, read_masks
@@ -86,6 +87,8 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
     _check_frames(config, cache, remake)
     if manifest.control is not None:  # the source pass runs under the inversion's ControlNet
         check_controlnet_fits(checkpoint, manifest.control.key, config.allow_pickle)
+    if config.temporal_decoder is not None:
+        check_decoder_fits(checkpoint, config.temporal_decoder, config.allow_pickle)
     timesteps = NoiseSchedule.of_checkpoint(checkpoint).timesteps(config.n_timesteps)
     if not set(timesteps) <= set(manifest.timesteps):
         raise UserError(

@@ -35,6 +35,7 @@ from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import Loader, compile_unet, load_stable_diffusion
 from tokenflow.diffusion.optical_flow import flow_model
 from tokenflow.diffusion.samplers import SAMPLERS, DDIMSampler
+from tokenflow.diffusion.temporal_decoder import decode_temporally, load_temporal_decoder
 from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.deflicker import deflicker
@@ -255,11 +256,17 @@ class EditSession:
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """The (n, H, W, 3) uint8 frames of clean latents (n, 4, h, w), deflickered if asked for."""
+        models, group, key = self.models, self.group, self.config.temporal_decoder
+        decode = partial(decode_latents, models, latents, self.chunk_size, group)
+        if key is not None:
+            with self.watch("load"):
+                decoder = load_temporal_decoder(models, key)
+            decode = partial(decode_temporally, models, decoder, latents, group)
         with self.watch("decode"):
-            frames = decode_latents(self.models, latents, self.chunk_size, self.group)
+            frames = decode()
         if self.config.deflicker:
             with self.watch("deflicker"):
-                frames = deflicker(frames, self.frames, self.flow.model, group=self.group)
+                frames = deflicker(frames, self.frames, self.flow.model, group=group)
         return frames
 
     def composite(self, frames: np.ndarray) -> np.ndarray:

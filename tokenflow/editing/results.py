@@ -64,6 +64,7 @@ MARKS = {
     ("noise", "shared"): "shared noise",
     ("noise", "warped"): "warped noise",
     ("sampler", "dpmpp_2m"): "DPM-Solver++",
+    ("decoder", "temporal"): "temporal decoder",
     ("deflicker", True): "deflickered",
 }
 OF_PROPAGATION = ("blend", "correspondence")  # keys that change nothing but consistency: tokenflow
