@@ -4,12 +4,13 @@
     python -m scripts.tiny_model.train all --budget gpu   # larger batches; not timed yet
     python -m scripts.tiny_model.train unet               # one part; needs those before it
 
-The parts, in order: `pictures` renders the training pictures; `vae` trains the AutoencoderKL, and
-`unet` the UNet with its text encoder on the latents of the pictures, first of small ones, then of
-full-size ones; `controlnet` trains a ControlNet (Canny edges) for it and `judge` a CLIP model of
-its own, which tells what pictures show. Run the same command again to resume an interrupted part.
-Each part's state, losses and sample sheets are in the work folder; the moving average of its
-weights goes to the model's folder, in float16.
+The parts, in order: `pictures` renders the training pictures; `vae` trains the AutoencoderKL,
+`vae_temporal_decoder` a decoder that sees a clip's frames together, and `unet` the UNet with its
+text encoder on the latents of the pictures, first of small ones, then of full-size ones;
+`controlnet` trains a ControlNet (Canny edges) for it and `judge` a CLIP model of its own, which
+tells what pictures show. Run the same command again to resume an interrupted part. Each part's
+state, losses and sample sheets are in the work folder; the moving average of its weights goes to
+the model's folder, in float16.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scripts.tiny_model.autoencoder import train_vae
 from scripts.tiny_model.denoiser import train_controlnet, train_unet
 from scripts.tiny_model.judge import train_judge
 from scripts.tiny_model.settings import BUDGETS, Training
+from scripts.tiny_model.temporal_decoder import train_temporal_decoder
 from tokenflow.diffusion.models import resolve_device
 from util import ArgumentParser, at_least, check_writable, command_line, setup_logging
 
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 TRAINERS = {
     "pictures": make_pictures,
     "vae": train_vae,
+    "vae_temporal_decoder": train_temporal_decoder,
     "unet": train_unet,
     "controlnet": train_controlnet,
     "judge": train_judge,

@@ -112,6 +112,7 @@ def write_config(folder, keys):
         ({"pnp_f_t": 1.5}, "pnp_f_t: expected at least 0 and at most 1, got 1.5"),
         ({"consistency": "all"}, "consistency: expected one of tokenflow, extended_attention"),
         ({"blend": "linear", "propagation": "released"}, "blend: linear goes with .*paper"),
+        ({"decoder_key": "some/decoder"}, "decoder_key: some/decoder goes with decoder: temporal"),
         ({"sampler": "dpmpp_2m", "propagation": "released"}, "sampler: dpmpp_2m goes with .*"),
     ],
     ids=str,

@@ -26,6 +26,7 @@ from tokenflow.editing.results import Result
             "PnP, TokenFlow (released, optical flow)",
         ),
         ("sdedit", {"sampler": "dpmpp_2m"}, "SDEdit, TokenFlow (DPM-Solver++)"),
+        ("sdedit", {"decoder": "temporal"}, "SDEdit, TokenFlow (temporal decoder)"),
         (
             "pnp",
             {"consistency": "none", "sampler": "dpmpp_2m", "blend": "linear", "deflicker": True},

@@ -56,7 +56,7 @@ def test_the_judge_loads_as_a_clip_model(trained):
 
 
 def test_each_part_leaves_its_state_losses_and_a_sheet(trained):
-    for part in ("vae", "unet_small", "unet", "controlnet", "judge"):
+    for part in ("vae", "vae_temporal_decoder", "unet_small", "unet", "controlnet", "judge"):
         folder = trained / "work" / part
         names = {"recipe.yaml", "state.safetensors", "sheet_000004.png", "log.csv"}
         assert names <= {path.name for path in folder.iterdir()}
@@ -68,7 +68,7 @@ def test_a_finished_training_is_not_repeated(trained):
     made = [*(trained / "work").rglob("*.npy"), *(trained / "work").rglob("state.safetensors")]
     made += (trained / "work").glob("latents_*")
     before = {path: path.stat().st_mtime_ns for path in made}
-    assert len(made) == 9
+    assert len(made) == 10
     weights = {path: path.read_bytes() for path in (trained / "model").rglob("*.safetensors")}
     run(trained, "all")
     assert {path: path.stat().st_mtime_ns for path in made} == before
