@@ -13,7 +13,7 @@ from safetensors import safe_open
 import preprocess
 import run_tokenflow_pnp
 from run_tokenflow_pnp import PnPConfig
-from tests.editing.test_loop import N_FRAMES, STEPS, make_cache, pnp, relative_error
+from tests.editing.test_loop import N_FRAMES, STEPS, make_cache, pnp, relative_error, sdedit
 from tests.helpers import no_model_may_load
 from tokenflow.cache import source_features
 from tokenflow.cache.source_features import (
@@ -29,9 +29,10 @@ from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession, plan_steps
 from tokenflow.editing.techniques import load_technique
 from tokenflow.figures import features
+from tokenflow.storage.work_dir import locked, resumable_dir
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from tokenflow_utils import ATTENTION_LAYERS, TokenFlowContext
-from util import UserError
+from util import UserError, load_tensors
 
 # A keyframe's injected features come from its chunk's pass where they are cached, and from the
 # keyframes' where they are live: rounding depends on the batch.
@@ -189,6 +190,93 @@ def test_no_command_is_advised_where_none_of_the_same_cache_serves(keys, caplog)
     pnp(keys, n_timesteps=1)
     assert "n_timesteps is 5 there, 1 here" in caplog.text
     assert "preprocess.py" not in caplog.text
+
+
+# ---------------------------------------------------------------- saved by an edit
+
+
+def tensors_of(keys):
+    return {path.name: load_tensors(path) for path in folder_of(keys).glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("technique", "changes", "settings"),
+    [
+        ("pnp", {}, {}),
+        ("pnp", {"pnp_attn_t": 0.2, "pnp_f_t": 1.0}, {"attention_steps": 1, "feature_steps": 5}),
+        ("pnp", {"correspondence": "flow"}, {"correspondence": "flow"}),
+        ("pnp", {"correspondence": "hybrid"}, {}),
+        ("sdedit", {"start": 1.0}, {"attention_steps": 0, "feature_steps": 0}),
+    ],
+)
+def test_an_edit_saves_the_features_that_it_computed(
+    technique, changes, settings, tiny_model, tmp_path
+):
+    keys, script = make_cache(tmp_path, tiny_model), load_technique(technique)
+
+    def run(**how):
+        session = EditSession(open_edit_inputs(script.config(**keys | changes | how)))
+        return session, session.edit_latents(script.plan(session))
+
+    live, expected = run(source_features="live")
+    first, latents = run(source_features="save")
+    assert torch.equal(latents, expected)  # and what it costs
+    assert (first.source_features, first.image_forwards) == ("live", live.image_forwards)
+    second, latents = run(source_features="save")
+    assert second.source_features == "cached" and second.image_forwards < live.image_forwards
+    assert relative_error(latents, expected.double()) < ROUNDING
+    found, recorded = find_features(first.cache), tensors_of(keys)
+    assert found.settings == SETTINGS.model_copy(update=settings)
+    found.verify()
+    shutil.rmtree(found.folder)
+    write(keys, found.settings, chunk_size=3)
+    built = tensors_of(keys)
+    assert {t: set(x) for t, x in recorded.items()} == {t: set(x) for t, x in built.items()}
+    pairs = [(recorded[t][name], x) for t in built for name, x in built[t].items()]
+    assert pairs and all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+@pytest.mark.parametrize("before", ["save", "auto"])
+def test_saving_resumes_with_the_edit(before, tiny_model, tmp_path, monkeypatch):
+    """Also if the edit saved none before it was interrupted: its steps are taken again for them."""
+    keys = make_cache(tmp_path, tiny_model) | {"checkpoint_every": 2}
+    expected, checkpoint = pnp(keys, source_features="live"), EditSession._checkpoint
+
+    def stop(*args):
+        checkpoint(*args)
+        raise KeyboardInterrupt
+
+    def run(source_features):
+        session = session_of(keys, source_features=source_features)
+        with resumable_dir(tmp_path / "result", {}) as session.work:
+            return session, session.edit_latents(run_tokenflow_pnp.plan(session))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(EditSession, "_checkpoint", stop)
+        run(before)
+    assert not folder_of(keys).exists()
+    session, latents = run("save")
+    assert torch.equal(latents, expected)
+    features = load_yaml(folder_of(keys) / "manifest.yaml")
+    assert features["image_forwards"] == STEPS * (N_FRAMES + 3)
+    again = 0 if before == "save" else 2 * (N_FRAMES + 3)
+    assert session.image_forwards == STEPS * 3 * (N_FRAMES + 3) + again
+    assert relative_error(pnp(keys), expected.double()) < ROUNDING
+
+
+def test_nothing_is_saved_of_a_part_of_the_steps_or_next_to_another_process(
+    tiny_model, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    keys = make_cache(tmp_path, tiny_model) | {"source_features": "save"}
+    sdedit(keys, start=0.5)
+    with locked(session_of(keys).cache.folder):
+        pnp(keys)
+    assert "another process works on it; no features are saved" in caplog.text
+    assert not folder_of(keys).exists()
+    pnp(keys, keyframe_interval=2)
+    pnp(keys)  # others are replaced
+    assert find_features(session_of(keys).cache).settings == SETTINGS
 
 
 # ---------------------------------------------------------------- the files

@@ -2,15 +2,16 @@
 
 The source pass evaluates the UNet on the inverted latents x_t under the inversion's prompt. It
 gives the tokens that PnP injects, the correspondences of Eq. 5 and PnP's convolution features.
-`LiveSource` runs it inside an edit; `build_features` runs it once and writes what edits read.
+`LiveSource` runs it inside an edit, `recorded_features` also writes what it gave for later edits;
+`build_features` runs it without an edit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from tokenflow.diffusion.memory import chunked_forward
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch
-from tokenflow.storage.work_dir import resumable_dir
+from tokenflow.storage.work_dir import WorkDir, locked, resumable_dir
 from tokenflow.storage.yaml_files import save_yaml
 from tokenflow_utils import (
     ATTENTION_LAYERS,
@@ -35,6 +36,8 @@ from tokenflow_utils import (
     tokenflow_patch,
 )
 from util import save_tensors
+
+log = logging.getLogger("tokenflow")
 
 # The residual block whose features PnP injects sees the whole batch, as its hook needs.
 INJECTED_BLOCK = FEATURE_LAYER.rpartition(".")[0]
@@ -52,7 +55,7 @@ class LiveSource:
     def __init__(
         self, denoiser: Denoiser, context: TokenFlowContext, latents: Callable[[int], Tensor]
     ) -> None:
-        self.denoiser, self.context = denoiser, context
+        self.denoiser, self.context, self.latents = denoiser, context, latents
         self._latents = lru_cache(maxsize=1)(latents)
 
     def load_keyframes(self, t: int, frames: Tensor) -> None:
@@ -66,6 +69,130 @@ class LiveSource:
     def _run(self, mode: Pass, t: int, frames: Tensor) -> None:
         self.context.mode = mode
         self.denoiser(self._latents(t)[frames], t, frames)
+
+
+class RecordingSource(LiveSource):
+    """A `LiveSource` that notes a step's features as it fills them in.
+
+    Args:
+        settings: of the features.
+        timesteps: of sampling, noisiest first; settings.n_timesteps of them.
+        chunk_size: frames evaluated at once by `take_step`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        context: TokenFlowContext,
+        latents: Callable[[int], Tensor],
+        settings: FeatureSettings,
+        timesteps: Sequence[int],
+        chunk_size: int,
+    ) -> None:
+        super().__init__(denoiser, context, latents)
+        self.settings, self.chunk_size = settings, chunk_size
+        self.steps = list(zip(timesteps, feature_keyframes(settings), strict=True))
+        self._tokens: dict[str, Tensor] = {}
+        self._chunks: list[dict[str, Tensor]] = []
+
+    def load_keyframes(self, t: int, frames: Tensor) -> None:
+        super().load_keyframes(t, frames)
+        if self.context.inject_attention:
+            found = self.context.tokens.items()
+            self._tokens = {f"tokens/{k}": x.cpu() for k, x in found if k in ATTENTION_LAYERS}
+
+    def load_chunk(self, t: int, frames: Tensor) -> None:
+        super().load_chunk(t, frames)
+        context, found = self.context, {}
+        for layer, match in context.matches.items() if context.nearest else ():
+            both = match.to("cpu", index_dtype(match.shape[2]))  # (m, 2, L)
+            found[f"previous/{layer}"], found[f"next/{layer}"] = both.unbind(dim=1)
+        if context.inject_features and context.features is not None:
+            found["features"] = context.features.cpu()
+        for layer, tokens in context.matched_tokens.items():
+            found[f"all_tokens/{layer}"] = tokens.cpu()
+        self._chunks.append(found)
+
+    def recorded(self) -> dict[str, Tensor]:
+        """The features noted since the last call, by their names in a step's file."""
+        tensors, chunks = self._tokens, self._chunks
+        self._tokens, self._chunks = {}, []
+        names = chunks[0] if chunks else ()
+        return tensors | {name: torch.cat([chunk[name] for chunk in chunks]) for name in names}
+
+    def take_step(self, step: int) -> dict[str, Tensor]:
+        """Runs the passes of a step, without an edit; returns its features."""
+        context, settings, (t, keyframes) = self.context, self.settings, self.steps[step]
+        context.inject_attention = step < settings.attention_steps
+        context.inject_features = step < settings.feature_steps
+        context.keep_matched_tokens = settings.save_tokens == "all"
+        matched = context.nearest is not None
+        if matched or context.inject_attention:
+            self.load_keyframes(t, keyframes)
+        if matched or context.inject_features or context.keep_matched_tokens:
+            for frames in torch.arange(settings.n_frames).split(self.chunk_size):
+                near = neighbours(frames, keyframes)
+                context.neighbours = near.to(self.denoiser.models.device)
+                self.load_chunk(t, frames)
+        return self.recorded()
+
+
+class FeatureRecorder(RecordingSource):
+    """A `RecordingSource` of an edit that takes all steps and writes their features.
+
+    Attributes:
+        work: where they are written; set by `recorded_features`.
+    """
+
+    work: WorkDir
+
+    def save_step(self, step: int) -> None:
+        """Writes the features of the step that the edit has just taken.
+
+        Those of earlier steps that are missing are computed: an edit took them that recorded none.
+        """
+        tensors = self.recorded()
+        self._save_until(step)
+        if self.done == step:
+            self._save(step, tensors)
+
+    @property
+    def done(self) -> int:
+        """How many steps, from the first, are written."""
+        return 0 if self.work.checkpoint is None else self.work.checkpoint.figures["steps"]
+
+    def _save_until(self, step: int) -> None:
+        for missing in range(self.done, step):
+            self._save(missing, self.take_step(missing))
+
+    def _save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        _write_step(self.work, self.steps[step][0], tensors)
+        before = self.work.checkpoint.figures["image_forwards"] if self.done else 0
+        made = self.denoiser.image_forwards - self._counted
+        self._counted = self.denoiser.image_forwards
+        self.work.save("features", {}, steps=step + 1, seconds=0.0, image_forwards=before + made)
+
+    _counted = 0  # image-forwards of this process that the checkpoint has
+
+
+@contextmanager
+def recorded_features(cache: SourceCache, source: FeatureRecorder) -> Iterator[LiveSource]:
+    """Yields a live source whose features are in the cache when the block ends.
+
+    If the block fails, the next call with the same settings resumes. Features of other settings are
+    replaced. If another process works on the cache, nothing is recorded: the source is a
+    `LiveSource`.
+    """
+    with locked(cache.folder, wait=False) as held:
+        if not held:
+            log.info("%s: another process works on it; no features are saved", cache.folder)
+            yield LiveSource(source.denoiser, source.context, source.latents)
+            return
+        identity = _identity(cache, source.settings)
+        with resumable_dir(cache.folder / FEATURES, identity) as source.work:
+            yield source
+            source._save_until(len(source.steps))
+            _write_manifest(source.work, identity)
 
 
 @torch.inference_mode()
@@ -91,9 +218,9 @@ def build_features(
     """
     nearest = nearest_tokens if settings.correspondence == "nn" else None
     context = TokenFlowContext(nearest=nearest)
-    live = LiveSource(denoiser, context, partial(cache.latents, n_frames=settings.n_frames))
-    steps = list(enumerate(zip(timesteps, feature_keyframes(settings), strict=True)))
-    identity = {"format": FORMAT, "cache_sha256": cache.sha256, "settings": settings.model_dump()}
+    latents = partial(cache.latents, n_frames=settings.n_frames)
+    source = RecordingSource(denoiser, context, latents, settings, timesteps, chunk_size)
+    steps, identity = source.steps, _identity(cache, settings)
     with resumable_dir(cache.folder / FEATURES, identity, group) as work:
         before = {"steps": 0, "seconds": 0.0, "image_forwards": 0}  # of an interrupted run
         if work.checkpoint is not None:
@@ -112,9 +239,8 @@ def build_features(
             for first in range(done, len(steps), group.size):
                 with watch("features"):
                     if first + group.rank < len(steps):
-                        step, (t, keyframes) = steps[first + group.rank]
-                        tensors = _record_step(live, t, step, keyframes, settings, chunk_size)
-                        _save_step(work.folder, t, tensors)
+                        step = first + group.rank
+                        _write_step(work, steps[step][0], source.take_step(step))
                 # Every process has written its step when all have sent their number.
                 made = sum(group.all_gather(denoiser.image_forwards - evaluated))
                 done = min(first + group.size, len(steps))
@@ -126,10 +252,7 @@ def build_features(
                 group.barrier()  # nobody writes while the main process reads the folder
                 progress.update(done - progress.n)
         if group.is_main:
-            figures = {key: work.checkpoint.figures[key] for key in ("seconds", "image_forwards")}
-            files = work.record_files()
-            # `identity` is last, so that a manifest that was cut lacks it.
-            save_yaml(work.folder / MANIFEST, {"files": files, **figures, **identity})
+            _write_manifest(work, identity)
 
 
 def feature_keyframes(settings: FeatureSettings) -> Tensor:
@@ -139,45 +262,22 @@ def feature_keyframes(settings: FeatureSettings) -> Tensor:
     )
 
 
-def _save_step(folder: Path, t: int, tensors: dict[str, Tensor]) -> None:
+def _identity(cache: SourceCache, settings: FeatureSettings) -> dict[str, object]:
+    """All that features depend on."""
+    return {"format": FORMAT, "cache_sha256": cache.sha256, "settings": settings.model_dump()}
+
+
+def _write_step(work: WorkDir, t: int, tensors: dict[str, Tensor]) -> None:
     """Writes one step: what edits read, and in a file of its own what they do not."""
     unread = {name: x for name, x in tensors.items() if name.startswith("all_tokens/")}
     read = {name: x for name, x in tensors.items() if name not in unread}
-    save_tensors(folder / file_name(t), read)
+    save_tensors(work.folder / file_name(t), read)
     if unread:
-        save_tensors(folder / file_name(t, "tokens"), unread)
+        save_tensors(work.folder / file_name(t, "tokens"), unread)
 
 
-def _record_step(
-    live: LiveSource,
-    t: int,
-    step: int,
-    keyframes: Tensor,
-    settings: FeatureSettings,
-    chunk_size: int,
-) -> dict[str, Tensor]:
-    context, device = live.context, live.denoiser.models.device
-    context.inject_features = step < settings.feature_steps
-    context.keep_matched_tokens = settings.save_tokens == "all"
-    tensors, matched = {}, context.nearest is not None
-    if matched or step < settings.attention_steps:
-        live.load_keyframes(t, keyframes)
-    if step < settings.attention_steps:
-        injected = [layer for layer in context.tokens if layer in ATTENTION_LAYERS]
-        tensors = {f"tokens/{layer}": context.tokens[layer].cpu() for layer in injected}
-    if not (matched or context.inject_features or context.keep_matched_tokens):
-        return tensors
-    chunks = []
-    for frames in torch.arange(settings.n_frames).split(chunk_size):
-        context.neighbours = neighbours(frames, keyframes).to(device)
-        live.load_chunk(t, frames)
-        found = {}
-        for layer, match in context.matches.items():
-            both = match.to("cpu", index_dtype(match.shape[2]))  # (m, 2, L)
-            found[f"previous/{layer}"], found[f"next/{layer}"] = both.unbind(dim=1)
-        if context.inject_features and context.features is not None:
-            found["features"] = context.features.cpu()
-        for layer, tokens in context.matched_tokens.items():
-            found[f"all_tokens/{layer}"] = tokens.cpu()
-        chunks.append(found)
-    return tensors | {name: torch.cat([c[name] for c in chunks]) for name in chunks[0]}
+def _write_manifest(work: WorkDir, identity: dict[str, object]) -> None:
+    figures = {key: work.checkpoint.figures[key] for key in ("seconds", "image_forwards")}
+    files = work.record_files()
+    # `identity` is last, so that a manifest that was cut lacks it.
+    save_yaml(work.folder / MANIFEST, {"files": files, **figures, **identity})

@@ -142,10 +142,11 @@ class EditConfig(PresetModel):
         description="frames evaluated at once: lower it if memory runs out; changes no result; "
         "null: keyframe_interval",
     )
-    source_features: Literal["auto", "live"] = Field(
+    source_features: Literal["auto", "save", "live"] = Field(
         "auto",
-        description="auto: read what preprocess.py --cache_features saved if it serves this edit, "
-        "else compute it; live: always compute it; changes a result by rounding only",
+        description="auto: read what the cache holds (preprocess.py --cache_features) if it serves "
+        "this edit, else compute it; save: and save what was computed for later edits, in the "
+        "place of others; live: always compute it; changes a result by rounding only",
     )
     max_keyframes: int | None = Field(
         None,

@@ -27,7 +27,12 @@ from tokenflow.cache.source_features import (
     find_features,
     layer_sizes,
 )
-from tokenflow.cache.source_pass import INJECTED_BLOCK, LiveSource
+from tokenflow.cache.source_pass import (
+    INJECTED_BLOCK,
+    FeatureRecorder,
+    LiveSource,
+    recorded_features,
+)
 from tokenflow.diffusion.ddim import CLEAN
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.memory import chunked_forward
@@ -68,7 +73,6 @@ log = logging.getLogger("tokenflow")
 
 # The choices of a config that the cached features are made for.
 SERVED_BY_CACHED_FEATURES = {
-    "source_features": "auto",
     "consistency": "tokenflow",
     "propagation": "paper",
     "keyframes": "random",
@@ -207,6 +211,8 @@ class EditSession:
                     eps = self._predict(guided, source, context, x, step, chunks)
                     eps = shard.gather(shard.take(eps))
                     x = self._advance(sampler, x, eps, i, smooth=i < smooth_steps)
+                    if isinstance(live, FeatureRecorder):
+                        live.save_step(i)
                 if (i + 1) % config.checkpoint_every == 0 or i + 1 == len(steps):
                     evaluated = sum(each.image_forwards for each in denoisers)
                     self.image_forwards = before + sum(self.group.all_gather(evaluated))
@@ -328,7 +334,9 @@ class EditSession:
         self, stack: ExitStack, context: TokenFlowContext, steps: Sequence[Step], done: int
     ) -> CachedSource | LiveSource:
         """Chooses cached or live source features; logs the choice."""
-        features, reason = self._cached_features(steps)
+        features, needed, reason = None, *self._needed_features(steps)
+        if needed is not None:
+            features, reason = self._cached_features(needed)
         self.source_features = "live" if features is None else "cached"
         kind = f"{self.source_features} of {self.cache.sha256}"
         self.group.assert_same(kind, "source cache and its features")
@@ -343,20 +351,27 @@ class EditSession:
         live = make_denoiser(
             self.models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
         )
+        all_steps = len(steps) == self.config.n_timesteps and self.group.size == 1
+        if self.config.source_features == "save" and needed is not None and all_steps:
+            timesteps = self.inputs.timesteps
+            recorder = FeatureRecorder(
+                live, context, self.latents, needed, timesteps, self.chunk_size
+            )
+            return stack.enter_context(recorded_features(self.cache, recorder))
         return LiveSource(live, context, self.latents)
 
-    def _cached_features(self, steps: Sequence[Step]) -> tuple[CachedFeatures | None, str]:
-        """The cache's features if they serve this edit; else None, and why not."""
-        config, cache = self.config, self.cache
+    def _needed_features(self, steps: Sequence[Step]) -> tuple[FeatureSettings | None, str]:
+        """The features that serve this edit; None if no cached ones do, and why not."""
+        config = self.config
+        if config.source_features == "live":
+            return None, "source_features: live"
         for key, served in SERVED_BY_CACHED_FEATURES.items():
             if getattr(config, key) != served:
                 return None, f"{key}: {getattr(config, key)}"
-        fix_hint = features_remedy(config, cache.manifest)
-        features = find_features(cache, fix_hint)
-        if features is None:
-            return None, f"{cache.folder} holds none; for some, {fix_hint}"
         attention = sum(step.attention for step in steps)
         injected = sum(step.features for step in steps)
+        if config.correspondence == "flow" and not (attention or injected):
+            return None, "optical flow needs none"
         skipped = config.n_timesteps - len(steps)  # SDEdit leaves the noisiest out
         needed = FeatureSettings(
             n_frames=len(self.frames),
@@ -368,6 +383,15 @@ class EditSession:
             dtype=self.models.dtype_name,
             correspondence="flow" if config.correspondence == "flow" else "nn",
         )
+        return needed, ""
+
+    def _cached_features(self, needed: FeatureSettings) -> tuple[CachedFeatures | None, str]:
+        """The cache's features if they serve this edit; else None, and why not."""
+        config, cache = self.config, self.cache
+        fix_hint = features_remedy(config, cache.manifest)
+        features = find_features(cache, fix_hint)
+        if features is None:
+            return None, f"{cache.folder} holds none; for some, {fix_hint}"
         reason = features.settings.mismatch(needed)
         if not reason:
             return features, ""

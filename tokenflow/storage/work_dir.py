@@ -42,14 +42,18 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 @contextmanager
-def locked(folder: Path, group: ProcessGroup = SINGLE_PROCESS) -> Iterator[None]:
+def locked(folder: Path, group: ProcessGroup = SINGLE_PROCESS, wait: bool = True) -> Iterator[bool]:
     """Keeps other writers off a directory, which need not exist yet, or waits for their end.
 
     Args:
         group: processes that write it together; the main one holds the lock.
+        wait: if not, and another process writes it, it is not locked.
+
+    Yields:
+        whether it is locked.
     """
     if not group.is_main:
-        yield
+        yield True
         return
     path = _lock_file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,10 +61,13 @@ def locked(folder: Path, group: ProcessGroup = SINGLE_PROCESS) -> Iterator[None]
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not wait:
+            yield False
+            return
         log.info("%s: waiting for another process that works on it (Ctrl-C gives up)", folder)
         lock.acquire()
     try:
-        yield
+        yield True
     finally:
         with suppress(OSError):  # a lock file that stays does no harm
             path.unlink()  # while it is held: whoever waits for it locks a new file instead
