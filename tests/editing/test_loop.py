@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,10 +15,9 @@ from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from run_tokenflow_sdedit import SDEditConfig, steps_from
 from tests import reference
-from tests.helpers import edit_keys, invert, make_clip
+from tests.helpers import HEIGHT, WIDTH, edit_keys, invert, make_clip, save_masks
 from tokenflow.cache.source_pass import INJECTED_BLOCK
 from tokenflow.diffusion.denoiser import encode_prompts
-from tokenflow.diffusion.samplers import SAMPLERS
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditPlan, EditSession
 from tokenflow.storage.work_dir import WorkDir, resumable_dir
@@ -126,11 +126,13 @@ def test_two_runs_are_bit_equal(keys):
     assert not torch.equal(sdedit(keys, **start), sdedit(keys, **start, seed=2))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("sampler", "masked"), [("ddim", False), ("dpmpp_2m", True)])
 @pytest.mark.parametrize("saves", range(1, STEPS + 1))
-def test_an_edit_resumes_from_each_checkpoint(keys, tmp_path, monkeypatch, saves, sampler):
+def test_an_edit_resumes_from_each_checkpoint(keys, tmp_path, monkeypatch, saves, sampler, masked):
     """Also from the last one, after which no step is left."""
-    inputs = open_edit_inputs(PnPConfig(**keys, checkpoint_every=1, sampler=sampler))
+    save_masks(tmp_path / "masks", np.eye(HEIGHT, WIDTH, dtype=np.uint8)[None])
+    mask = str(tmp_path / "masks" / "00000.png") if masked else None
+    inputs = open_edit_inputs(PnPConfig(**keys, checkpoint_every=1, sampler=sampler, mask=mask))
     whole = EditSession(inputs)
     expected = whole.edit_latents(run_tokenflow_pnp.plan(whole))
     numbers, save = itertools.count(1), WorkDir.save

@@ -21,7 +21,7 @@ import preprocess
 import run_tokenflow_pnp
 from run_tokenflow_pnp import PnPConfig
 from tests.editing.test_loop import relative_error
-from tests.helpers import HEIGHT, WIDTH, contents, edit_keys, make_clip
+from tests.helpers import HEIGHT, WIDTH, contents, edit_keys, make_clip, save_masks
 from tokenflow.cache import build
 from tokenflow.cache.options import arguments
 from tokenflow.cache.source_cache import open_cache, read_manifest
@@ -182,6 +182,8 @@ def test_an_edit_of_several_processes_is_that_of_one(keys, models, alone, tmp_pa
 
 
 def test_a_result_is_written_once_and_then_found(keys, tmp_path):
+    save_masks(tmp_path / "masks", np.eye(HEIGHT, WIDTH, dtype=np.uint8)[None])
+    keys = {**keys, "mask": str(tmp_path / "masks" / "00000.png")}
     config = PnPConfig(**{**keys, "output_path": str(tmp_path / "several")})
 
     def work(group):
