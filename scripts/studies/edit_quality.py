@@ -69,7 +69,8 @@ class Setting(Model):
     """An edit of every clip."""
 
     technique: Literal[tuple(VARIANTS)]
-    edit: dict[str, Any] = Field(default_factory=dict)  # mask: "{masks}" is the clip's own folder
+    # mask: "{masks}" stands for the clip's masks of its object; edits of a background have none.
+    edit: dict[str, Any] = Field(default_factory=dict)
     preprocess: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -111,7 +112,9 @@ def read_jobs(clips: Path, settings: Mapping[str, Setting]) -> tuple[Batch, Prot
 def _with_mask(job: Any, protocol: Protocol) -> Any:
     if job.work.get("mask") != "{masks}":
         return job
-    return replace(job, work=job.work | {"mask": str(Path(protocol.masks, job.clip))})
+    of_object = KINDS[job.clip.partition("-")[0]][0] != "background"
+    mask = str(Path(protocol.masks, job.clip)) if of_object else None
+    return replace(job, work=job.work | {"mask": mask})
 
 
 # ------------------------------------------------------------------------------------- the scores

@@ -63,6 +63,15 @@ def test_settings_that_invert_alike_share_a_cache(clips):
         assert (c["inversion_iters"], d["steps"], d["inversion_iters"]) == (1, 4, 2)
 
 
+def test_edits_of_objects_are_masked_by_their_own_masks(clips):
+    setting = Setting(technique="pnp", edit={"mask": "{masks}"})
+    batch, protocol = edit_quality.read_jobs(clips, {"masked": setting})
+    edits = [job for job in batch.jobs if job.kind == "masked"]
+    assert [job.work["mask"] for job in edits] == [f"{protocol.masks}/{j.clip}" for j in edits]
+    behind = replace(edits[0], clip="background-1", work=setting.edit)
+    assert edit_quality._with_mask(behind, protocol).work["mask"] is None
+
+
 def test_the_interval_is_that_of_the_mean():
     assert edit_quality.interval([3.0]) == (3.0, 3.0, 3.0)
     mean, low, high = edit_quality.interval([0.0, 1.0] * 50)
