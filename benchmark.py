@@ -12,8 +12,8 @@ frames in fresh processes, so that their memory is their own.
 
 Settings of an edit: tokenflow, cached, live, three_branch (a plain loop to compare with),
 compiled, per_frame, extended_attention, first_frame, released, flow, attention:BACKEND, or any
-key=value of its config; joined by +. Of preprocess: fast and fast_no_stop (--fast's iterations
-in --steps steps), plainN (N plain steps, reconstructed in N), itersN (N iterations).
+key=value of its config; joined by +. Of preprocess: fast (--steps plain steps), early_stop (of
+up to three evaluations), plainN (N plain steps, reconstructed in N), itersN (N iterations).
 """
 
 from __future__ import annotations

@@ -258,8 +258,8 @@ def test_a_reconstruction_of_some_frames_or_none(
     ("words", "expected"),
     [
         ([], (500, 50, 1, 0.0, 50)),
-        (["--fast"], (50, 50, 3, 1e-3, 50)),
-        (["--fast", "--recon_steps", "25"], (50, 50, 3, 1e-3, 25)),
+        (["--fast"], (50, 50, 1, 0.0, 50)),
+        (["--fast", "--recon_steps", "25"], (50, 50, 1, 0.0, 25)),
     ],
 )
 def test_fast_is_what_its_help_says(words, expected):
@@ -269,15 +269,16 @@ def test_fast_is_what_its_help_says(words, expected):
     assert args.batch_size is None
 
 
-@pytest.mark.parametrize("option", ["steps", "save_steps", "inversion_iters", "inversion_tol"])
+@pytest.mark.parametrize("option", ["steps", "save_steps", "inversion_iters"])
 def test_fast_and_what_it_sets_do_not_go_together(option):
     value = str(preprocess_options.FAST[option])  # not even the same value
     with pytest.raises(UserError, match=rf"--fast and --{option} .*: --fast sets --{option}"):
         preprocess.parse_args(["--data_path", "clip.mp4", "--fast", f"--{option}", value])
 
 
-def test_fast_inverts_in_few_evaluations(clip, tiny_model, tmp_path):
-    options = {"steps": None, "save_steps": None, "fast": "", "n_frames": 2}
+def test_the_early_stop_inverts_in_few_evaluations(clip, tiny_model, tmp_path):
+    stop = {"inversion_iters": 3, "inversion_tol": 1e-3}
+    options = {"steps": 50, "save_steps": 50, "n_frames": 2} | stop
     folder = invert(clip, tmp_path, tiny_model, **options)
     assert folder.parent.name == "steps_50"
     manifest = read_manifest(folder)

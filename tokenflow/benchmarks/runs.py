@@ -21,7 +21,7 @@ from torch import Tensor
 from tokenflow.benchmarks.meters import TOTAL, Meter
 from tokenflow.benchmarks.three_branch import ThreeBranchSession
 from tokenflow.cache.build import build_cache
-from tokenflow.cache.options import FAST, Dtype, PreprocessOptions, arguments, parse_args
+from tokenflow.cache.options import Dtype, PreprocessOptions, arguments, parse_args
 from tokenflow.cache.source_cache import FORMAT
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
 from tokenflow.diffusion.model_names import MODELS
@@ -64,11 +64,10 @@ EDIT_SETTINGS = {
     "released": "propagation=released",
     "flow": "correspondence=flow",
 }
-ITERATIONS = f"--steps {{steps}} --inversion_iters {FAST['inversion_iters']}"
 # The options of preprocess.py: {steps} is the number of sampling steps, {n} that in the name.
 PREPROCESS_SETTINGS = {
-    "fast": f"{ITERATIONS} --inversion_tol {FAST['inversion_tol']}",
-    "fast_no_stop": ITERATIONS,
+    "fast": "--steps {steps} --inversion_iters 1",
+    "early_stop": "--steps {steps} --inversion_iters 3 --inversion_tol 0.001",
     "plainN": "--steps {n} --inversion_iters 1 --recon_steps {n}",
     "itersN": "--steps {steps} --inversion_iters {n}",
 }

@@ -402,7 +402,7 @@ def _report_reconstruction(manifest: Manifest) -> None:
     if gap > WARN_GAP_DB:
         log.warning(
             # All that --fast sets, which may not be given too.
-            "the reconstruction is %.1f dB below the VAE's: edits will be worse for it; try "
+            "the reconstruction is %.1f dB below the VAE's: edits may lose the clip's layout; try "
             "--inversion_iters %d --inversion_tol %g --steps %d --save_steps %d, or an "
             "--inversion_prompt that says what the clip shows",
             gap,
