@@ -162,6 +162,9 @@ def test_warped_noise_moves_with_the_clip_even_by_parts_of_a_cell():
     assert noise.shape == (5, 4, 9, 11)
     for i, dx in ((2, 1), (4, 2)):  # half a cell right and one up, a frame
         assert torch.equal(noise[i, :, : 9 - i, dx:], noise[0, :, i:, : 11 - dx])
+    panned = flow_field.warped_noise(PannedClip(9, (20, 20), (1.2, 0.0)), 4, generator)
+    kept = [torch.isin(b[0], a[0]).sum() // 20 for a, b in itertools.pairwise(panned)]
+    assert kept == [19, 19, 18, 19, 19, 19, 19, 18]  # columns: all but those that enter
     still = flow_field.warped_noise(PannedClip(3, (4, 4), (0.0, 0.0)), 4, generator)
     assert torch.equal(still[2], still[0])
 

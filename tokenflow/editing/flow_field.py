@@ -218,8 +218,9 @@ def warped_noise(flow: ClipFlow, channels: int, generator: torch.Generator) -> T
 
     Each sample is a particle that is carried by the flow and drawn in the cell that it lies in. It
     ends where its point is hidden or leaves the frame, or where another one lies closer to the
-    cell's centre; a cell without a particle gets a fresh one at its centre. No sample is ever
-    interpolated or drawn twice in a frame, so each frame's are independent.
+    cell's centre. A cell without a particle gets a fresh one, as far from its centre as the
+    particles where the flow comes from: those of a pan stay a lattice, in which none collide. No
+    sample is ever interpolated or drawn twice in a frame, so each frame's are independent.
 
     Args:
         channels: c of the latents.
@@ -255,6 +256,9 @@ def warped_noise(flow: ClipFlow, channels: int, generator: torch.Generator) -> T
             owner[place] = particle
         carried = owner >= 0
         value = torch.where(carried[:, None], value[owner], fresh)
-        position = torch.where(carried[:, None], position[owner], centres)
+        origin = (centres - field[:, :2]).round().long()
+        origin = origin.clamp(torch.zeros(2, dtype=torch.long), torch.tensor([h - 1, w - 1]))
+        beside = (position - cell)[origin @ torch.tensor([w, 1])]
+        position = torch.where(carried[:, None], position[owner], centres + beside)
         noise.append(value)
     return torch.stack(noise).mT.unflatten(2, (h, w))
