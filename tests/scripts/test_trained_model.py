@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.shapes.metrics import warp_error
 from scripts.shapes.world import SAMPLE_FRAMES, SAMPLES, random_scene, render_clip
 from scripts.tiny_model import check as check_tiny
 from tokenflow.diffusion.checkpoints import check_controlnet_fits
 from tokenflow.diffusion.ddim import CLEAN, ddim_inversion_step
 from tokenflow.diffusion.denoiser import make_denoiser
-from tokenflow.diffusion.model_names import CONTROLNETS, MODELS
+from tokenflow.diffusion.model_names import CONTROLNETS, MODELS, TINY_TEMPORAL_DECODER
 from tokenflow.diffusion.models import load_stable_diffusion
 from tokenflow.diffusion.samplers import SAMPLERS
+from tokenflow.diffusion.temporal_decoder import (
+    check_decoder_fits,
+    decode_temporally,
+    load_temporal_decoder,
+)
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.storage.video import read_clip
 
@@ -50,7 +56,7 @@ def test_all_of_the_model_is_there_and_small():
     assert not [path for path in files if path.suffix in (".bin", ".ckpt", ".pt", ".pkl")]
     weights = [path for path in files if path.suffix == ".safetensors"]
     parts = {path.parent.name for path in weights}
-    assert parts == {"unet", "vae", "text_encoder", "controlnet", "judge"}
+    assert parts == {"unet", "vae", "vae_temporal_decoder", "text_encoder", "controlnet", "judge"}
     assert sum(path.stat().st_size for path in weights) <= 40e6
 
 
@@ -92,6 +98,22 @@ def test_tokenflow_flickers_less_than_the_same_edit_frame_by_frame(figures):
 
 def test_the_edits_differ(figures):
     assert len(set(np.round(list(figures["warp_error"].values()), 6))) == 6
+
+
+def test_the_temporal_decoder_flickers_less_than_the_image_decoder():
+    """The more so where each frame's latents have a noise of their own."""
+    check_decoder_fits(MODEL, TINY_TEMPORAL_DECODER)
+    models = load_stable_diffusion(MODEL, torch.device("cpu"), torch.float32)
+    decoder = load_temporal_decoder(models, TINY_TEMPORAL_DECODER)
+    clip = render_clip(random_scene(SEED), SAMPLE_FRAMES, 128)
+    clean = encode_frames(models, clip.frames[:8])
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    for std, at_most in ((0.0, 0.95), (0.1, 0.6)):
+        latents = clean + std * noise
+        temporal = decode_temporally(models, decoder, latents)
+        image = decode_latents(models, latents)
+        assert warp_error(temporal, clip) < at_most * warp_error(image, clip)
+        assert psnr(temporal, clip.frames[:8]) > psnr(image, clip.frames[:8]) - 3
 
 
 @torch.inference_mode()
