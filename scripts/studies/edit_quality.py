@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from scripts.batch.clip_list import VARIANTS, Batch
+from scripts.batch.clip_list import VARIANTS, Batch, Job
 from scripts.batch.engine import run_jobs
 from scripts.shapes.clips import KINDS, edited_scene, scene_of, write_clips
 from scripts.shapes.metrics import Judge, hue_of_object
@@ -104,17 +104,19 @@ def read_jobs(clips: Path, settings: Mapping[str, Setting]) -> tuple[Batch, Prot
         }
         batch, protocol = table1.read_list(clips, variants, {**places, "preprocess": own})
         batches.append(batch)
-    jobs = [_with_mask(job, protocol) for batch in batches for job in batch.jobs]
+    each = (_with_mask(job, protocol) for batch in batches for job in batch.jobs)
+    jobs = [job for job in each if job is not None]
     jobs.sort(key=lambda job: batches[0].clips.index(job.clip))  # one clip after another
     return replace(batches[0], jobs=jobs), protocol
 
 
-def _with_mask(job: Any, protocol: Protocol) -> Any:
+def _with_mask(job: Job, protocol: Protocol) -> Job | None:
+    """The job with its clip's masks; none where the edit is of what they leave out."""
     if job.work.get("mask") != "{masks}":
         return job
-    of_object = KINDS[job.clip.partition("-")[0]][0] != "background"
-    mask = str(Path(protocol.masks, job.clip)) if of_object else None
-    return replace(job, work=job.work | {"mask": mask})
+    if KINDS[job.clip.partition("-")[0]][0] == "background":
+        return None
+    return replace(job, work=job.work | {"mask": str(Path(protocol.masks, job.clip))})
 
 
 # ------------------------------------------------------------------------------------- the scores

@@ -69,7 +69,7 @@ def test_edits_of_objects_are_masked_by_their_own_masks(clips):
     edits = [job for job in batch.jobs if job.kind == "masked"]
     assert [job.work["mask"] for job in edits] == [f"{protocol.masks}/{j.clip}" for j in edits]
     behind = replace(edits[0], clip="background-1", work=setting.edit)
-    assert edit_quality._with_mask(behind, protocol).work["mask"] is None
+    assert edit_quality._with_mask(behind, protocol) is None
 
 
 def test_the_interval_is_that_of_the_mean():
