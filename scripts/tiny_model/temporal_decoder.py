@@ -89,6 +89,33 @@ def look_up(images: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=True), inside
 
 
+def random_piece(
+    vae: AutoencoderKL, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, ...]:
+    """A piece of a random clip, its latents with noise, and how it moves.
+
+    Returns:
+        pixels (N_FRAMES, 3, CROP, CROP), latents, the flow (N_FRAMES - 1, 2, CROP, CROP) from
+        each frame but the first to the one before, and which of its pixels are seen there.
+    """
+    number, first, top, left, strength = torch.rand(5, generator=generator).tolist()
+    scene, size = random_scene(int(number * HELD_OUT)), (SIZE, SIZE)
+    times = int(first * (SAMPLE_FRAMES - N_FRAMES + 1)) + np.arange(N_FRAMES)
+    times = (times / (SAMPLE_FRAMES - 1)).tolist()
+    top, left = (int(place * (SIZE - CROP + 1)) for place in (top, left))
+    piece = np.s_[top : top + CROP, left : left + CROP]
+    pixels = to_pixels(np.stack([render(scene, t, size)[0][piece] for t in times]))
+    pixels = pixels.to(device)
+    pairs = [optical_flow(scene, b, a, size) for a, b in itertools.pairwise(times)]
+    flow, seen = (np.stack([x[piece] for x in parts]) for parts in zip(*pairs, strict=True))
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    flow = torch.from_numpy(flow).permute(0, 3, 1, 2)
+    moves = (x.to(device) for x in (flow, torch.from_numpy(seen)))
+    return pixels, latents + MOST_NOISE * strength * noise, *moves
+
+
 def train_temporal_decoder(training: Training) -> None:
     """Train the decoder, the encoder being the small model's and fixed, on moving clips.
 
@@ -100,33 +127,9 @@ def train_temporal_decoder(training: Training) -> None:
     count = training.budget.recipes[PART].batch_size
     held_out = [render_clip(random_scene(HELD_OUT + i), SAMPLE_FRAMES, SIZE) for i in range(2)]
 
-    def clip(generator: torch.Generator) -> tuple[Tensor, ...]:
-        """A piece of a random clip, its latents with noise, and how it moves.
-
-        Returns:
-            pixels (N_FRAMES, 3, CROP, CROP), latents, the flow (N_FRAMES - 1, 2, CROP, CROP) from
-            each frame but the first to the one before, and which of its pixels are seen there.
-        """
-        number, first, top, left, strength = torch.rand(5, generator=generator).tolist()
-        scene, size = random_scene(int(number * HELD_OUT)), (SIZE, SIZE)
-        times = int(first * (SAMPLE_FRAMES - N_FRAMES + 1)) + np.arange(N_FRAMES)
-        times = (times / (SAMPLE_FRAMES - 1)).tolist()
-        top, left = (int(place * (SIZE - CROP + 1)) for place in (top, left))
-        piece = np.s_[top : top + CROP, left : left + CROP]
-        pixels = to_pixels(np.stack([render(scene, t, size)[0][piece] for t in times]))
-        pixels = pixels.to(training.device)
-        pairs = [optical_flow(scene, b, a, size) for a, b in itertools.pairwise(times)]
-        flow, seen = (np.stack([x[piece] for x in parts]) for parts in zip(*pairs, strict=True))
-        with torch.no_grad():
-            latents = vae.encode(pixels).latent_dist.mean
-        noise = torch.randn(latents.shape, generator=generator).to(training.device)
-        flow = torch.from_numpy(flow).permute(0, 3, 1, 2)
-        moves = (x.to(training.device) for x in (flow, torch.from_numpy(seen)))
-        return pixels, latents + MOST_NOISE * strength * noise, *moves
-
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
-        clips = zip(*(clip(generator) for _ in range(count)), strict=True)
-        pixels, latents, flow, seen = map(torch.cat, clips)
+        clips = (random_piece(vae, generator, training.device) for _ in range(count))
+        pixels, latents, flow, seen = map(torch.cat, zip(*clips, strict=True))
         error = model.decode(latents, num_frames=N_FRAMES).sample.float() - pixels
         each = error.unflatten(0, (count, N_FRAMES))
         before, inside = look_up(each[:, :-1].flatten(0, 1), flow)
