@@ -148,7 +148,7 @@ def test_one_frame_has_no_motion_and_small_ones_no_estimate() -> None:
     found = motion.motion_by(optical_flow.dis_flow, panned(1, (0, 0)))
     assert found.flow.shape == (0, 2, 64, 80)
     assert found.visible.shape == (0, 64, 80)
-    with pytest.raises(UserError, match=r"--flow dis: frames of 10x80 \(HxW\); it needs 16"):
+    with pytest.raises(UserError, match=r"frames of 10x80 \(HxW\); DIS needs 16"):
         motion.motion_by(optical_flow.dis_flow, panned(2, (0, 0), height=10))
 
 
