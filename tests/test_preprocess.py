@@ -620,6 +620,7 @@ def test_features_are_cached_by_default(tiny_model, tmp_path):
         "feature_steps": 4,
         "dtype": "float32",
         "save_tokens": "keyframes",
+        "correspondence": "nn",
     }
     args = ["--data_path", str(clip)]
     assert preprocess.parse_args(args).cache_features
