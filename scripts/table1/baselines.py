@@ -21,7 +21,7 @@ import torch
 import run_tokenflow_pnp as pnp
 from tokenflow.cache.source_cache import CLEAN_LATENTS
 from tokenflow.diffusion.models import Loader
-from tokenflow.diffusion.optical_flow import optical_flow, warp
+from tokenflow.diffusion.optical_flow import dis_flow, warp
 from tokenflow.diffusion.vae import encode_frames
 from tokenflow.editing.config import read_config
 from tokenflow.editing.inputs import open_edit_inputs
@@ -85,7 +85,7 @@ def propagate_rgb(keyframe: np.ndarray, source: np.ndarray, number: int) -> np.n
     for step, numbers in ((1, range(number + 1, len(source))), (-1, range(number - 1, -1, -1))):
         chained = torch.zeros(2, *keyframe.shape[:2])
         for i in numbers:
-            flow = optical_flow(source[i], source[i - step])
+            flow = dis_flow(source[i], source[i - step])
             further = torch.from_numpy(warp(chained.permute(1, 2, 0).numpy(), flow))
             chained = flow + further.permute(2, 0, 1)
             frames[i] = warp(keyframe, chained).round()

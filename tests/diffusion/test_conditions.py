@@ -10,7 +10,7 @@ from tokenflow.diffusion.conditions import (
     draw_control,
 )
 from tokenflow.diffusion.model_names import ControlSettings
-from tokenflow.diffusion.optical_flow import optical_flow
+from tokenflow.diffusion.optical_flow import dis_flow
 
 
 def test_canny_finds_the_edge_and_nothing_else():
@@ -31,11 +31,11 @@ def test_depth_latents_span_their_range():
     assert 0.8 < latents.max() <= 1
 
 
-def test_optical_flow_points_where_pixels_go():
+def test_dis_flow_points_where_pixels_go():
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
     frame = small.repeat(8, axis=0).repeat(8, axis=1)
-    flow = optical_flow(frame, np.roll(frame, (2, 5), axis=(0, 1)))  # 2 down, 5 right
+    flow = dis_flow(frame, np.roll(frame, (2, 5), axis=(0, 1)))  # 2 down, 5 right
     assert flow[0, 24:72, 24:72].median() == pytest.approx(5, abs=0.5)
     assert flow[1, 24:72, 24:72].median() == pytest.approx(2, abs=0.5)
 

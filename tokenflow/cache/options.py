@@ -24,8 +24,8 @@ from tokenflow.storage.schema import (
 from tokenflow.storage.video import frame_rate
 from util import ArgumentParser, shown
 
-# The cheapest inversion at 50 sampling steps: dearer ones reconstruct better, but edit no better
-# (docs/quality.md).
+# The cheapest inversion at 50 sampling steps: dearer ones reconstruct better, but where it was
+# measured, at 16 sampling steps, they edit no better (docs/quality.md).
 FAST = {"steps": 50, "save_steps": 50, "inversion_iters": 1}
 CONTROL_OPTIONS = ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high")
 
@@ -103,7 +103,7 @@ class PreprocessOptions(PresetModel):
     )
     fast: bool = Field(
         False,
-        description="a tenth of the work, and edits that are no worse: the same as "
+        description="a tenth of the default's inversion work (docs/inversion.md): the same as "
         f"{_spelled(FAST)}, none of which may be given too",
     )
     recon_steps: CountOrNull = Field(

@@ -145,6 +145,7 @@ class FeatureRecorder(RecordingSource):
     """
 
     work: WorkDir
+    _counted = 0  # image-forwards of this process that the checkpoint has
 
     def save_step(self, step: int) -> None:
         """Writes the features of the step that the edit has just taken.
@@ -152,7 +153,7 @@ class FeatureRecorder(RecordingSource):
         Those of earlier steps that are missing are computed: an edit took them that recorded none.
         """
         tensors = self.recorded()
-        self._save_until(step)
+        self.save_missing(step)
         if self.done == step:
             self._save(step, tensors)
 
@@ -161,7 +162,8 @@ class FeatureRecorder(RecordingSource):
         """How many steps, from the first, are written."""
         return 0 if self.work.checkpoint is None else self.work.checkpoint.figures["steps"]
 
-    def _save_until(self, step: int) -> None:
+    def save_missing(self, step: int) -> None:
+        """Computes and writes the features of the steps before `step` that are not written."""
         for missing in range(self.done, step):
             self._save(missing, self.take_step(missing))
 
@@ -171,8 +173,6 @@ class FeatureRecorder(RecordingSource):
         made = self.denoiser.image_forwards - self._counted
         self._counted = self.denoiser.image_forwards
         self.work.save("features", {}, steps=step + 1, seconds=0.0, image_forwards=before + made)
-
-    _counted = 0  # image-forwards of this process that the checkpoint has
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def recorded_features(cache: SourceCache, source: FeatureRecorder) -> Iterator[L
         identity = _identity(cache, source.settings)
         with resumable_dir(cache.folder / FEATURES, identity) as source.work:
             yield source
-            source._save_until(len(source.steps))
+            source.save_missing(len(source.steps))
             _write_manifest(source.work, identity)
 
 

@@ -88,26 +88,18 @@ def consistent(there: Tensor, back: Tensor) -> Tensor:
 # Models
 
 
-def optical_flow(source: np.ndarray, target: np.ndarray) -> Tensor:
-    """Dense optical flow by OpenCV's DIS (Kroeger et al. 2016).
-
-    Args:
-        source, target: (H, W, 3) uint8 RGB.
-
-    Returns:
-        (2, H, W) float32: how far right and down each source pixel moves, in pixels.
-    """
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (source, target)]
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    return torch.from_numpy(dis.calc(*grey, None)).permute(2, 0, 1)
-
-
 def dis_flow(source: np.ndarray, target: np.ndarray) -> Tensor:
-    """OpenCV's DIS on the CPU, a FlowModel. Raises: UserError if the frames are too small."""
+    """Dense optical flow by OpenCV's DIS (Kroeger et al. 2016) on the CPU, a FlowModel.
+
+    Raises:
+        UserError: the frames are too small.
+    """
     if min(source.shape[:2]) < DIS_LEAST_SIDE:
         size = "x".join(map(str, source.shape[:2]))
         raise UserError(f"optical flow: frames of {size} (HxW); DIS needs {DIS_LEAST_SIDE} a side")
-    return optical_flow(source, target)
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (source, target)]
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    return torch.from_numpy(dis.calc(*grey, None)).permute(2, 0, 1)
 
 
 class Raft:

@@ -137,7 +137,7 @@ class FlowSource:
 
     Args:
         source: supplies what PnP injects and, for `hybrid`, the nearest tokens.
-        context: of the patch; `propagate_places` is its `propagate`.
+        context: of the patch; gets `propagate_places` as its `propagate`.
         flow: of the clip.
         grids: (h, w) of each self-attention layer.
         hybrid: take the nearest tokens where the flow is not trusted.
@@ -153,6 +153,7 @@ class FlowSource:
     ) -> None:
         self.source, self.context, self.flow, self.grids = source, context, flow, grids
         self.hybrid, self.keyframes = hybrid, torch.empty(0)
+        context.propagate = propagate_places
 
     def load_keyframes(self, t: int, frames: Tensor) -> None:
         """Fills `tokens` and `features` of the keyframes (k,) if they are needed."""

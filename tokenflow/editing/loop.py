@@ -47,7 +47,6 @@ from tokenflow.editing.deflicker import deflicker
 from tokenflow.editing.flow_field import (
     ClipFlow,
     FlowSource,
-    propagate_places,
     smooth_along_flow,
     warped_noise,
 )
@@ -199,9 +198,10 @@ class EditSession:
         with ExitStack() as stack:
             unet, backend = self.models.unet, config.attention_backend
             stack.enter_context(tokenflow_patch(unet, context, backend))
-            source = self._open_source(stack, context, steps, done)
-            live = getattr(source, "source", source)  # what a FlowSource reads from
-            denoisers = [denoiser, *([live.denoiser] if isinstance(live, LiveSource) else [])]
+            features = self._open_features(stack, context, steps, done)
+            source = self._with_flow(features, context)
+            live = [features.denoiser] if isinstance(features, LiveSource) else []
+            denoisers = [denoiser, *live]
             self._bound_memory(stack, denoisers)
             progress = {"initial": done, "disable": not self.group.is_main, "unit": "step"}
             for i in tqdm(range(done, len(steps)), "edit", len(steps), **progress):
@@ -211,8 +211,8 @@ class EditSession:
                     eps = self._predict(guided, source, context, x, step, chunks)
                     eps = shard.gather(shard.take(eps))
                     x = self._advance(sampler, x, eps, i, smooth=i < smooth_steps)
-                    if isinstance(live, FeatureRecorder):
-                        live.save_step(i)
+                    if isinstance(features, FeatureRecorder):
+                        features.save_step(i)
                 if (i + 1) % config.checkpoint_every == 0 or i + 1 == len(steps):
                     evaluated = sum(each.image_forwards for each in denoisers)
                     self.image_forwards = before + sum(self.group.all_gather(evaluated))
@@ -252,8 +252,12 @@ class EditSession:
         if self.inputs.masks is not None:  # outside, the source's latents at that timestep
             t = sampler.levels[i + 1]
             source = self.latents(CLEAN_LATENTS if t == CLEAN else t)
-            x = torch.where(edited_cells(self.inputs.masks, self.models.vae_factor), x, source)
+            x = torch.where(self._edited_cells, x, source)
         return x
+
+    @cached_property
+    def _edited_cells(self) -> Tensor:
+        return edited_cells(self.inputs.masks, self.models.vae_factor)
 
     def _checkpoint(self, tensors: dict[str, Tensor], steps: int) -> None:
         if self.work is not None:
@@ -290,8 +294,6 @@ class EditSession:
             keep_base=config.consistency == "tokenflow",
             nearest=None if config.correspondence == "flow" else nearest_tokens,
         )
-        if config.correspondence != "nn":
-            context.propagate = propagate_places
         if config.consistency in ("tokenflow", "extended_attention"):
             together = len(self.frames)
             if config.consistency == "tokenflow":
@@ -317,11 +319,8 @@ class EditSession:
             bounded = chunked_forward(network, images * denoisers[0].branches, (INJECTED_BLOCK,))
             stack.enter_context(bounded)
 
-    def _open_source(
-        self, stack: ExitStack, context: TokenFlowContext, steps: Sequence[Step], done: int
-    ) -> Source:
-        """Chooses the source of features and correspondences for the steps after `done`."""
-        source = self._open_features(stack, context, steps, done)
+    def _with_flow(self, source: Source, context: TokenFlowContext) -> Source:
+        """A source with the correspondences of the config, which may be those of optical flow."""
         if self.config.correspondence == "nn":
             return source
         grid = self.flow.grid
