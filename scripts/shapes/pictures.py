@@ -89,12 +89,6 @@ def to_pixels(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_frames(pixels: Tensor) -> np.ndarray:
-    """(n, 3, H, W) in [-1, 1] to (n, H, W, 3) uint8."""
-    pixels = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
 def save_sheet(path: Path, frames: np.ndarray, columns: int = 8) -> None:
     """Write (n, H, W, 3) uint8 frames as a PNG of rows of `columns`, of which n is a multiple."""
     rows = [np.concatenate(list(row), axis=1) for row in np.split(frames, len(frames) // columns)]

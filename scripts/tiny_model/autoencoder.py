@@ -11,10 +11,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scripts.shapes.pictures import SIZE, held_out_pictures, save_sheet, to_frames, to_pixels
+from scripts.shapes.pictures import SIZE, held_out_pictures, save_sheet, to_pixels
 from scripts.tiny_model.model_files import make_vae, save_weights
 from scripts.tiny_model.settings import Training
 from scripts.tiny_model.trainer import train
+from tokenflow.diffusion.vae import to_frames
 from util import load_tensors, save_tensors
 
 log = logging.getLogger("tokenflow")

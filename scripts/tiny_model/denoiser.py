@@ -26,6 +26,7 @@ from scripts.tiny_model.autoencoder import load_vae, picture_latents
 from scripts.tiny_model.settings import Training
 from scripts.tiny_model.trainer import train
 from tokenflow.diffusion.conditions import canny_edges
+from tokenflow.diffusion.vae import to_frames
 from util import sha256_file
 
 NO_TEXT = 0.1  # share of captions that are dropped, for classifier-free guidance
@@ -212,7 +213,7 @@ def train_controlnet(training: Training) -> None:
             torch_dtype=torch.float32,
         ).to(training.device)
         drawn = draw_pictures(pipe, captions, image=edges, **_sheet_options(training))
-        shapes.save_sheet(path, np.concatenate([shapes.to_frames(2 * edges - 1), drawn]))
+        shapes.save_sheet(path, np.concatenate([to_frames(2 * edges - 1), drawn]))
 
     torch.manual_seed(training.seed)
     model = EdgesToNoise(unet).to(training.device)

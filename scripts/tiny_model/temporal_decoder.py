@@ -14,14 +14,14 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
 from scripts.shapes.metrics import warp_error
-from scripts.shapes.pictures import HELD_OUT, SIZE, save_sheet, to_frames, to_pixels
+from scripts.shapes.pictures import HELD_OUT, SIZE, save_sheet, to_pixels
 from scripts.shapes.world import SAMPLE_FRAMES, optical_flow, random_scene, render, render_clip
 from scripts.tiny_model.autoencoder import load_vae
 from scripts.tiny_model.model_files import NETWORKS, save_weights
 from scripts.tiny_model.settings import Training
 from scripts.tiny_model.trainer import train
 from tokenflow.diffusion.temporal_decoder import set_norm_groups
-from tokenflow.diffusion.vae import psnr
+from tokenflow.diffusion.vae import psnr, to_frames
 
 log = logging.getLogger("tokenflow")
 

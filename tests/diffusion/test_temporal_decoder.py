@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from run_tokenflow_pnp import PnPConfig
-from scripts.shapes.pictures import to_frames, to_pixels
+from scripts.shapes.pictures import to_pixels
 from scripts.shapes.world import random_scene, render_clip
 from scripts.tiny_model import temporal_decoder as training
 from scripts.tiny_model.model_files import save_weights
@@ -20,7 +20,7 @@ from tokenflow.diffusion.temporal_decoder import (
     load_temporal_decoder,
     overlapping_chunks,
 )
-from tokenflow.diffusion.vae import decode_latents
+from tokenflow.diffusion.vae import decode_latents, to_frames
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.ops.distributed import ProcessGroup, Shard

@@ -11,10 +11,10 @@ from scripts.shapes.pictures import (
     picture,
     render_pictures,
     save_sheet,
-    to_frames,
     to_pixels,
 )
 from scripts.shapes.world import random_scene
+from tokenflow.diffusion.vae import to_frames
 from util import MissingFileError
 
 

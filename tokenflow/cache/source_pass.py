@@ -71,14 +71,17 @@ class LiveSource:
         self.denoiser(self._latents(t)[frames], t, frames)
 
 
-class RecordingSource(LiveSource):
-    """A `LiveSource` that notes a step's features as it fills them in.
+class FeatureRecorder(LiveSource):
+    """A `LiveSource` that notes a step's features as it fills them in, and writes them.
 
     Args:
         settings: of the features.
         timesteps: of sampling, noisiest first; settings.n_timesteps of them.
         chunk_size: frames evaluated at once by `take_step`.
+        work: where features are written.
     """
+
+    _counted = 0  # image-forwards of this process that the checkpoint has
 
     def __init__(
         self,
@@ -88,9 +91,10 @@ class RecordingSource(LiveSource):
         settings: FeatureSettings,
         timesteps: Sequence[int],
         chunk_size: int,
+        work: WorkDir,
     ) -> None:
         super().__init__(denoiser, context, latents)
-        self.settings, self.chunk_size = settings, chunk_size
+        self.settings, self.chunk_size, self.work = settings, chunk_size, work
         self.steps = list(zip(timesteps, feature_keyframes(settings), strict=True))
         self._tokens: dict[str, Tensor] = {}
         self._chunks: list[dict[str, Tensor]] = []
@@ -136,17 +140,6 @@ class RecordingSource(LiveSource):
                 self.load_chunk(t, frames)
         return self.recorded()
 
-
-class FeatureRecorder(RecordingSource):
-    """A `RecordingSource` of an edit that takes all steps and writes their features.
-
-    Attributes:
-        work: where they are written; set by `recorded_features`.
-    """
-
-    work: WorkDir
-    _counted = 0  # image-forwards of this process that the checkpoint has
-
     def save_step(self, step: int) -> None:
         """Writes the features of the step that the edit has just taken.
 
@@ -176,23 +169,34 @@ class FeatureRecorder(RecordingSource):
 
 
 @contextmanager
-def recorded_features(cache: SourceCache, source: FeatureRecorder) -> Iterator[LiveSource]:
-    """Yields a live source whose features are in the cache when the block ends.
+def recorded_features(
+    cache: SourceCache,
+    live: LiveSource,
+    settings: FeatureSettings,
+    timesteps: Sequence[int],
+    chunk_size: int,
+) -> Iterator[LiveSource]:
+    """Yields a source of an edit that takes all steps; then the cache has their features.
 
     If the block fails, the next call with the same settings resumes. Features of other settings are
-    replaced. If another process works on the cache, nothing is recorded: the source is a
-    `LiveSource`.
+    replaced. If another process works on the cache, nothing is recorded: the source is `live`.
+
+    Args:
+        settings, timesteps, chunk_size: as in `FeatureRecorder`, which is yielded.
     """
     with locked(cache.folder, wait=False) as held:
         if not held:
             log.info("%s: another process works on it; no features are saved", cache.folder)
-            yield LiveSource(source.denoiser, source.context, source.latents)
+            yield live
             return
-        identity = _identity(cache, source.settings)
-        with resumable_dir(cache.folder / FEATURES, identity) as source.work:
-            yield source
-            source.save_missing(len(source.steps))
-            _write_manifest(source.work, identity)
+        identity = _identity(cache, settings)
+        with resumable_dir(cache.folder / FEATURES, identity) as work:
+            recorder = FeatureRecorder(
+                live.denoiser, live.context, live.latents, settings, timesteps, chunk_size, work
+            )
+            yield recorder
+            recorder.save_missing(len(recorder.steps))
+            _write_manifest(work, identity)
 
 
 @torch.inference_mode()
@@ -219,9 +223,10 @@ def build_features(
     nearest = nearest_tokens if settings.correspondence == "nn" else None
     context = TokenFlowContext(nearest=nearest)
     latents = partial(cache.latents, n_frames=settings.n_frames)
-    source = RecordingSource(denoiser, context, latents, settings, timesteps, chunk_size)
-    steps, identity = source.steps, _identity(cache, settings)
+    identity = _identity(cache, settings)
     with resumable_dir(cache.folder / FEATURES, identity, group) as work:
+        source = FeatureRecorder(denoiser, context, latents, settings, timesteps, chunk_size, work)
+        steps = source.steps
         before = {"steps": 0, "seconds": 0.0, "image_forwards": 0}  # of an interrupted run
         if work.checkpoint is not None:
             before = work.checkpoint.figures

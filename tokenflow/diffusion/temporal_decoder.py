@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
 from tokenflow.diffusion.checkpoints import single_model_folder
-from tokenflow.diffusion.models import BETTER_DTYPE, StableDiffusion
+from tokenflow.diffusion.models import StableDiffusion
+from tokenflow.diffusion.vae import check_decoded, to_frames
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from util import UserError
 
@@ -93,15 +94,9 @@ def decode_temporally(
     for i, start in enumerate(own):
         chunk = scaled[start : start + length].to(models.device, models.dtype)
         pixels = decoder.decode(chunk, num_frames=length, return_dict=False)[0].float()
-        if not torch.isfinite(pixels).all():
-            raise UserError(
-                f"the temporal decoder's frames are not finite in {models.dtype_name}; "
-                f"try {BETTER_DTYPE}"
-            )
+        check_decoded(pixels, "temporal decoder", models)
         chunks[i] = pixels.cpu()
-    pixels = cross_fade(shard.gather(chunks), starts)
-    pixels = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    return to_frames(cross_fade(shard.gather(chunks), starts))
 
 
 def overlapping_chunks(

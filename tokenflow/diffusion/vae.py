@@ -55,13 +55,23 @@ def decode_latents(
         scaled = latents[numbers].to(models.device, torch.float32)
         scaled = scaled / models.vae.config.scaling_factor
         pixels = models.vae.decode(scaled.to(models.dtype), return_dict=False)[0].float()
-        if not torch.isfinite(pixels).all():
-            raise UserError(
-                f"the VAE's frames are not finite in {models.dtype_name}; try {BETTER_DTYPE}"
-            )
-        pixels = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
-        frames[numbers] = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        check_decoded(pixels, "VAE", models)
+        frames[numbers] = to_frames(pixels)
     return shard.gather(torch.from_numpy(frames)).numpy()
+
+
+def check_decoded(pixels: Tensor, decoder: str, models: StableDiffusion) -> None:
+    """Raises a UserError that names the decoder if its pixels are not finite."""
+    if not torch.isfinite(pixels).all():
+        raise UserError(
+            f"the {decoder}'s frames are not finite in {models.dtype_name}; try {BETTER_DTYPE}"
+        )
+
+
+def to_frames(pixels: Tensor) -> np.ndarray:
+    """(n, 3, H, W) colours in [-1, 1], which are clamped, to (n, H, W, 3) uint8."""
+    pixels = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _pieces(n: int, size: int) -> list[slice]:

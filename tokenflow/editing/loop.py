@@ -347,17 +347,17 @@ class EditSession:
         if self.config.consistency == "tokenflow":
             log.info("source features: computed live (%s)", reason)
         manifest = self.cache.manifest
-        live = make_denoiser(
+        denoiser = make_denoiser(
             self.models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
         )
+        live = LiveSource(denoiser, context, self.latents)
         all_steps = len(steps) == self.config.n_timesteps and self.group.size == 1
         if self.config.source_features == "save" and needed is not None and all_steps:
-            timesteps = self.inputs.timesteps
-            recorder = FeatureRecorder(
-                live, context, self.latents, needed, timesteps, self.chunk_size
+            recorded = recorded_features(
+                self.cache, live, needed, self.inputs.timesteps, self.chunk_size
             )
-            return stack.enter_context(recorded_features(self.cache, recorder))
-        return LiveSource(live, context, self.latents)
+            return stack.enter_context(recorded)
+        return live
 
     def _needed_features(self, steps: Sequence[Step]) -> tuple[FeatureSettings | None, str]:
         """The features that serve this edit; None if no cached ones do, and why not."""
