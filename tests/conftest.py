@@ -7,7 +7,10 @@ import cv2
 import pytest
 import torch
 
+from scripts.tiny_model import temporal_decoder
 from scripts.tiny_model.make_random import make_depth_model, make_model
+from scripts.tiny_model.model_files import save_weights
+from tests.helpers import TEMPORAL_WIDTHS
 from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
 
 # The tests' tensors are too small to share between threads: waiting for them costs more than it
@@ -38,6 +41,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def models(tiny_model: Path) -> StableDiffusion:
     """Its models, which tests share and do not change."""
     return load_stable_diffusion(tiny_model, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_temporal_decoder(
+    models: StableDiffusion, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A temporal decoder for the tiny model, whose layers over time do something."""
+    folder = tmp_path_factory.mktemp("decoder") / "vae"
+    torch.manual_seed(0)
+    model = temporal_decoder.make_temporal_vae(models.vae, TEMPORAL_WIDTHS)
+    for name, parameter in model.named_parameters():
+        if name.endswith("temporal_res_block.conv2.weight"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_weights(folder, model, torch.float32)
+    return folder
 
 
 @pytest.fixture(scope="session")

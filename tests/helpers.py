@@ -16,6 +16,7 @@ from tokenflow.storage.video import save_video
 from tokenflow.storage.yaml_files import save_yaml
 
 HEIGHT, WIDTH = 48, 80  # latents of 6x10: no square, and odd sizes deeper in the UNet
+TEMPORAL_WIDTHS = [32, 32, 32, 32]  # of a temporal decoder: equal, as the tiny model's VAE's are
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

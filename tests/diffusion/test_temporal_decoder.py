@@ -12,7 +12,7 @@ from scripts.shapes.pictures import to_pixels
 from scripts.shapes.world import random_scene, render_clip
 from scripts.tiny_model import temporal_decoder as training
 from scripts.tiny_model.model_files import save_weights
-from tests.helpers import edit_keys, invert, make_clip, randn
+from tests.helpers import TEMPORAL_WIDTHS, edit_keys, invert, make_clip, randn
 from tokenflow.diffusion.temporal_decoder import (
     check_decoder_fits,
     cross_fade,
@@ -25,21 +25,6 @@ from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.ops.distributed import ProcessGroup, Shard
 from util import UserError
-
-WIDTHS = [32, 32, 32, 32]  # equal, as the tiny model's are
-
-
-@pytest.fixture(scope="module")
-def folder(models, tmp_path_factory):
-    """A temporal decoder for the tiny model, whose layers over time do something."""
-    folder = tmp_path_factory.mktemp("decoder") / "vae"
-    torch.manual_seed(0)
-    model = training.make_temporal_vae(models.vae, WIDTHS)
-    for name, parameter in model.named_parameters():
-        if name.endswith("temporal_res_block.conv2.weight"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_weights(folder, model, torch.float32)
-    return folder
 
 
 @pytest.mark.parametrize("most", [18, 20])
@@ -70,8 +55,8 @@ def test_overlapping_frames_are_faded_linearly(n):
     assert len(found) == n
 
 
-def test_a_clip_is_decoded_in_overlapping_chunks(models, folder, monkeypatch):
-    decoder = load_temporal_decoder(models, str(folder))
+def test_a_clip_is_decoded_in_overlapping_chunks(models, tiny_temporal_decoder, monkeypatch):
+    decoder = load_temporal_decoder(models, str(tiny_temporal_decoder))
     latents = 0.5 * randn(23, 4, 3, 5)
     scaled = latents / models.vae.config.scaling_factor
     with torch.inference_mode():
@@ -93,23 +78,27 @@ def test_a_clip_is_decoded_in_overlapping_chunks(models, folder, monkeypatch):
     assert torch.equal(torch.cat(own), torch.stack(parts))
 
 
-def test_an_edit_is_decoded_by_the_decoder_that_its_config_names(tiny_model, folder, tmp_path):
+def test_an_edit_is_decoded_by_the_decoder_that_its_config_names(
+    tiny_model, tiny_temporal_decoder, tmp_path
+):
     clip = make_clip(tmp_path / "clip.mp4")
     invert(clip, tmp_path / "latents", tiny_model)
     keys = edit_keys(tmp_path, tiny_model, decoder="temporal")
     with pytest.raises(UserError, match=r"maxin-cn/Latte-1: no such folder"):
         open_edit_inputs(PnPConfig(**keys))
-    session = EditSession(open_edit_inputs(PnPConfig(**keys, decoder_key=str(folder))))
+    session = EditSession(
+        open_edit_inputs(PnPConfig(**keys, decoder_key=str(tiny_temporal_decoder)))
+    )
     latents = session.latents("clean")
-    decoder = load_temporal_decoder(session.models, str(folder))
+    decoder = load_temporal_decoder(session.models, str(tiny_temporal_decoder))
     expected = decode_temporally(session.models, decoder, latents)
     assert np.array_equal(session.decode(latents), expected)
     assert not np.array_equal(decode_latents(session.models, latents), expected)
 
 
-def test_a_decoder_of_another_vae_is_refused(tiny_model, models, folder, tmp_path):
-    check_decoder_fits(tiny_model, str(folder))
-    model = copy.deepcopy(load_temporal_decoder(models, str(folder)))
+def test_a_decoder_of_another_vae_is_refused(tiny_model, models, tiny_temporal_decoder, tmp_path):
+    check_decoder_fits(tiny_model, str(tiny_temporal_decoder))
+    model = copy.deepcopy(load_temporal_decoder(models, str(tiny_temporal_decoder)))
     model.register_to_config(scaling_factor=0.5)
     save_weights(tmp_path / "other", model, torch.float32)
     with pytest.raises(UserError, match=r"other: this temporal decoder .* scaling_factor is 0\.5"):
@@ -128,7 +117,7 @@ def test_it_begins_as_the_image_decoder(models, monkeypatch):
         torch.nn.init.zeros_(parameter)
     for layer in silent:
         torch.nn.init.zeros_(layer.bias)
-    model, latents = training.make_temporal_vae(vae, WIDTHS).eval(), randn(3, 4, 5, 3)
+    model, latents = training.make_temporal_vae(vae, TEMPORAL_WIDTHS).eval(), randn(3, 4, 5, 3)
     frames = randn(2, 3, 16, 24)
     with torch.inference_mode():
         temporal, image = model.decode(latents, num_frames=3).sample, vae.decode(latents).sample
