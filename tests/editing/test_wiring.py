@@ -1,6 +1,6 @@
 """Every option of an edit on a real clip: frames of an odd grid, a short last interval and chunk.
 
-The model is random: these tests show that the options run and act together, not what they look like.
+The model is random: these tests show that options run and act together, not what they look like.
 """
 
 import shutil
