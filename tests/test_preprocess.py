@@ -526,6 +526,7 @@ def bad(tmp_path, monkeypatch, clip, tiny_model):
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         container.add_stream("aac", rate=8000, layout="mono")
         container.start_encoding()
+    make_clip(tmp_path / "fast.mp4", 2, fps=2000)
     half = shutil.copytree(tiny_model, tmp_path / "half_model")
     (half / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     edit_json(tiny_model, tmp_path / "inpainting", "unet/config.json", in_channels=9)
@@ -552,6 +553,7 @@ BAD_OPTIONS = [
     ({"data_path": "sound.mp4"}, r"sound\.mp4: (has no|not a) video"),
     ({"data_path": "empty"}, "empty: holds no images"),
     ({"data_path": "sizes"}, r"images of different sizes: .*80x48.* and .*80x80"),
+    ({"data_path": "fast.mp4"}, r"fast\.mp4: 2000 frames per second, at most 1000 .* --fps 30"),
     ({"n_frames": 0}, "--n_frames: 0, expected at least 1 and at most 1000000"),
     ({"frame_start": 6}, r"star\.mp4: start 6 is beyond the end: the clip has 6 frames"),
     ({"H": 65, "W": 80}, "--H: 65, expected a multiple of 8"),

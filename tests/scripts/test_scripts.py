@@ -202,6 +202,9 @@ def test_an_interrupted_edit_leaves_no_result(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fps", [12, 23.976023976023978, 0.5])
 def test_another_frame_rate_on_demand(settings, tmp_path, fps):
     values = {**settings, "output_path": str(tmp_path / "out"), "start": 0.2, "fps": fps}
+    values["latents_path"] = str(shutil.copytree(settings["latents_path"], tmp_path / "latents"))
+    manifest = next(tmp_path.rglob("manifest.yaml"))  # an earlier version took any rate
+    manifest.write_text(manifest.read_text().replace(f"fps: {FPS}", "fps: '2000'"))
     edit("sdedit", values, tmp_path)
     count, rate, _ = video_facts(only_result(tmp_path / "out") / "edited.mp4")
     assert count == N_FRAMES

@@ -366,6 +366,28 @@ def test_refuses_sound_alone(tmp_path):
         video.read_clip(tmp_path / "a.mp4", 1)
 
 
+def test_a_cover_picture_is_no_clip(tmp_path):
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.disposition = av.stream.Disposition.attached_pic
+        cover.height, cover.width, cover.pix_fmt = 32, 48, "yuvj420p"
+        mux_silence(container, sound)
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(greys(1)[0], format="rgb24")))
+        container.mux(cover.encode())
+    with pytest.raises(UserError, match=r"song\.mp4: has no video stream, but sound with a cover"):
+        video.read_clip(tmp_path / "song.mp4", 1)
+
+
+def test_refuses_a_size_that_changes_midway(tmp_path):
+    parts = [encode(tmp_path / f"{h}.ts", greys(3, height=h)) for h in (32, 64)]
+    path = tmp_path / "a.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(UserError, match=r"frame 3 is 48x64, those before it 48x32; a smaller n_f"):
+        video.read_clip(path, 6)
+    assert indices(video.read_clip(path, 3, own_size=True).frames) == [0, 1, 2]
+
+
 def test_refuses_an_unknown_codec(tmp_path):
     path = encode(tmp_path / "a.mp4", greys(2))
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1").replace(b"avcC", b"zzzC"))

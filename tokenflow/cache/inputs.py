@@ -25,7 +25,14 @@ from tokenflow.diffusion.model_names import MODELS, ControlSettings, control_set
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch
-from tokenflow.storage.video import Clip, clip_name, read_clip, resolve_clip, source_sha256
+from tokenflow.storage.video import (
+    MAX_FPS,
+    Clip,
+    clip_name,
+    read_clip,
+    resolve_clip,
+    source_sha256,
+)
 from tokenflow.storage.work_dir import unfinished_bytes
 from util import UserError, check_writable
 
@@ -126,6 +133,11 @@ def _read(options: PreprocessOptions) -> tuple[Path, str, Clip]:
     )
     if source_sha256(source) != sha256:  # its frames would go by the name of others
         raise UserError(f"{source}: changed while it was read; run the same command again")
+    if clip.fps > MAX_FPS:
+        raise UserError(
+            f"{source}: {float(clip.fps):g} frames per second, at most {MAX_FPS} are written; give "
+            "the rate of the inversion and its edits: --fps 30"
+        )
     return source, sha256, clip
 
 

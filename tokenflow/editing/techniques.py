@@ -145,9 +145,8 @@ def save_result(technique: str, session: EditSession, frames: np.ndarray, latent
     peak = max(group.all_gather(peak_memory_bytes(inputs.device)))
     if not group.is_main:
         return
-    fps = cache.fps
-    if session.config.fps is not None:
-        fps = Fraction(session.config.fps).limit_denominator(MAX_FPS_DENOMINATOR)
+    fps = session.config.fps
+    fps = cache.fps if fps is None else Fraction(fps).limit_denominator(MAX_FPS_DENOMINATOR)
     with session.watch("write"):
         save_frames(work.folder / "frames", frames)
         save_video(work.folder / "edited.mp4", frames, fps)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 from PIL import Image
 
 from tokenflow.storage.images import (
@@ -204,24 +205,31 @@ def _read_video(
         stream = container.streams.best("video")
         if stream is None:
             raise UserError(f"{path}: has no video stream")
+        if stream.disposition & Disposition.attached_pic:
+            raise UserError(f"{path}: has no video stream, but sound with a cover picture")
         if stream.codec_context is None:
             raise UserError(f"{path}: there is no decoder for its video codec")
         check_size(path, stream.codec_context.height, stream.codec_context.width)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         there = len(range(wanted.start, max(wanted.start, stream.frames), wanted.step))
-        n_seen = 0
+        n_seen, first = 0, None
         try:
             for frame in container.decode(stream):
                 if n_seen in wanted:
                     if frame.is_corrupt:
-                        raise _corrupt_frame(path, n_seen, "damaged data")
+                        raise _bad_frame(path, n_seen, "cannot be decoded (damaged data)")
                     check_size(path, frame.height, frame.width)
-                    keep(_displayed(path, frame), there)
+                    image = _displayed(path, frame)
+                    first = first or image.size
+                    if image.size != first:
+                        sizes = "is {}x{}, those before it {}x{}".format(*image.size, *first)
+                        raise _bad_frame(path, n_seen, sizes)
+                    keep(image, there)
                 n_seen += 1
                 if n_seen > wanted[-1]:
                     break
         except av.FFmpegError as error:
-            raise _corrupt_frame(path, n_seen, error.strerror) from error
+            raise _bad_frame(path, n_seen, f"cannot be decoded ({error.strerror})") from error
         rate = stream.average_rate or stream.guessed_rate
     if not n_seen:
         raise UserError(f"{path}: has no frame that can be decoded")
@@ -232,9 +240,9 @@ def _read_video(
     return n_seen, rate.limit_denominator(1001) or rate
 
 
-def _corrupt_frame(path: Path, index: int, reason: str) -> UserError:
+def _bad_frame(path: Path, index: int, fault: str) -> UserError:
     remedy = "; a smaller n_frames takes only frames before it" if index else ""
-    return UserError(f"{path}: frame {index} cannot be decoded ({reason}){remedy}")
+    return UserError(f"{path}: frame {index} {fault}{remedy}")
 
 
 def _displayed(path: Path, frame: av.VideoFrame) -> Image.Image:
