@@ -398,9 +398,12 @@ def test_an_older_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     make_result(tmp_path / "r" / "x", None)
     out = tmp_path / "report"
     make_report(out, tmp_path / "r", title="first")
-    (out / "media" / "old.mp4").touch()
+    (out / "media" / "0009-old.mp4").touch()
+    for name in ("notes.txt", "media/mine.mp4"):  # the user's
+        (out / name).write_text("mine")
     assert make_report(out, tmp_path / "r", title="second")["title"] == "second"
-    assert not (out / "media" / "old.mp4").exists()
+    assert not (out / "media" / "0009-old.mp4").exists()
+    assert (out / "notes.txt").read_text() == (out / "media/mine.mp4").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "report"]
     shutil.copytree(tmp_path / "r", out / "r")
     before = contents(out)

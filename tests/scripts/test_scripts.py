@@ -166,12 +166,15 @@ def test_a_finished_result_is_skipped_and_overwritten_on_demand(
     copy = tmp_path / "out"
     shutil.copytree(output, copy)
     (only_result(copy) / "frames" / "00000.png").unlink()
+    notes = only_result(copy) / "frames" / "notes.txt"
+    notes.write_text("the user's")
     latents = only_result(copy) / "edited_latents.safetensors"
     old = sha256_file(latents)
     run_tokenflow_sdedit.main(
         ["--config", str(path), "--set", f"output_path={copy}", "--overwrite"]
     )
-    assert contents(copy).keys() == before.keys()
+    assert notes.read_text() == "the user's"
+    assert contents(copy).keys() - {str(notes.relative_to(copy))} == before.keys()
     assert sha256_file(latents) == old
 
 

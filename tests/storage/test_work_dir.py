@@ -119,6 +119,28 @@ def test_a_replaced_folder_is_new_or_old_never_both(tmp_path):
     assert files(tmp_path) == ["report/two"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_files_that_a_user_added_stay(tmp_path, monkeypatch, links):
+    folder = tmp_path / "report"
+    with atomic_dir(folder) as partial:
+        for name in ("page", "1-old", "part"):
+            (partial / name).write_text("ours")
+    (folder / "mine" / "deep").mkdir(parents=True)
+    (folder / "mine" / "deep" / "notes").write_text("mine")
+    (folder / "link").symlink_to("nowhere")
+    (folder / "part").unlink()
+    (folder / "part").mkdir()  # where the new directory has a file
+    (folder / "part" / "x").touch()
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *args, **kwargs: os.stat(tmp_path / "no links"))
+    with atomic_dir(folder, own=("[0-9]-*",)) as partial:
+        for name in ("page", "2-new", "part"):
+            (partial / name).write_text("new")
+    assert files(tmp_path) == [f"report/{n}" for n in ("2-new", "mine/deep/notes", "page", "part")]
+    assert (folder / "page").read_text() == "new" and (folder / "link").is_symlink()
+    assert (folder / "mine" / "deep" / "notes").read_text() == "mine"
+
+
 @pytest.mark.parametrize("killed_before", ["first", "second"])
 def test_a_kill_between_the_renames_loses_neither(tmp_path, monkeypatch, killed_before):
     """Of an old folder that makes room, and of the new one that takes its place."""

@@ -129,7 +129,7 @@ def open_result(
             yield folder, None
             return
         depends_on = {**result_settings(inputs), "cache_sha256": cache.sha256}
-        with resumable_dir(folder, depends_on, group) as work:
+        with resumable_dir(folder, depends_on, group, own=()) as work:
             yield folder, work
 
 

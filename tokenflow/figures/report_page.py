@@ -32,6 +32,7 @@ from util import UserError, check_writable, slug
 log = logging.getLogger("tokenflow")
 
 PAGE = "report.html"
+MEDIA = "media/[0-9][0-9][0-9][0-9]-*"  # files of `add_video`
 PAGE_PARTS = Path(__file__).resolve().parent / "page"
 GENERATOR = '<meta name="generator" content="tokenflow report.py">'
 LINKED = (*RESULT_FILES, "side_by_side.mp4", "frames")
@@ -175,8 +176,11 @@ def source_frames(group: Group) -> tuple[np.ndarray, Fraction] | None:
 
 
 def write_report(groups: Sequence[Group], rows: Mapping[str, Row], out: Path, title: str) -> None:
-    """Write the report's folder, an absolute path, which replaces an older one when it is whole."""
-    with atomic_dir(out) as partial:
+    """Write the report's folder, an absolute path, which replaces an older one when it is whole.
+
+    Files that a user added to the older one stay.
+    """
+    with atomic_dir(out, own=(MEDIA,)) as partial:
         media = partial / "media"
         media.mkdir()
         work = tqdm(groups, desc="report", unit="clip")

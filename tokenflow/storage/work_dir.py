@@ -19,9 +19,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,13 @@ def _lock_file(folder: Path) -> Path:
 
 
 @contextmanager
-def atomic_dir(folder: Path) -> Iterator[Path]:
+def atomic_dir(folder: Path, own: Sequence[str] | None = None) -> Iterator[Path]:
     """Yields an empty directory to fill; on success it replaces `folder`, which may be missing.
 
     On failure `folder` is as it was, and what was written is removed. It is locked meanwhile.
+    `own` is as in `resumable_dir`.
     """
-    with locked(folder), resumable_dir(folder, {}) as work:
+    with locked(folder), resumable_dir(folder, {}, own=own) as work:
         yield work.folder
 
 
@@ -124,8 +126,10 @@ def unfinished_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _put_in_place(folder: Path) -> None:
+def _put_in_place(folder: Path, own: Sequence[str] | None) -> None:
     place = _work_place(folder)
+    if own is not None:
+        _keep_others(folder, place / "folder", own)
     for path, _, _ in os.walk(place / "folder"):
         sync_folder(path)
     if folder.exists():
@@ -133,6 +137,22 @@ def _put_in_place(folder: Path) -> None:
     (place / "folder").rename(folder)
     sync_folder(folder.parent)
     _remove(place)
+
+
+def _keep_others(old: Path, new: Path, own: Sequence[str]) -> None:
+    """Adds a directory's files to the one that replaces it, except those that we wrote."""
+    for path in sorted(old.rglob("*")):
+        name = path.relative_to(old)
+        target = new / name
+        is_ours = any(fnmatchcase(name.as_posix(), pattern) for pattern in own)
+        is_blocked = any(parent.is_file() for parent in (target, *target.parents))
+        if is_ours or is_blocked or not (path.is_file() or path.is_symlink()):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, target, follow_symlinks=False)
+        except OSError:  # not on every file system
+            shutil.copy2(path, target, follow_symlinks=False)
 
 
 def _work_place(folder: Path) -> Path:
@@ -207,7 +227,10 @@ class WorkDir:
 
 @contextmanager
 def resumable_dir(
-    folder: Path, work: Mapping[str, Any], group: ProcessGroup = SINGLE_PROCESS
+    folder: Path,
+    work: Mapping[str, Any],
+    group: ProcessGroup = SINGLE_PROCESS,
+    own: Sequence[str] | None = None,
 ) -> Iterator[WorkDir]:
     """Yields a directory to fill; on success it replaces `folder`, which may be missing.
 
@@ -217,6 +240,8 @@ def resumable_dir(
     Args:
         work: all that the contents depend on, as plain values.
         group: the processes that fill it together, each of which calls this.
+        own: keep the files of the replaced directory that the new one lacks, since the user may
+            have added them, except those whose paths match one of these patterns; None: keep none.
     """
     if not group.is_main:
         resumed = group.broadcast(None)
@@ -242,7 +267,7 @@ def resumable_dir(
         if work_dir.checkpoint is None:
             _remove(place)  # there is nothing to resume from
         raise
-    _put_in_place(folder)
+    _put_in_place(folder, own)
     group.barrier()
 
 
