@@ -132,6 +132,10 @@ def test_a_required_key_may_not_be_missing(tmp_path):
         ("steps=many", "--set steps: expected a whole number, got 'many'"),
         ("steps=0", "--set steps: expected at least 1"),
         ("steps=[1", "--set steps: not valid YAML"),
+        ("steps=1:30", "--set steps: not valid YAML in line 1: '1:30' is no decimal number"),
+        ("steps=017", "--set steps: not valid YAML in line 1: '017' is no decimal number"),
+        ("prompt=null", "--set prompt: expected text, got nothing; '' is the empty text"),
+        ("blend=~", "--set blend: expected one of sigmoid, linear; got nothing"),
     ],
 )
 def test_bad_overrides_name_themselves(tmp_path, override, message):
@@ -146,6 +150,8 @@ def test_bad_overrides_name_themselves(tmp_path, override, message):
         ("prompt=a wolf #2: gold", "a wolf #2: gold"),
         ("prompt=- yes", "- yes"),
         ("prompt='quoted'", "quoted"),
+        ('prompt="STOP" sign that says "GO"', '"STOP" sign that says "GO"'),
+        ("prompt='null'", "null"),
         ("prompt=a=b", "a=b"),
         ("prompt=", ""),
         ("prompt=2.1", "2.1"),
@@ -153,6 +159,12 @@ def test_bad_overrides_name_themselves(tmp_path, override, message):
 )
 def test_text_in_an_override_is_taken_as_it_stands(tmp_path, override, value):
     assert load(tmp_path, yaml.safe_dump(GOOD), override).prompt == value
+
+
+def test_a_rule_between_keys_names_the_overrides_that_break_it(tmp_path):
+    text = yaml.safe_dump(GOOD | {"fixed": True, "steps": 10})
+    with pytest.raises(UserError, match=r"c\.yaml with --set steps: steps: must be 10 or more"):
+        load(tmp_path, text, "prompt=a fox", "steps=5")
 
 
 def test_an_exploding_alias_gives_a_short_message(tmp_path):

@@ -7,7 +7,8 @@ from util import MissingFileError, UserError
 
 
 def test_yaml_survives_saving_in_order(tmp_path):
-    mapping = {"z": "狼 🐺", "a": [1, 2.5, None], "m": {"on": True}}
+    mapping = {"z": "狼 🐺", "a": [1, 2.5, None, 0, 0.5], "m": {"on": True}}
+    mapping |= {text: text for text in ("1:30", "017", "0b1", "1_000")}
     save_yaml(tmp_path / "a.yaml", mapping)
     assert list(load_yaml(tmp_path / "a.yaml").items()) == list(mapping.items())
     text = (tmp_path / "a.yaml").read_text(encoding="utf-8")
@@ -26,6 +27,10 @@ def test_yaml_survives_saving_in_order(tmp_path):
         ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML in line 1"),
         ("a: 2024-13-45\n", "not valid YAML: month"),
         ("a: \x00\n", "not valid YAML"),
+        ("a: 017\n", "line 1: '017' is no decimal number: write one, or quote it as text"),
+        ("a: 1:30\n", "line 1: '1:30' is no decimal number"),
+        ("a: [0, -0b11]\n", "line 1: '-0b11' is no decimal number"),
+        ("1:30.5: 2\n", "line 1: '1:30.5' is no decimal number"),
         pytest.param("a: " + "[" * 1500, "not valid YAML", id="nested too deep"),
     ],
 )

@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -146,7 +147,7 @@ def parse(cls: type[M], given: Any, where: str) -> M:
         UserError: a key is unknown or missing, or a value is not as declared; begins with
             "<where>: <key>: ". An error that a validator raises keeps its type.
     """
-    return _parse(cls, given, lambda key: _joined(where, key))
+    return _parse(cls, given, lambda key, fault: _joined(where, key))
 
 
 def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -> M:
@@ -154,12 +155,13 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
 
     Args:
         overrides: "key=value" strings that win over the file. The value of a text is taken as it
-            stands (except quotes around it, and null where that is allowed); others are YAML. A
-            preset among them wins over the file's keys too.
+            stands (except quotes around all of it, and null); others are YAML. A preset among them
+            wins over the file's keys too.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: as for `parse`; begins with "<path>: <key>: " or "--set <key>: ".
+        UserError: as for `parse`; begins with "<path>: <key>: " or "--set <key>: ", or names the
+            overrides that break a rule between keys.
     """
     values = load_yaml(path, MAX_CONFIG_BYTES)
     overridden = {}
@@ -178,7 +180,16 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
         values[key] = _override(value, field.annotation if field else str, where)
     if issubclass(cls, PresetModel):
         values = _without_replaced(cls, values, set(overridden), path)
-    return _parse(cls, values, lambda key: overridden.get(key) or _joined(str(path), key))
+
+
+    def place(key: str, fault: str) -> str:
+        named = [key] if key else ["preset", *re.findall(r"\w+", fault)]
+        words = ", ".join(dict.fromkeys(overridden[name] for name in named if name in overridden))
+        if key and words:
+            return words
+        return f"{path} with {words}" if words else _joined(str(path), key)
+
+    return _parse(cls, values, place)
 
 
 def _without_replaced(
@@ -234,7 +245,7 @@ def from_arguments(cls: type[M], args: argparse.Namespace) -> M:
             if kind in (int, float):
                 with suppress(ValueError):  # a word that spells no number is refused below
                     given[name] = kind(value)
-    return _parse(cls, given, lambda key: f"--{key}" if key else "", command_line=True)
+    return _parse(cls, given, lambda key, fault: f"--{key}" if key else "", command_line=True)
 
 
 def expected(annotation: Any) -> str:
@@ -269,9 +280,9 @@ _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 def _parse(cls: type[M], given: Any, place: Any, command_line: bool = False) -> M:
-    """`place` says where a key of the mapping stands, or the whole of it ("")."""
+    """`place` says where a key of the mapping stands, or the whole of it (""), given its fault."""
     if not isinstance(given, Mapping):
-        raise UserError(f"{place('')}: expected {_MAPPING}, got {shown(given)}")
+        raise UserError(f"{place('', '')}: expected {_MAPPING}, got {shown(given)}")
     try:
         return cls.model_validate(dict(given))
     except ValidationError as error:
@@ -284,7 +295,7 @@ def _parse(cls: type[M], given: Any, place: Any, command_line: bool = False) -> 
     *inner, last = [f"number {p + 1}" if isinstance(p, int) else shown_key(p) for p in rest] or [""]
     if fault["type"] in _UNKNOWN and rest:
         last = shown_key(rest[-1])
-    where = _joined(place(shown_key(first)), *inner, last)
+    where = _joined(place(shown_key(first), str(raised or "")), *inner, last)
     raise kind(f"{where}: {_fault_text(cls, fault, where, command_line)}" if where else str(raised))
 
 
@@ -317,6 +328,8 @@ def _fault_text(cls: type[Model], fault: ErrorDetails, where: str, command_line:
         return f"{got}, expected {text}"
     is_choice = fault["type"] == "literal_error"
     quoted = _quote_hint(value, where) if is_choice or fault["type"] == "string_type" else ""
+    if value is None and fault["type"] == "string_type":
+        quoted = "; '' is the empty text"
     if is_choice and quoted:  # sd_version: 2.1
         return f"expected text, got {got}{quoted}"
     return f"expected {text}{';' if is_choice else ','} got {got}{quoted}"
@@ -339,9 +352,9 @@ def _override(text: str, annotation: Any, where: str) -> Any:
     """The value of an override; a text is not read as YAML: a prompt may hold "#" or ": "."""
     if not (plain_type(annotation) is str or choices_of(annotation)):
         return parse_yaml(text, where)
-    if _optional(annotation) and text.strip() in ("null", "~", ""):
+    if text.strip() in ("null", "~", *([""] if _optional(annotation) else [])):
         return None
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    quoted = len(text) > 1 and text[0] in "'\"" and text.find(text[0], 1) == len(text) - 1
     return text[1:-1] if quoted else text
 
 

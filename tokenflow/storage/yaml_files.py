@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ MAX_YAML_BYTES = 4 << 20  # of any YAML file: a manifest of 20,000 files
 MAX_CONFIG_BYTES = 256 << 10  # of what a user writes: the parser takes seconds for so much
 _MAX_YAML_NODES = 1_000_000  # of a file with every alias written out
 _MAX_NUMBER_LENGTH = 1000  # of a number or date as YAML spells it
+# Numbers of base 60, 8 and 2: YAML 1.1's, which other readers take for text or decimal numbers.
+_OTHER_BASE = re.compile(r"[-+]?[0-9_]+:[0-9_:.]+|[-+]?0[0-9_]+|[-+]?0b[01_]+")
 _TEXT_TAG = "tag:yaml.org,2002:str"
 
 
@@ -45,6 +48,9 @@ class _YamlLoader(yaml.SafeLoader):
         is_text = not isinstance(node, yaml.ScalarNode) or node.tag == _TEXT_TAG
         if not is_text and len(node.value) > _MAX_NUMBER_LENGTH:
             problem = f"{shown(node.value)} is too long for a number; text needs quotes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        if not is_text and not node.style and _OTHER_BASE.fullmatch(node.value):
+            problem = f"{shown(node.value)} is no decimal number: write one, or quote it as text"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         try:
             return super().construct_object(node, deep)
