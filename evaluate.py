@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     given = [name for name in OtherVideo.model_fields if name in args]
     if args.results and given:
-        raise UserError(f"--{given[0]}: goes with --source, not with folders of results")
+        raise UserError(f"--{given[0]}: is of a single video; leave out it or the results")
     if not args.results and not {"source", "edited"} <= set(given):
         missing = "--edited" if "source" in given else "--source"
         about = f"{missing}: is missing; " if given else ""

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import logging
 import os
 import re
@@ -100,6 +101,8 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup(1) has SIGHUP ignored
             signal.signal(number, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every terminal has every character
+        sys.stdout.reconfigure(errors="backslashreplace")
     status, message = 0, ""
     try:
         main(None)

@@ -141,6 +141,7 @@ def test_finished_results_are_found_once_and_others_counted(tmp_path, caplog):
     out = tmp_path / "results"
     one = make_result(out / "pnp" / "wall" / "a-1", None)
     two = make_result(out / "sdedit" / "wall" / "b-2", None)
+    hidden = make_result(out / "pnp" / ".wall" / "a-1", None)  # of a clip .wall.mp4
     shutil.copytree(one, out / "pnp" / "wall" / ".a-1.partial")
     shutil.copytree(one, out / ".hidden" / "wall" / "a-1")
     for missing in RESULT_FILES:
@@ -153,7 +154,7 @@ def test_finished_results_are_found_once_and_others_counted(tmp_path, caplog):
     (out / "link").symlink_to(out / "pnp")
     shutil.copytree(one, one / "frames" / "copy")
     results = report_page.readable_results([out, out / "pnp", one])
-    assert [result.folder for result in results] == [one, two]
+    assert [result.folder for result in results] == [hidden, one, two]
     *warned, (count,) = (record.args for record in caplog.records)
     assert count == 5
     assert [str(error).split(": ")[0] for (error,) in warned] == [

@@ -1,6 +1,7 @@
 """Errors, the command line, files."""
 
 import errno
+import io
 import logging
 import os
 import stat
@@ -38,6 +39,15 @@ def test_command_line_exits(raised, status, message, capsys):
     said = capsys.readouterr().err
     assert said.startswith(message) and bool(said) == bool(message)
     assert len(said.strip().splitlines()) <= 1
+
+
+def test_an_ascii_terminal_shows_escapes(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit) as exit_info:
+        util.command_line(lambda arguments: print("a \N{WOLF FACE}"))
+    assert exit_info.value.code == 0
+    assert terminal.buffer.getvalue() == b"a \\U0001f43a\n"
 
 
 def test_command_line_explains_out_of_memory(capsys):

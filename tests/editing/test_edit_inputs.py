@@ -230,6 +230,29 @@ def test_a_cache_without_its_manifest_is_none(place, keys, cache):
     open_edit_inputs(PnPConfig(**keys))
 
 
+@pytest.mark.parametrize("name", ["steps_20/nframes_5", "steps_10/nframes_9"])
+def test_a_cache_whose_folder_was_renamed_is_refused(place, keys, cache, name):
+    """Its settings are those of its manifest, and another command would take it for its own."""
+    renamed = place / "latents/sd_2.1/clip" / (name + cache.name.removeprefix("nframes_5"))
+    renamed.parent.mkdir(exist_ok=True)
+    cache.rename(renamed)
+    keys["n_inversion_steps"] = None
+    said = refused(place, f"{renamed.name}: was renamed: it holds 5 frames of 10 inv", keys)
+    assert said.endswith(f"rename it to {cache.relative_to(place)}")
+
+
+def test_where_the_clip_is_missing_the_advice_says_to_put_it_there(place, keys, cache):
+    data = (place / "clip.mp4").read_bytes()
+    (place / "clip.mp4").unlink()
+    (cache / "latents/clean.safetensors").unlink()
+    damaged = refused(place, r"clean\.safetensors: is missing; there is no clip at data_path", keys)
+    (cache / "manifest.yaml").unlink()
+    absent = refused(place, r"there is no clip at data_path, .*clip\.mp4: put it there", keys)
+    (place / "clip.mp4").write_bytes(data)
+    run_the_command_in(absent)
+    run_the_command_in(damaged)
+
+
 OTHER_STEPS = r"steps_20: no cache .*\(there is sd_2\.1/clip/steps_10/nframes_5-.*steps 10\)"
 OTHER_TIMESTEPS = r"n_timesteps: 2 needs latents .* does not hold \(it was made with save_steps 5\)"
 

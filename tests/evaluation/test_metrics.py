@@ -275,12 +275,16 @@ def test_direction_is_from_source_to_edit() -> None:
     assert metrics.clip_directional(edited, source, y, y) is None
 
 
-def test_a_clip_that_cannot_be_had_says_how_to_do_without(tmp_path) -> None:
+def test_a_clip_that_cannot_be_had_says_how_to_do_without(tmp_path, monkeypatch) -> None:
     advice = r"--clip_model FOLDER names a copy, --clip_model none leaves the measure out"
     with pytest.raises(MissingFileError, match=advice):
         metrics.model_folder("no such/folder", "clip_model")
     with pytest.raises(MissingFileError, match=advice):
         metrics.model_folder(str(tmp_path), "clip_model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingFileError, match=advice) as caught:
+        metrics.model_folder("no/clip", "clip_model")
+    assert "config" not in str(caught.value)  # it is no config's key
 
 
 def test_a_model_of_another_kind_is_refused() -> None:

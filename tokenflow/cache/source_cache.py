@@ -268,7 +268,9 @@ def find_cache(
     for folder in sorted(clip_folder.glob("steps_*/nframes_*")):
         if _CACHE_NAME.fullmatch(folder.name) and (folder / MANIFEST).is_file():
             try:
-                found[folder] = read_manifest(folder, remedy)
+                manifest = read_manifest(folder, remedy)
+                _check_name(folder, manifest)
+                found[folder] = manifest
             except (UserError, OSError) as error:
                 if folder.parent.match(steps):
                     damaged.append(error)
@@ -288,6 +290,17 @@ def find_cache(
         )
     lengths = {m.n_frames: folder for folder, m in fitting.items()}
     return open_cache(lengths.get(n_frames, lengths[max(lengths)]), remedy, verify)
+
+
+def _check_name(folder: Path, manifest: Manifest) -> None:
+    """Refuses a cache whose folder, or the one that holds it, was renamed."""
+    name = re.sub("^nframes_[0-9]+", f"nframes_{manifest.n_frames}", folder.name)
+    proper = folder.parent.with_name(f"steps_{manifest.steps}") / name
+    if proper != folder:
+        raise UserError(
+            f"{folder}: was renamed: it holds {manifest.n_frames} frames of {manifest.steps} "
+            f"inversion steps; rename it to {proper}"
+        )
 
 
 def _mismatches(manifest: Manifest, wanted: Mapping[str, object]) -> list[str]:

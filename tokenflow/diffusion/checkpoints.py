@@ -207,7 +207,7 @@ def _find(
         return folder
     if os.path.exists(folder):
         raise MissingFileError(
-            f"{key}: a file, but --{option} ({option} in a config) expects a folder in diffusers' "
+            f"{key}: a file, but {_spelled(option)} expects a folder in diffusers' "
             "format; convert it (in diffusers: from_single_file, then save_pretrained)"
         )
     weights = [(part, name) for part, names in parts.items() for name in names if name in WEIGHTS]
@@ -225,6 +225,14 @@ def _find(
     return folder
 
 
+def _spelled(option: str) -> str:
+    """An option with where it is given."""
+    if option in ("clip_model", "dino_model"):  # evaluate.py's
+        return f"--{option}"
+    flag = "" if option == "decoder_key" else f"--{option} of preprocess.py, "
+    return f"{flag}{option} in a config"
+
+
 def _download(key: str, option: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(key, allow_patterns=patterns))
@@ -236,7 +244,7 @@ def _download(key: str, option: str, patterns: list[str]) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise MissingFileError(
             f"{key}: no such folder, and the Hugging Face hub does not give it ({reason}); "
-            f"name a local folder of it with --{option} ({option} in a config)"
+            f"name a local folder of it with {_spelled(option)}"
         ) from error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokenflow.diffusion.conditions import Control, depth_latents, draw_control
 from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import BETTER_DTYPE, StableDiffusion
-from util import UserError
+from util import UserError, shown
 
 log = logging.getLogger("tokenflow")
 
@@ -129,16 +129,15 @@ def make_denoiser(
 def encode_prompts(models: StableDiffusion, prompts: Sequence[str]) -> Tensor:
     """Text embeddings (len(prompts), 77, c) in the models' dtype; overlong prompts are cut.
 
-    A warning names the part of a prompt that is cut.
+    A warning names the prompt and the part of it that is cut.
     """
     length = models.tokenizer.model_max_length
     for prompt in prompts:
-        tokens = models.tokenizer(prompt, truncation=False).input_ids
+        tokens = models.tokenizer(prompt, truncation=False, verbose=False).input_ids
         if len(tokens) > length:
             dropped = models.tokenizer.decode(tokens[length - 1 : -1])
-            log.warning(
-                "the prompt is longer than %d tokens; this part is not used: %s", length, dropped
-            )
+            text = "prompt %s: longer than %d tokens; this part is not used: %s"
+            log.warning(text, shown(prompt), length, dropped)
     tokens = models.tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )

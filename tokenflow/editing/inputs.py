@@ -192,10 +192,7 @@ def remedy(config: EditConfig, manifest: Manifest | None) -> str:
     if config.n_inversion_steps is None:  # a number near the usual one that preprocess.py takes
         near = round(settings.get("steps", default("steps")) / config.n_timesteps)
         settings["steps"] = max(near, 1) * config.n_timesteps
-    command = _command_for(config, settings)
-    if manifest is None and _source(config) is None:
-        return f"data_path is not there either; {command}"
-    return f"run: {command}"
+    return _advice(config, settings)
 
 
 def features_remedy(config: EditConfig, manifest: Manifest) -> str:
@@ -206,7 +203,7 @@ def features_remedy(config: EditConfig, manifest: Manifest) -> str:
     """
     settings = _made_with(manifest) | manifest.model_dump(include={"save_steps", "recon_steps"})
     settings |= {"save_dir": config.latents_path, "n_frames": manifest.frames_asked}
-    return f"run: {_command_for(config, settings)}"
+    return _advice(config, settings)
 
 
 def _made_with(manifest: Manifest) -> dict[str, object]:
@@ -227,15 +224,17 @@ def _made_with(manifest: Manifest) -> dict[str, object]:
     return settings
 
 
-def _command_for(config: EditConfig, settings: dict[str, object]) -> str:
-    """The command for the clip, model and features of a config, with these settings."""
+def _advice(config: EditConfig, settings: dict[str, object]) -> str:
+    """Names the command for the clip, model and features of a config, with these settings."""
     of_config = {key: getattr(config, key) for key in ("data_path", "sd_version", "model_key")}
     features = {
         option: getattr(config, option)
         for option in FEATURE_OPTIONS
         if getattr(config, option, default(option)) != default(option)
     }
-    return preprocess_command(of_config | settings | features)
+    missing = _source(config) is None
+    first = f"there is no clip at data_path, {config.data_path}: put it there, then " * missing
+    return f"{first}run: {preprocess_command(of_config | settings | features)}"
 
 
 def _source(config: EditConfig) -> Path | None:

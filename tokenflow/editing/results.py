@@ -240,8 +240,8 @@ def frame_files(folder: Path) -> list[Path]:
 def find_results(roots: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The results in or below some folders.
 
-    Hidden folders, links to folders and what lies inside a result are not searched; a result that
-    is found twice is listed once.
+    Hidden folders (except those of clips in a technique's), links to folders and what lies inside a
+    result are not searched; a result that is found twice is listed once.
 
     Returns:
         the folders of finished results, and those that lack one of RESULT_FILES; in order.
@@ -262,7 +262,8 @@ def find_results(roots: Sequence[Path]) -> tuple[list[Path], list[Path]]:
                 below.clear()
             elif there:
                 unfinished.setdefault(os.path.realpath(folder), folder)
-            below[:] = sorted(name for name in below if not name.startswith("."))
+            holds_clips = folder.absolute().name in (*TECHNIQUES, *BASELINES)
+            below[:] = sorted(name for name in below if holds_clips or not name.startswith("."))
     if not finished:
         also = f" ({len(unfinished)} unfinished)" if unfinished else ""
         raise UserError(

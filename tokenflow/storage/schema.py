@@ -181,7 +181,6 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
     if issubclass(cls, PresetModel):
         values = _without_replaced(cls, values, set(overridden), path)
 
-
     def place(key: str, fault: str) -> str:
         named = [key] if key else ["preset", *re.findall(r"\w+", fault)]
         words = ", ".join(dict.fromkeys(overridden[name] for name in named if name in overridden))
