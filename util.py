@@ -79,12 +79,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """The `type` of an option that is a whole number not below a bound."""
+def at_least(low: int, most: int | None = None) -> Callable[[str], int]:
+    """The `type` of an option that is a whole number not below a bound, nor above another."""
 
     def number(text: str) -> int:
-        if (value := int(text)) < low:
-            raise argparse.ArgumentTypeError(f"expected at least {low}, got {value}")
+        if (value := int(text)) < low or (most is not None and value > most):
+            limits = f"at least {low}" + (f" and at most {most}" if most is not None else "")
+            raise argparse.ArgumentTypeError(f"expected {limits}, got {shown(value)}")
         return value
 
     return number

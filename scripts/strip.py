@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from tokenflow.figures.drawing import DPI, picture_grid, png
+from tokenflow.storage.images import MAX_SIDE
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.video import read_clip
-from util import ArgumentParser, at_least, command_line, setup_logging
+from util import ArgumentParser, UserError, at_least, command_line, setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--size", type=positive, default=96, help="frames' side in pixels (default: 96)")
     args = parser.parse_args(argv)
     check_report_path(args.out, "OUT.png")
+    if max(args.columns, len(args.rows)) * args.size > MAX_SIDE:
+        raise UserError(
+            f"--columns, --size: {len(args.rows)} rows of {args.columns} frames of {args.size} "
+            f"pixels are too many; at most {MAX_SIDE} pixels a side"
+        )
     rows = []
     for _, path in args.rows:
         frames = read_clip(path, args.n_frames, size=(args.size, args.size)).frames

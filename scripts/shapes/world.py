@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenflow.storage.video import save_video
+from tokenflow.storage.images import MAX_PIXELS
+from tokenflow.storage.video import MAX_FPS, save_video
 from util import ArgumentParser, UserError, at_least, check_writable, command_line
 
 SHAPES = ("circle", "square", "triangle", "star", "ring")
@@ -379,10 +380,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--objects", type=int, choices=(1, 2), help="(default: drawn too)")
     add("--frames", type=at_least(1), default=SAMPLE_FRAMES)
     add("--size", type=at_least(16), default=256, help="height and width, even")
-    add("--fps", type=at_least(1), default=10)
+    add("--fps", type=at_least(1, MAX_FPS), default=10)
     args = parser.parse_args(argv)
     if args.size % 2:
         raise UserError(f"--size: video needs an even size, got {args.size}")
+    if args.frames * args.size**2 > MAX_PIXELS:
+        raise UserError(
+            f"--frames, --size: {args.frames} frames of {args.size}x{args.size} are too many; at "
+            f"most {MAX_PIXELS // 10**6} megapixels in all"
+        )
     if args.path.suffix != ".mp4":
         raise UserError(f"{args.path}: expected a name that ends with .mp4")
     check_writable(args.path.parent, "OUT.mp4")

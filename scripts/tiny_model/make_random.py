@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from scripts.tiny_model import model_files
-from util import ArgumentParser, check_writable, command_line, setup_logging
+from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
 
 log = logging.getLogger("tokenflow")
 
@@ -230,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, dtype = options.pop("folder"), getattr(torch, options.pop("dtype"))
     with_depth = options.pop("depth_estimator")
     check_writable(folder, "OUT")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"OUT: {folder}: is not empty; remove it or name another")
     make_model(folder, dtype=dtype, **options)
     if with_depth:
         make_depth_model(folder / "depth_estimator", options["seed"])

@@ -420,6 +420,8 @@ def test_the_command_line_writes_a_clip_and_says_its_caption(tmp_path, capsys):
         (["c.mp4", "--size", "33"], "--size: video needs an even size, got 33"),
         (["c.mp4", "--seed", "-1"], "--seed: expected at least 0, got -1"),
         (["c.mp4", "--frames", "many"], "--frames: invalid number value: 'many'"),
+        (["c.mp4", "--size", "100000"], "--frames, --size: 16 frames of 100000x100000 are too ma"),
+        (["c.mp4", "--fps", "1001"], "--fps: expected at least 1 and at most 1000, got 1001"),
         (["c.avi"], "c.avi: expected a name that ends with .mp4"),
     ],
 )

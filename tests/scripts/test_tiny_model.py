@@ -13,12 +13,12 @@ from transformers import CLIPTokenizer, DPTForDepthEstimation, DPTImageProcessor
 from scripts.tiny_model import make_random as make_tiny_model
 from scripts.tiny_model.make_random import make_depth_model, make_model
 from scripts.tiny_model.model_files import make_unet
-from tests.helpers import shapes_frames
+from tests.helpers import contents, shapes_frames
 from tokenflow.diffusion.ddim import CLEAN, NoiseSchedule, ddim_inversion_step, ddim_step
 from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.diffusion.models import load_stable_diffusion
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
-from util import sha256_file
+from util import UserError, sha256_file
 
 CPU = torch.device("cpu")
 # Decoder self-attention layers 4-11, in which PnP injects queries and keys.
@@ -100,6 +100,10 @@ def test_the_command_line_writes_every_part_in_half_precision(tmp_path):
     for part in ("unet", "vae", "text_encoder", "controlnet"):
         tensors = load_file(files[part])
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="OUT: .*: is not empty; remove it or name another"):
+        make_tiny_model.main([str(tmp_path / "m")])
+    assert contents(tmp_path) == before
 
 
 # ---------------------------------------------------------------- tokenizer

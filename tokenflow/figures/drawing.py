@@ -54,10 +54,10 @@ def picture_grid(
         for axis, image in zip(line, images, strict=True):
             show(axis, image)
     for axis, label in zip(axes[0], columns, strict=False):
-        axis.set_title(label, fontsize="medium")
+        axis.set_title(label, fontsize="medium", parse_math=False)  # names may hold a "$"
     for axis, label in zip(axes[:, 0], rows, strict=False):
-        axis.set_ylabel(label, rotation="horizontal", ha="right", va="center")
-    figure.suptitle(title, fontsize="medium")
+        axis.set_ylabel(label, rotation="horizontal", ha="right", va="center", parse_math=False)
+    figure.suptitle(title, fontsize="medium", parse_math=False)
     return figure
 
 
