@@ -35,7 +35,7 @@ def test_numbers_out_of_range_are_refused(option, tmp_path):
 
 @pytest.mark.parametrize("options", [["--size=9000", "--columns=2"], ["--columns=200000"]])
 def test_a_picture_that_is_too_large_is_refused_before_a_clip_is_read(options, tmp_path):
-    with pytest.raises(UserError, match="--columns, --size: 1 rows of .* at most 16384 pixels"):
+    with pytest.raises(UserError, match=r"--columns, --size: 1 rows of .* at most 16384 pixels"):
         strip.main([str(tmp_path / "out.png"), "a=nowhere.mp4", *options])
 
 

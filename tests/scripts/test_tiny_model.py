@@ -101,7 +101,7 @@ def test_the_command_line_writes_every_part_in_half_precision(tmp_path):
         tensors = load_file(files[part])
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="OUT: .*: is not empty; remove it or name another"):
+    with pytest.raises(UserError, match=r"OUT: .*: is not empty; remove it or name another"):
         make_tiny_model.main([str(tmp_path / "m")])
     assert contents(tmp_path) == before
 
