@@ -4,6 +4,7 @@ import shlex
 import shutil
 import threading
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -238,25 +239,35 @@ def test_an_edit_saves_the_features_that_it_computed(
 
 @pytest.mark.parametrize("before", ["save", "auto"])
 def test_saving_resumes_with_the_edit(before, tiny_model, tmp_path, monkeypatch):
-    """Also if the edit saved none before it was interrupted: its steps are taken again for them."""
+    """From step 2 of 4, which saved features or none, and where the result is all that is left."""
     keys = make_cache(tmp_path, tiny_model) | {"checkpoint_every": 2}
     expected, checkpoint = pnp(keys, source_features="live"), EditSession._checkpoint
+    numbers, ended = count(1), []
 
     def stop(*args):
+        if next(numbers) == 2:
+            raise KeyboardInterrupt
         checkpoint(*args)
-        raise KeyboardInterrupt
 
     def run(source_features):
         session = session_of(keys, source_features=source_features)
-        with resumable_dir(tmp_path / "result", {}) as session.work:
-            return session, session.edit_latents(run_tokenflow_pnp.plan(session))
+        result = resumable_dir(tmp_path / "result", {})
+        with pytest.raises(KeyboardInterrupt), result as session.work:
+            ended.append((session, session.edit_latents(run_tokenflow_pnp.plan(session))))
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(EditSession, "_checkpoint", stop)
         run(before)
-    assert not folder_of(keys).exists()
-    session, latents = run("save")
-    assert torch.equal(latents, expected)
+    assert not ended and not folder_of(keys).exists()
+    run("save")
+    left = folder_of(keys).with_name(".features.work")
+    left.mkdir()  # by a kill after the features had come into their place
+    run("save")
+    assert not left.exists()
+    (session, latents), (last, same) = ended
+    assert torch.equal(latents, expected) and torch.equal(same, expected)
+    assert last.source_features == session.source_features == "live"
     features = load_yaml(folder_of(keys) / "manifest.yaml")
     assert features["image_forwards"] == STEPS * (N_FRAMES + 3)
     again = 0 if before == "save" else 2 * (N_FRAMES + 3)

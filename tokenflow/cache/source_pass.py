@@ -24,7 +24,7 @@ from tokenflow.diffusion.memory import chunked_forward
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch
-from tokenflow.storage.work_dir import WorkDir, locked, resumable_dir
+from tokenflow.storage.work_dir import WorkDir, begun_dirs, locked, recover, resumable_dir
 from tokenflow.storage.yaml_files import save_yaml
 from tokenflow_utils import (
     ATTENTION_LAYERS,
@@ -149,6 +149,7 @@ class FeatureRecorder(LiveSource):
         self.save_missing(step)
         if self.done == step:
             self._save(step, tensors)
+        self._counted = self.denoiser.image_forwards  # also of a step that is written already
 
     @property
     def done(self) -> int:
@@ -166,6 +167,16 @@ class FeatureRecorder(LiveSource):
         made = self.denoiser.image_forwards - self._counted
         self._counted = self.denoiser.image_forwards
         self.work.save("features", {}, steps=step + 1, seconds=0.0, image_forwards=before + made)
+
+
+def recover_features(cache: SourceCache) -> None:
+    """Ends what an edit that saves features began, if it was killed as they came into place."""
+    folder = cache.folder
+    if not (begun_dirs(folder, FEATURES) or begun_dirs(folder.parent, folder.name)):
+        return  # nothing is written: the disk may be read-only
+    with locked(folder, wait=False) as held:
+        if held:
+            recover(folder / FEATURES)
 
 
 @contextmanager

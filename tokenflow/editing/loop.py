@@ -32,6 +32,7 @@ from tokenflow.cache.source_pass import (
     FeatureRecorder,
     LiveSource,
     recorded_features,
+    recover_features,
 )
 from tokenflow.diffusion.ddim import CLEAN
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
@@ -261,7 +262,11 @@ class EditSession:
 
     def _checkpoint(self, tensors: dict[str, Tensor], steps: int) -> None:
         if self.work is not None:
-            figures = {"seconds": self.watch.seconds["edit"], "image_forwards": self.image_forwards}
+            figures = {
+                "seconds": self.watch.seconds["edit"],
+                "image_forwards": self.image_forwards,
+                "source_features": self.source_features,
+            }
             self.work.save("edit", tensors, steps=steps, **figures)
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -333,12 +338,18 @@ class EditSession:
         self, stack: ExitStack, context: TokenFlowContext, steps: Sequence[Step], done: int
     ) -> CachedSource | LiveSource:
         """Chooses cached or live source features; logs the choice."""
+        saves = self.config.source_features == "save" and self.group.size == 1
+        if saves:
+            recover_features(self.cache)
         features, needed, reason = None, *self._needed_features(steps)
         if needed is not None:
             features, reason = self._cached_features(needed)
         self.source_features = "live" if features is None else "cached"
         kind = f"{self.source_features} of {self.cache.sha256}"
         self.group.assert_same(kind, "source cache and its features")
+        if 0 < done == len(steps):  # none is left to take; the checkpoint says what those took
+            figures = self.work.checkpoint.figures
+            self.source_features = figures.get("source_features", self.source_features)
         if features is not None:
             log.info("source features: read from %s", features.folder)
             device = self.models.device
@@ -351,8 +362,7 @@ class EditSession:
             self.models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
         )
         live = LiveSource(denoiser, context, self.latents)
-        all_steps = len(steps) == self.config.n_timesteps and self.group.size == 1
-        if self.config.source_features == "save" and needed is not None and all_steps:
+        if saves and needed is not None and len(steps) == self.config.n_timesteps:
             recorded = recorded_features(
                 self.cache, live, needed, self.inputs.timesteps, self.chunk_size
             )
