@@ -25,9 +25,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -35,7 +36,9 @@ from filelock import FileLock
 
 import preprocess
 import run_tokenflow_pnp
-from tests.helpers import HEIGHT, WIDTH, arguments, make_clip, make_image_folder
+from scripts.tiny_model.model_files import save_weights
+from scripts.tiny_model.temporal_decoder import make_temporal_vae
+from tests.helpers import HEIGHT, WIDTH, arguments, make_clip, make_image_folder, save_masks
 from tests.robustness.faults import Child, hidden, saved_figures, snapshot, visible
 from tokenflow.cache import build
 from tokenflow.cache import inputs as preprocess_inputs
@@ -44,6 +47,7 @@ from tokenflow.cache.source_cache import FEATURES, MANIFEST, open_cache
 from tokenflow.cache.source_features import find_features
 from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
+from tokenflow.diffusion.temporal_decoder import load_temporal_decoder
 from tokenflow.editing import results
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import open_edit_inputs
@@ -124,6 +128,16 @@ class World:
         """Where a clip's cache lies, in the folder of a job."""
         return build.open_preprocess_inputs(parse_args(self.preprocess_argv(data_path=clip))).folder
 
+    @cached_property
+    def _options(self) -> dict[str, str]:
+        """The keys that name a mask and a temporal decoder, which forks share."""
+        masks, decoder = self.folder / "masks", str(self.folder / "decoder")
+        save_masks(masks, np.stack([np.eye(HEIGHT, WIDTH, i, np.uint8) for i in range(N_FRAMES)]))
+        model = make_temporal_vae(self._models.vae, [32] * 4)
+        save_weights(Path(decoder), model, torch.float32)
+        load_temporal_decoder(self._models, decoder)
+        return {"mask": str(masks), "decoder_key": decoder}
+
     def load(self, *key: object) -> StableDiffusion:
         """A loader whose models are loaded already; forks share them."""
         assert key == (self.model, self._models.device, self._models.dtype, False)
@@ -154,6 +168,8 @@ class World:
         }  # fmt: skip
         if technique == "controlnet":
             small["controlnet_key"] = str(self.model / "controlnet")
+        if keys.get("decoder") == "temporal":
+            small |= self._options
         return small | keys
 
     def config(self, technique: str = "pnp", **keys: object) -> EditConfig:
@@ -176,11 +192,10 @@ class World:
         return Job(name, lambda: self.preprocess(**options), folder, place, overwrites)
 
     def _edit_job(self, name: str) -> Job:
-        technique, overwrites, keys = EDITS[name]
-        latents = self.whole("cache").place / "latents"
-        config = self.config(technique, **keys, latents_path=str(latents))
+        technique, earlier, keys = EDITS[name]
+        before, overwrites = self.whole(earlier).place, earlier in EDITS
+        config = self.config(technique, **keys, latents_path=str(before / "latents"))
         folder = results.result_folder(open_edit_inputs(config), technique)
-        before = self.whole(technique if overwrites else "cache").place
         return Job(
             name, lambda: self.edit(technique, overwrites, **keys), folder, before, overwrites
         )
@@ -216,15 +231,27 @@ PREPROCESSING: dict[str, tuple[str | None, dict[str, object]]] = {
     "prompt": (None, {"inversion_prompt": "a wolf", "save_tokens": "all"}),
     "overwrite": ("prompt", {"overwrite": "", "inversion_tol": 0.05}),
 }
-# Technique, --overwrite, keys of the configuration.
-EDITS: dict[str, tuple[str, bool, dict[str, object]]] = {
-    "pnp": ("pnp", False, {}),
-    "live": ("pnp", False, {"source_features": "live", "checkpoint_every": 2}),
-    "sdedit": ("sdedit", False, {}),
-    "controlnet": ("controlnet", False, {"checkpoint_every": 2}),
-    "edit again": ("pnp", True, {}),
-}
-JOBS = [name for name in (*PREPROCESSING, *EDITS) if name not in ("other", "prompt")]
+# Technique, what lies there before (a result: --overwrite), keys of the configuration.
+EDITS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "pnp": ("pnp", "cache", {}),
+    "live": ("pnp", "cache", {"source_features": "live", "checkpoint_every": 2}),
+    "sdedit": ("sdedit", "cache", {}),
+    "controlnet": ("controlnet", "cache", {"checkpoint_every": 2}),
+    "edit again": ("pnp", "pnp", {}),
+    "options": (
+        "pnp",
+        "inversion",
+        {
+            "decoder": "temporal", "sampler": "dpmpp_2m", "correspondence": "hybrid",
+            "flow_model": "dis", "smooth_steps": 0.5, "deflicker": True, "source_features": "save",
+        },
+    ),
+    "no features": ("pnp", "inversion", {}),
+    "save features": ("pnp", "inversion", {"source_features": "save"}),
+}  # fmt: skip
+# The others are what a test compares with.
+OTHERS = ("other", "prompt", "no features", "save features")
+JOBS = [name for name in (*PREPROCESSING, *EDITS) if name not in OTHERS]
 
 
 def lying_in(folder: Path) -> tuple[dict, dict]:
@@ -294,15 +321,15 @@ def check_nothing_broken(world: World, job: Job, place: Path) -> None:
     """What looks whole after a fault is whole, old or new; no lock is held."""
     folder = place / job.folder
     assert not is_locked(folder)
-    if not folder.exists():
-        return
-    whole, features = world.whole(job.name).made
-    allowed = [(whole, {}), (whole, features)]
-    if job.before is not None:
-        allowed.append(lying_in(job.before / job.folder))
-    assert lying_in(folder) in allowed
-    if job.name in PREPROCESSING:
-        found = find_features(open_cache(folder, verify=True))
+    if folder.exists():
+        whole, features = world.whole(job.name).made
+        allowed = [(whole, {}), (whole, features)]
+        if job.before is not None:
+            allowed.append(lying_in(job.before / job.folder))
+        assert lying_in(folder) in allowed
+    cache = place / (job.folder if job.name in PREPROCESSING else world.cache)
+    if cache.exists():
+        found = find_features(open_cache(cache, verify=True))
         if found is not None:
             found.verify()
 
@@ -336,8 +363,7 @@ def finish(world: World, job: Job, place: Path) -> None:
 def check_whole(world: World, job: Job, place: Path, child: Child, saved: int) -> None:
     whole = world.whole(job.name)
     assert "damaged" not in child.output
-    found = lying_in(place / job.folder)
-    assert [differing(*pair) for pair in zip(found, whole.made, strict=True)] == [[], []]
+    assert differing(snapshot(place), snapshot(whole.place)) == []
     assert hidden(place) == []
     assert child.report["evaluated"] == whole.evaluated - saved
 
@@ -399,6 +425,28 @@ def test_kills_before_each_change_on_the_disk(world, tally, rng, tmp_path, name,
         with tally.fault("kills before a change"):
             assert kill(world, job, place, call, 0)
             finish(world, job, place)
+
+
+@long
+@pytest.mark.parametrize("name", ["no features", "save features"])
+def test_features_that_another_edit_left_unfinished(world, tally, rng, tmp_path, name):
+    """An edit ignores or completes them; what it makes is right to the bit."""
+    job, other, whole = world.job("options"), world.job(name), world.whole("options")
+    for call in rng.sample(range(whole.calls), 15):
+        place = job.place(cleared(tmp_path / "place"))
+        with tally.fault("kills before a change"):
+            assert kill(world, job, place, call, 0)
+            if (place / world.cache / FEATURES).exists():
+                continue  # from which an edit differs by rounding
+            child = Child(other.run, place)
+            assert child.end() == 0, child.output
+            found = snapshot(place / other.folder)
+            assert differing(found, world.whole(name).made[0]) == []
+            shutil.rmtree(place / other.folder)
+            if name == "no features":
+                finish(world, job, place)
+            cache = snapshot(place / world.cache), snapshot(whole.place / world.cache)
+            assert differing(*cache) == []
 
 
 # ---------------------------------------------------------------------------------------------
