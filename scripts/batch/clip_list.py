@@ -210,6 +210,7 @@ class _Edit:
     variant: Variant
     config: EditConfig
     preprocess: Mapping[str, Any]  # the clip's options of preprocess.py
+    preset: Mapping[str, Any]  # the options of its preset: where nothing else says them
 
 
 def read_batch(
@@ -284,6 +285,8 @@ def _edits(
     if inversion_prompt is None:
         inversion_prompt = (given.inversion_prompt or "").replace("{clip}", spoken)
     preprocess = {"inversion_prompt": inversion_prompt} | given.preprocess | entry.preprocess
+    preset = entry.model_extra.get("preset", given.settings.get("preset"))
+    preset = PreprocessOptions.preset_values(preset)
     if variants is None:
         variants = [VARIANTS[name] for name in entry.techniques or given.techniques or ["pnp"]]
     places = {"latents_path": given.latents_path, "output_path": given.output_path}
@@ -291,12 +294,14 @@ def _edits(
     for variant in variants:
         levels = given.settings, getattr(given, variant.section), entry.model_extra
         levels += getattr(entry, variant.section), variant.settings, places
-        names = variant.config.ALIASES  # one level may name a key by another name
-        settings = {names.get(key, key): level[key] for level in levels for key in level}
+        names, settings = variant.config.ALIASES, {}  # one level may name a key by another name
+        for level in levels:  # a level's preset wins over the levels before
+            own = {names.get(key, key): value for key, value in level.items()}
+            settings |= variant.config.take_preset(own)
         for prompt in prompts:
             keys, place = settings | {"prompt": prompt}, f"{where}: {variant.name}"
             config = parse(variant.config, keys, place)
-            yield _Edit(clip, where, variant, config, preprocess)
+            yield _Edit(clip, where, variant, config, preprocess, preset)
 
 
 # ------------------------------------------------------------------------------------------- jobs
@@ -341,11 +346,13 @@ def _cache_options(edits: Sequence[_Edit]) -> dict[str, Any]:
                     f"{edit.where}: {edit.variant.name}: {key}: is {value} here and "
                     f"{options[option]} for other edits from the same inversion; put it in settings"
                 )
+    if len(kinds := {edit.config.correspondence for edit in edits}) == 1 and kinds != {"nn"}:
+        options["correspondence"] = kinds.pop()
     for option, value in edits[0].preprocess.items():
         if option.startswith("no_") and value is True:  # as on the command line
             option, value = option.removeprefix("no_"), False
         options[option] = value
-    return options
+    return {**edits[0].preset, **options}
 
 
 def _check_models(edits: Sequence[_Edit]) -> None:

@@ -21,6 +21,7 @@ from tokenflow.cache.source_features import (
     READER,
     CachedSource,
     FeatureSettings,
+    Step,
     feature_bytes,
     find_features,
 )
@@ -88,6 +89,24 @@ def test_an_edit_with_cached_features_is_the_live_one_to_rounding(keys):
     # Three branches of the frames and the three keyframes of each step, or two.
     assert session_live.image_forwards == STEPS * 3 * (N_FRAMES + 3)
     assert session.image_forwards == STEPS * 2 * (N_FRAMES + 3)
+
+
+def test_features_that_another_edit_replaced_are_not_read(tiny_model, tmp_path):
+    keys = make_cache(tmp_path, tiny_model)
+    write(keys, SETTINGS, chunk_size=3)
+    session = session_of(keys)
+    features, t = find_features(session.cache), session.inputs.timesteps[0]
+    steps = [Step(t, feature_keyframes(SETTINGS)[0], attention=False, features=False)]
+    with closing(
+        CachedSource(TokenFlowContext(), session.inputs.device, features, steps)
+    ) as source:
+        source.load_keyframes(t, steps[0].keyframes)
+        folder = folder_of(keys)
+        shutil.copytree(folder, folder.with_name("other"))
+        folder.rename(folder.with_name("old"))
+        folder.with_name("other").rename(folder)
+        with pytest.raises(UserError, match="was replaced meanwhile; run the same command again"):
+            source.load_chunk(t, torch.arange(2))
 
 
 def test_features_of_another_step_or_frames_are_never_given(keys):
@@ -281,6 +300,7 @@ def test_nothing_is_saved_of_a_part_of_the_steps_or_next_to_another_process(
     caplog.set_level("INFO")
     keys = make_cache(tmp_path, tiny_model) | {"source_features": "save"}
     sdedit(keys, start=0.5)
+    assert "source_features: save: nothing is saved" in caplog.text
     with locked(session_of(keys).cache.folder):
         pnp(keys)
     assert "another process works on it; no features are saved" in caplog.text

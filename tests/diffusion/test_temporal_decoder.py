@@ -103,7 +103,9 @@ def test_a_decoder_of_another_vae_is_refused(tiny_model, models, tiny_temporal_d
     save_weights(tmp_path / "other", model, torch.float32)
     with pytest.raises(UserError, match=r"other: this temporal decoder .* scaling_factor is 0\.5"):
         check_decoder_fits(tiny_model, str(tmp_path / "other"))
-    with pytest.raises(UserError, match=r"no such folder.*--decoder_key"):
+    with pytest.raises(UserError, match="holds a model of the kind UNet2DConditionModel, expected"):
+        check_decoder_fits(tiny_model, str(tiny_model / "unet"))
+    with pytest.raises(UserError, match=r"no such folder.*with decoder_key"):
         check_decoder_fits(tiny_model, "nobody/nothing/vae_temporal_decoder")
 
 

@@ -91,6 +91,17 @@ def test_flow_on_the_grid_points_where_cells_go_and_trusts_what_stays_in_view():
     assert flow(1, 1)[0].abs().max() == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layer_s_cells_are_as_far_apart_as_its_convolutions_stride(device):
+    """9 cells are halved to 5, 3 and 2: a cell of the last is 8 wide, not 9 / 2."""
+    flow = torch.full((1, 2, 9, 11), 4.0, device=device)
+    for grid, cell in [((9, 11), 1), ((5, 6), 2), ((3, 3), 4), ((2, 2), 8)]:
+        assert flow_field.cell_size((9, 11), grid) == cell
+        found = flow_field.resize_flow(flow, grid, cell)
+        assert found.shape == (1, 2, *grid) and found.device == flow.device
+        assert device == "meta" or (found == 4 / cell).all()
+
+
 class OwnTokens:
     """A source whose nearest tokens are all the first, and that injects nothing."""
 

@@ -51,6 +51,27 @@ def test_settings_come_from_the_most_special_place(tiny_model):
     assert prompts == ["a a", "a b c d"]
 
 
+def test_a_preset_wins_over_the_places_before_it_and_reaches_the_inversion(tiny_model):
+    settings = {"model_key": str(tiny_model), "correspondence": "nn", "preset": "best"}
+    clips = [{"data_path": "a", "preset": "paper", "n_inversion_steps": 100}, {"data_path": "b"}]
+    given = {"settings": settings | {"n_timesteps": 25}, "clips": clips}
+    given |= {"techniques": ["pnp", "sdedit"], "sdedit": {"preset": "best", "smooth_steps": 0.2}}
+    found = read_batch(write_list(tiny_model, **given))
+    shown = {
+        name: (work["correspondence"], work["smooth_steps"], work["deflicker"])
+        for name, work in configs(found).items()
+    }
+    assert shown["a", "pnp"] == ("nn", 0.0, False)
+    assert shown["b", "pnp"] == ("nn", 0.5, True)  # its own key wins over its preset
+    assert shown["b", "sdedit"] == ("flow", 0.2, True)
+    a, b = (job.work for job in found.jobs if job.kind == INVERSION)
+    assert (a["steps"], a["save_steps"], a["reconstruction"]) == (100, 25, "full")
+    assert (b["steps"], b["save_steps"], b["reconstruction"]) == (50, 25, "sample")
+    flow = {"model_key": str(tiny_model), "n_inversion_steps": 50, "correspondence": "flow"}
+    found = read_batch(write_list(tiny_model, settings=flow))
+    assert found.jobs[0].work["correspondence"] == "flow"  # its features serve these edits
+
+
 def test_each_cache_is_made_once_before_its_edits_and_those_of_one_model_together(
     tiny_model, tiny_v_model
 ):

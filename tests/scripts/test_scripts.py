@@ -337,7 +337,7 @@ def resolved(cls, path, text, *overrides):
 @pytest.mark.parametrize("technique", SCRIPTS)
 def test_a_preset_is_its_keys_and_not_a_key_of_the_result(technique, name, tmp_path):
     cls, sections = SCRIPTS[technique][1], load_yaml(PRESETS_FILE)[name]
-    keys = sections["edit"] | sections[technique]
+    keys = sections["edit"] | sections.get(technique, {})
     config = resolved(cls, tmp_path / "c.yaml", f"preset: {name}\n")
     assert config == cls(data_path="a", prompt="b", **keys)
     assert "preset" not in config.model_dump()
@@ -371,7 +371,7 @@ def test_keys_win_over_a_preset_that_is_named_with_them(
     caplog.set_level("INFO")
     config = resolved(PnPConfig, tmp_path / "c.yaml", text, *overrides)
     assert (config.correspondence, config.keyframe_interval) == expected
-    kept = "keeps correspondence: nn, batch_size: 2; preset: best has others" in caplog.text
+    kept = "own correspondence: nn, batch_size: 2 win over preset: best" in caplog.text
     assert kept == (expected == ("nn", 2))
 
 

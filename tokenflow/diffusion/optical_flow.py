@@ -25,8 +25,8 @@ RAFT_UPDATES = 20  # as many as RAFT's published demo makes
 RAFT_LEAST_SIDE = 128  # its correlation pyramid has no fewer cells
 DIS_LEAST_SIDE = 16
 OFFLINE = (
-    "without them: --flow dis, --flow truth, or --flow_weights FILE (safetensors); "
-    "in an edit: flow_model: dis"
+    "without them: flow_model: dis in an edit; --flow dis, --flow truth or --flow_weights FILE "
+    "(safetensors) of evaluate.py"
 )
 
 # A flow model: (H, W, 3) uint8 source and target frames -> (2, H, W) float32, how far right and

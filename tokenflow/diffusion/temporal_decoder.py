@@ -57,6 +57,12 @@ def check_decoder_fits(checkpoint: Path, key: str, allow_pickle: bool = False) -
     decoder = AutoencoderKLTemporalDecoder.load_config(
         single_model_folder(key, "decoder_key", allow_pickle)
     )
+    kind = decoder.get("_class_name")
+    if kind != AutoencoderKLTemporalDecoder.__name__:
+        raise UserError(
+            f"decoder_key: {key}: holds a model of the kind {kind}, expected "
+            f"{AutoencoderKLTemporalDecoder.__name__}"
+        )
     for name, of in (
         ("latent_channels", lambda config: config["latent_channels"]),
         ("scaling_factor", lambda config: config["scaling_factor"]),
@@ -64,8 +70,8 @@ def check_decoder_fits(checkpoint: Path, key: str, allow_pickle: bool = False) -
     ):
         if of(decoder) != of(vae):
             raise UserError(
-                f"{key}: this temporal decoder does not fit {checkpoint}: its {name} is "
-                f"{of(decoder)}, the VAE's {of(vae)}; name one made for this model with decoder_key"
+                f"decoder_key: {key}: this temporal decoder does not fit {checkpoint}: its {name} "
+                f"is {of(decoder)}, the VAE's {of(vae)}; name one made for this model"
             )
 
 
@@ -96,7 +102,8 @@ def decode_temporally(
         pixels = decoder.decode(chunk, num_frames=length, return_dict=False)[0].float()
         check_decoded(pixels, "temporal decoder", models)
         chunks[i] = pixels.cpu()
-    return to_frames(cross_fade(shard.gather(chunks), starts))
+    faded = cross_fade(shard.gather(chunks), starts)
+    return np.concatenate([to_frames(part) for part in faded.split(MOST_FRAMES)])
 
 
 def overlapping_chunks(
@@ -139,4 +146,4 @@ def cross_fade(chunks: Tensor, starts: list[int]) -> Tensor:
         part = slice(start, start + length)
         total[part] += weight.view(-1, *[1] * (chunk.ndim - 1)) * chunk
         weights[part] += weight
-    return total / weights.view(-1, *[1] * (total.ndim - 1))
+    return total.div_(weights.view(-1, *[1] * (total.ndim - 1)))

@@ -119,8 +119,7 @@ class EditConfig(PresetModel):
     )
     sampler: Literal["ddim", "dpmpp_2m"] = Field(
         "ddim",
-        description="ddim, as in the paper; dpmpp_2m: DPM-Solver++ (2M), of second order, for few "
-        "steps",
+        description="ddim, as in the paper; dpmpp_2m: DPM-Solver++ (2M), of second order",
     )
     guidance_scale: float = Field(
         7.5, ge=0, description="classifier-free guidance; 1 is none, at half the time"
@@ -230,7 +229,8 @@ class EditConfig(PresetModel):
     @property
     def uses_flow(self) -> bool:
         """Whether the edit needs the source's optical flow."""
-        return self.correspondence != "nn" or self.smooth_steps > 0 or self.deflicker
+        propagated = self.consistency == "tokenflow" and self.correspondence != "nn"
+        return propagated or self.smooth_steps > 0 or self.deflicker
 
 
 class NoiseConfig(EditConfig):

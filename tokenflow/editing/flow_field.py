@@ -8,6 +8,7 @@ neighbouring frames along the flow. `noise: warped` carries one noise along it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -35,9 +36,6 @@ class ClipFlow:
         self.frames, self.grid, self.model = frames, grid, model
         self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def __len__(self) -> int:
-        return len(self.frames)
-
     def __call__(self, source: int, target: int) -> tuple[Tensor, Tensor]:
         """Where the cells of one frame lie in another.
 
@@ -57,19 +55,27 @@ class ClipFlow:
                 agreement = F.interpolate(
                     consistent(flow, returning)[None, None].float(), self.grid, mode="area"
                 )
-                self._known[pair] = resize_flow(flow[None], self.grid)[0], agreement[0, 0]
+                cell = self.frames.shape[1] / self.grid[0]
+                self._known[pair] = resize_flow(flow[None], self.grid, cell)[0], agreement[0, 0]
         return self._known[source, target]
 
-    def stacked(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Flow (p, 2, h, w) and agreement (p, h, w) of several pairs of frames."""
-        flows, agreements = zip(*(self(*pair) for pair in pairs), strict=True)
-        return torch.stack(flows), torch.stack(agreements)
+
+def resize_flow(flow: Tensor, grid: tuple[int, int], cell: float) -> Tensor:
+    """A flow (m, 2, H, W) averaged over the cells of a grid, (m, 2, h, w) in those cells.
+
+    Args:
+        cell: the distance of two cells' centres, in the flow's own unit.
+    """
+    return F.interpolate(flow, grid, mode="area") / cell
 
 
-def resize_flow(flow: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A flow (m, 2, H, W) averaged over the cells of a grid, (m, 2, h, w) in those cells."""
-    scale = torch.tensor([grid[1] / flow.shape[-1], grid[0] / flow.shape[-2]])
-    return F.interpolate(flow, grid, mode="area") * scale[:, None, None]
+def cell_size(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
+    """The side of a layer's cells: the power of 2 that halving the fine grid, rounded up, took."""
+    return next(
+        2**k
+        for k in itertools.count()
+        if all(-(-a // 2**k) == b for a, b in zip(fine, coarse, strict=True))
+    )
 
 
 class Places(NamedTuple):
@@ -169,10 +175,12 @@ class FlowSource:
         keyframes = self.keyframes[context.neighbours.which.cpu()].tolist()  # (m, 2)
         pairs = [(i, kf) for i, both in zip(frames.tolist(), keyframes, strict=True) for kf in both]
         device = context.neighbours.which.device
-        flow, agreement = (x.to(device) for x in self.flow.stacked(pairs))
+        both = zip(*(self.flow(*pair) for pair in pairs), strict=True)
+        flow, agreement = (torch.stack(x).to(device) for x in both)
         found = {}
         for grid in set(self.grids.values()):
-            places = bilinear_places(resize_flow(flow, grid))  # (m * 2, L, 4)
+            cell = cell_size(self.flow.grid, grid)
+            places = bilinear_places(resize_flow(flow, grid, cell))  # (m * 2, L, 4)
             trusted = F.interpolate(agreement[:, None], grid, mode="area") > LEAST_AGREEMENT
             found[grid] = places, trusted.flatten(1)[..., None]  # (m * 2, L, 1)
         nearest, matches = context.matches, {}
@@ -235,7 +243,7 @@ def warped_noise(flow: ClipFlow, channels: int, generator: torch.Generator) -> T
     centres = cells.flatten(0, 1).float()  # (h * w, 2), of the particles of cells: y, x
     position, value = centres, torch.randn(channels, h * w, generator=generator).mT
     noise = [value]
-    for i in range(len(flow) - 1):
+    for i in range(len(flow.frames) - 1):
         displacement, agreement = flow(i, i + 1)
         # (h * w, 3) of each cell: y, x, agreement
         field = torch.cat([displacement.flip(0), agreement[None]]).flatten(1).mT
@@ -244,9 +252,9 @@ def warped_noise(flow: ClipFlow, channels: int, generator: torch.Generator) -> T
         moved = gather(field[None], moved)[0]
         position = position + moved[:, :2]
         cell = (position + 0.5).floor().long()
-        alive = (moved[:, 2] >= LEAST_AGREEMENT) & (
-            (cell >= 0) & (cell < torch.tensor([h, w]))
-        ).all(1)
+        alive = (moved[:, 2] > LEAST_AGREEMENT) & ((cell >= 0) & (cell < torch.tensor([h, w]))).all(
+            1
+        )
         distance = (position - cell).square().sum(1).where(alive, torch.inf)
         order = distance.argsort(descending=True, stable=True)  # the closest is written last
         order = order[alive[order]]

@@ -59,6 +59,13 @@ class EditInputs:
     flow_weights: Path | None = None  # of RAFT; None: DIS estimates the optical flow
     masks: np.ndarray | None = None  # (n, H, W) bool, where to edit; None: everywhere
 
+    @property
+    def flow_model(self) -> str | None:
+        """What estimates the optical flow, "raft" or "dis"; None if the edit uses none."""
+        if not self.config.uses_flow:
+            return None
+        return "raft" if self.flow_weights else "dis"
+
 
 def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -> EditInputs:
     """Finds and checks the cache, the checkpoint and the device of a configuration.

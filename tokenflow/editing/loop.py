@@ -326,7 +326,7 @@ class EditSession:
 
     def _with_flow(self, source: Source, context: TokenFlowContext) -> Source:
         """A source with the correspondences of the config, which may be those of optical flow."""
-        if self.config.correspondence == "nn":
+        if self.config.correspondence == "nn" or self.config.consistency != "tokenflow":
             return source
         grid = self.flow.grid
         sizes = layer_sizes(self.models.unet, grid)
@@ -362,7 +362,11 @@ class EditSession:
             self.models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
         )
         live = LiveSource(denoiser, context, self.latents)
-        if saves and needed is not None and len(steps) == self.config.n_timesteps:
+        if saves and needed is not None:
+            if len(steps) < self.config.n_timesteps:
+                log.warning("source_features: save: nothing is saved of a part of the steps")
+                return live
+            log.info("source features: saved in %s for later edits", self.cache.folder)
             recorded = recorded_features(
                 self.cache, live, needed, self.inputs.timesteps, self.chunk_size
             )

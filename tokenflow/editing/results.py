@@ -87,9 +87,12 @@ def result_settings(inputs: EditInputs) -> dict[str, object]:
     """What a result depends on; for its cache, the identity of that cache."""
     own = {"dtype": str(inputs.dtype), "device": inputs.device.type}
     settings = inputs.config.model_dump() | own | {"cache": cache_key(inputs.cache.manifest)}
-    settings["flow_model"] = None
-    if inputs.config.uses_flow:
-        settings["flow_model"] = "raft" if inputs.flow_weights else "dis"
+    settings["flow_model"] = inputs.flow_model
+    if settings.get("noise") is not None:  # null says the same of two of them
+        start = settings["noise"]
+        settings["use_ddim_noise"] = start == "ddim"
+        settings["noise"] = start if start == "warped" else None
+    settings["decoder_key"] = inputs.config.temporal_decoder
     settings["mask"] = settings["composite"] = None
     if inputs.masks is not None:  # what it shows counts, not where it lies
         digest = hashlib.sha256(repr(inputs.masks.shape).encode() + inputs.masks.tobytes())
@@ -181,10 +184,13 @@ class Result:
         consistency = str(self.config.get("consistency", "tokenflow"))
         bound = self.config.get("max_keyframes")
         skipped = () if consistency == "tokenflow" else OF_PROPAGATION
+        config = dict(self.config)
+        if config.get("noise") is None and config.get("use_ddim_noise") is False:
+            config["noise"] = "shared"
         marks = [
             mark
             for (key, value), mark in MARKS.items()
-            if self.config.get(key) == value and key not in skipped
+            if config.get(key) == value and key not in skipped
         ]
         marks += ["smoothed"] if self.config.get("smooth_steps") else []
         marks += ["masked"] if self.config.get("mask") else []

@@ -94,7 +94,9 @@ class Technique:
         with open_result(self.name, inputs, overwrite) as (folder, work):
             if work is not None:
                 session = EditSession(inputs, watch=watch, load=load, work=work)
-                latents = session.edit_latents(self.plan(session))
+                with session.watch("edit"):  # warped noise takes a while
+                    plan = self.plan(session)
+                latents = session.edit_latents(plan)
                 frames = session.composite(session.decode(latents))
                 save_result(self.name, session, frames, latents)
         return folder
@@ -166,6 +168,7 @@ def save_result(technique: str, session: EditSession, frames: np.ndarray, latent
         "processes": group.size,
         "dtype": session.models.dtype_name,
         "source_features": session.source_features,
+        "flow_model": inputs.flow_model,
         "image_forwards": session.image_forwards,
         "seconds": session.watch.seconds,
         "versions": versions(),

@@ -201,9 +201,9 @@ def _without_replaced(
     if "preset" in overridden:
         return {key: value for key, value in values.items() if key not in own}
     kept = [f"{key}: {values[key]}" for key, name in own.items() if values[key] != preset[name]]
-    if kept:
-        listed = ", ".join(kept)
-        log.info("%s: keeps %s; preset: %s has others", path, listed, values["preset"])
+    if kept and values["preset"] != "paper":
+        text = "%s: its own %s win over preset: %s; leave them out to have the preset's"
+        log.warning(text, path, ", ".join(kept), values["preset"])
     return values
 
 
