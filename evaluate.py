@@ -21,7 +21,7 @@ from tokenflow.evaluation.inputs import OtherVideo, open_video
 from tokenflow.evaluation.score_table import FORMATS, Row, text_table
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
-from util import ArgumentParser, UserError, command_line, setup_logging
+from util import ArgumentParser, PartialFailure, UserError, command_line, setup_logging
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -53,23 +53,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Run the script; returns the rows."""
+    """Run the script; returns the rows.
+
+    Raises:
+        PartialFailure: some results could not be scored; the rows of the others are written.
+    """
     setup_logging()
     args = parse_args(argv)
     protocol = from_arguments(Protocol, args)
     if args.results:
-        subjects = open_results(args.results, protocol, args.source_prompt)
+        subjects, errors = open_results(args.results, protocol, args.source_prompt)
     else:
         video = open_video(from_arguments(OtherVideo, args), args.source_prompt)
-        subjects = [check_subject(video, protocol)]
-    rows, errors = score_all(subjects, Evaluator(protocol))
+        subjects, errors = [check_subject(video, protocol)], []
+    rows, failed = score_all(subjects, Evaluator(protocol))
+    errors += failed
     if rows:
         write_reports(
             text_table(rows),
             [(path, show(rows)) for kind, show in FORMATS.items() if (path := getattr(args, kind))],
         )
     if errors:
-        raise UserError(f"{len(errors)} of {len(subjects)} could not be scored: {errors[0]}")
+        n = len(rows) + len(errors)
+        kind = PartialFailure if rows else UserError
+        raise kind(f"{len(errors)} of {n} could not be scored: {errors[0]}")
     return rows
 
 

@@ -34,6 +34,8 @@ class UserError(ValueError):
     Control characters, which a terminal would obey, are spelled as escapes.
     """
 
+    status = 2  # of a script that ends by it
+
     def __init__(self, message: str) -> None:
         line = " ".join(message.splitlines())
         super().__init__(re.sub("[\x00-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", line))
@@ -54,6 +56,12 @@ def shown_key(key: Any) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 2
+
+
+class PartialFailure(UserError):
+    """Some of several things failed; what could be done of the others is done."""
+
+    status = 1
 
 
 class MissingFileError(UserError, FileNotFoundError):
@@ -92,7 +100,7 @@ def at_least(low: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
-    """Run a script's main(None) and leave: user errors become one line and exit status 2.
+    """Run a script's main(None) and leave: user errors become one line and exit status 2 (or 1).
 
     A disk that is full or cannot be written to and too little GPU memory are reported in the same
     way. SIGINT (Ctrl-C), SIGTERM and SIGHUP end it with 128 + their number and a line that says how
@@ -109,7 +117,7 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
         main(None)
         sys.stdout.flush()
     except UserError as error:
-        status, message = 2, f"error: {error}"
+        status, message = error.status, f"error: {error}"
     except BrokenPipeError:
         if not _close_broken_stdout():
             raise

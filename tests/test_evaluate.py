@@ -43,11 +43,12 @@ from tokenflow.evaluation.score_table import (
 from tokenflow.storage.images import load_frames, save_frames
 from tokenflow.storage.video import save_video
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
-from util import MissingFileError, UserError
+from util import MissingFileError, PartialFailure, UserError
 
 JUDGE = str(Path(__file__).resolve().parents[1] / "models" / "tiny" / "judge")
 QUICK = ["--flow", "dis", "--clip_model", "none", "--device", "cpu"]
 N_FRAMES = 4
+FIRST = tuple(range(N_FRAMES))
 SOURCE_PROMPT, PROMPT = "a red star on a yellow background", "a blue star on a yellow background"
 
 
@@ -251,11 +252,11 @@ def test_a_source_of_the_same_name_is_another(place, results, tmp_path):
 
 def test_the_first_frames_of_a_longer_truth_are_used(place):
     """The results have four frames, the truth five: an edit that is its source has its error."""
-    source = inputs.Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH))
+    source = inputs.Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH), FIRST)
     truth = inputs.read_truth(source, None)
     whole = motion.load_motion(place / "one.flow.safetensors")
     assert torch.equal(truth.flow, whole.flow[:3])
-    later = dataclasses.replace(source, shape=(3, HEIGHT, WIDTH), start=2)
+    later = dataclasses.replace(source, shape=(3, HEIGHT, WIDTH), numbers=(2, 3, 4))
     assert torch.equal(inputs.read_truth(later, None).flow, whole.flow[2:])
     half = dataclasses.replace(source, shape=(4, HEIGHT // 2, WIDTH))
     assert torch.equal(
@@ -267,15 +268,18 @@ def test_the_first_frames_of_a_longer_truth_are_used(place):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": (6, HEIGHT, WIDTH)}, "holds 5 frames, the edit needs those up to 6"),
-        ({"start": 2}, "holds 5 frames, the edit needs those up to 6"),
-        ({"shape": (2, HEIGHT, WIDTH), "stride": 2}, "of consecutive frames, the edit is of every"),
+        (
+            {"shape": (6, HEIGHT, WIDTH), "numbers": tuple(range(6))},
+            "holds 5 frames, the edit needs those up to 6",
+        ),
+        ({"numbers": (2, 3, 4, 5)}, "holds 5 frames, the edit needs those up to 6"),
+        ({"shape": (2, HEIGHT, WIDTH), "numbers": (0, 2)}, "of consecutive frames, the edit skips"),
         ({"shape": (4, 40, 40), "fit": "crop"}, "the edit of a part cropped from it"),
         ({"path": Path("nowhere.mp4")}, "nowhere.flow.safetensors: no such file"),
     ],
 )
 def test_truth_that_does_not_fit_is_refused(changes, message, place):
-    source = inputs.Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH))
+    source = inputs.Source("one", place / "one.mp4", lambda: None, (4, HEIGHT, WIDTH), FIRST)
     with pytest.raises(UserError, match=message):
         inputs.find_truth(dataclasses.replace(source, **changes), None)
 
@@ -313,7 +317,7 @@ def test_a_malformed_record_is_one_clear_error(file, keys, message, results, mon
     change(folder / file, **keys)
     monkeypatch.setattr(Evaluator, "score", no_model_may_load)
     with pytest.raises(UserError, match=message):
-        evaluate.main([str(results), *QUICK])
+        evaluate.main([str(folder), *QUICK])
 
 
 def test_frames_that_do_not_fit_the_source_are_refused(results):
@@ -337,10 +341,11 @@ def test_the_source_prompt_stands_in_for_an_empty_inversion_prompt(place, monkey
     assert inputs.open_result(folder, "something else").row.source_prompt == "something else"
 
 
-def test_one_damaged_result_does_not_lose_the_others(results, tmp_path, capsys):
-    damaged = find_results([results])[0][1] / "frames" / "00002.png"
+@pytest.mark.parametrize("name", ["frames/00002.png", "frames/00000.png", "run.yaml"])
+def test_one_damaged_result_does_not_lose_the_others(name, results, tmp_path, capsys):
+    damaged = find_results([results])[0][1] / name
     damaged.write_bytes(damaged.read_bytes()[:200])
-    with pytest.raises(UserError, match=rf"1 of 3 could not be scored: {damaged}: an image that"):
+    with pytest.raises(PartialFailure, match=rf"1 of 3 could not be scored: {damaged}: "):
         evaluate.main([str(results), "--json", str(tmp_path / "rows.json"), *QUICK])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["folder"] for row in rows] == [str(find_results([results])[0][i]) for i in (0, 2)]
@@ -413,6 +418,30 @@ def test_videos_that_differ_are_refused(edited, options, message, odd_clips):
         evaluate.main([*words, *options, *QUICK])
 
 
+@pytest.mark.parametrize(
+    ("rates", "numbers"),
+    [((30, 20), [0, 2, 3, 4]), ((20, 30), [0, 1, 2, 3]), ((10, 20), [0, 1, 2])],
+)
+def test_frames_of_the_same_time_are_matched_on_demand(rates, numbers, tmp_path):
+    """Brightness grows with time."""
+    paths = [tmp_path / "source.mp4", tmp_path / "edited.mp4"]
+    for path, fps in zip(paths, rates, strict=True):
+        frames = [np.full((32, 32, 3), k * 480 // fps, np.uint8) for k in range(5)]
+        save_video(path, frames, Fraction(fps))
+    words = ["--source", str(paths[0]), "--edited", str(paths[1]), *QUICK]
+    said = rf"different frame rates: .*edited.mp4: {rates[1]}, .*source.mp4: {rates[0]}; .*--match"
+    with pytest.raises(UserError, match=said):
+        evaluate.main(words)
+    (by_time,) = evaluate.main([*words, "--match", "times"])
+    (by_number,) = evaluate.main([*words, "--match", "frames"])
+    assert (by_time.fps, by_time.n_frames) == (min(rates), len(numbers))
+    assert by_time.psnr > by_number.psnr + 3
+    source, edited = map(str, paths)
+    part = inputs.OtherVideo(source=source, edited=edited, match="times", n_frames=2)
+    subject = inputs.open_video(part)
+    assert subject.source.numbers == tuple(numbers[:2]) and subject.row.n_frames == 2
+
+
 def test_a_video_of_one_frame_has_no_error_to_measure(odd_clips):
     long = str(odd_clips / "long.mp4")
     (row,) = evaluate.main(["--source", long, "--edited", long, "--n_frames", "1", *QUICK])
@@ -469,7 +498,7 @@ def test_a_missing_prompt_is_refused_before_anything_is_loaded(place, results, m
         evaluate.main(["--source", clip, "--edited", clip, *dis])
     change(first(results) / "config.yaml", prompt=None)
     with pytest.raises(UserError, match=r"config.yaml: the prompt is missing"):
-        evaluate.main([str(results), *dis])
+        evaluate.main([str(first(results)), *dis])
 
 
 def test_folders_without_results_are_refused_before_weights_are_fetched(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from util import MissingFileError, UserError
     ("raised", "status", "message"),
     [
         (UserError("bad\nnews"), 2, "error: bad news\n"),
+        (util.PartialFailure("1 of 2 failed"), 1, "error: 1 of 2 failed\n"),
         (MissingFileError("no such file"), 2, "error: no such file\n"),
         (OSError(errno.ENOSPC, "No space left", "a.png"), 2, "error: a.png: No space left; once"),
         (KeyboardInterrupt(), 130, "\ninterrupted; run the same command again"),

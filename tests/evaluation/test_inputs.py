@@ -15,8 +15,8 @@ from tokenflow.evaluation.inputs import (
 from util import MissingFileError, UserError
 
 
-def some_source(**changes: object) -> Source:
-    return Source("bear", Path("bear.mp4"), lambda: None, (2, 4, 8), **changes)
+def some_source(numbers: tuple[int, ...] = (0, 1), fit: str = "stretch") -> Source:
+    return Source("bear", Path("bear.mp4"), lambda: None, (2, 4, 8), numbers, fit)
 
 
 def test_masks_are_objects_by_index_resized_by_nearest_neighbour(tmp_path):
@@ -27,9 +27,9 @@ def test_masks_are_objects_by_index_resized_by_nearest_neighbour(tmp_path):
         read = read_masks(some_source(), folder)
         assert read.shape == (2, 4, 8)
         assert np.array_equal(read, masks[:2].repeat(2, axis=1).repeat(2, axis=2) > 0)
-    later = some_source(start=1)
+    later = some_source((1, 2))
     assert read_masks(later, tmp_path)[1].all()
-    every_second = some_source(stride=2)
+    every_second = some_source((0, 2))
     assert read_masks(every_second, tmp_path)[1].all()
 
 
@@ -61,13 +61,13 @@ def test_masks_may_be_of_any_kind(mode, tmp_path):
 def test_masks_without_leading_zeros_are_in_order(tmp_path):
     for i in range(8, 12):
         Image.new("L", (8, 4)).save(tmp_path / f"{i}.png")
-    source = some_source(start=1)
+    source = some_source((1, 2))
     assert [path.name for path in find_masks(source, tmp_path)] == ["9.png", "10.png"]
 
 
 def test_one_mask_serves_all_frames(tmp_path):
     save_masks(tmp_path / "bear", np.eye(4, 8, dtype=np.uint8)[None])
-    read = read_masks(some_source(start=5), tmp_path / "bear" / "00000.png")
+    read = read_masks(some_source((5, 6)), tmp_path / "bear" / "00000.png")
     assert np.array_equal(read, [np.eye(4, 8)] * 2)
 
 

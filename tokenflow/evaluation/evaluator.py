@@ -200,25 +200,40 @@ class _SourceScores(NamedTuple):
 
 def open_results(
     paths: Sequence[Path], protocol: Protocol, source_prompt: str | None = None
-) -> list[inputs.Subject]:
+) -> tuple[list[inputs.Subject], list[str]]:
     """Find and check all results in some folders; edits of one source follow each other.
 
     Args:
         source_prompt: as in `open_result`.
 
-    Raises:
-        UserError: a result cannot be scored by the protocol.
-    """
+    Returns:
+        the results, and what is wrong with those that cannot be scored by the protocol.
 
-    subjects = [inputs.open_result(folder, source_prompt) for folder in find_results(paths)[0]]
-    source_keys = ("clip", "path", "shape", "start", "stride")
+    Raises:
+        UserError: there are no results, or none can be scored.
+    """
+    subjects, errors = [], []
+    finished, unfinished = find_results(paths)
+    if unfinished:
+        log.warning("left out %d unfinished results, as %s", len(unfinished), unfinished[0])
+    for folder in finished:
+        try:
+            subject = inputs.open_result(folder, source_prompt)
+            subjects.append(check_subject(subject, protocol))
+        except UserError as error:
+            errors.append(error)
+    if not subjects:
+        raise errors[0]
+    for error in errors:
+        log.error("%s", error)
+    source_keys = ("clip", "path", "shape", "numbers")
     subjects.sort(key=attrgetter(*(f"source.{key}" for key in source_keys)))
     clips = dict.fromkeys(subject.source.clip for subject in subjects)
     if protocol.masks is not None and len(clips) > 1:
         for clip in clips:
             if not Path(protocol.masks, clip).is_dir():
                 raise UserError(f"--masks: {protocol.masks}: holds no folder {clip}/ of masks")
-    return [check_subject(subject, protocol) for subject in subjects]
+    return subjects, [str(error) for error in errors]
 
 
 def score_all(

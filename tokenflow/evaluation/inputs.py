@@ -5,9 +5,11 @@ and any other program's videos.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -18,7 +20,7 @@ from tokenflow.evaluation.score_table import Row
 from tokenflow.storage import images
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import Model
-from tokenflow.storage.video import clip_name, read_clip
+from tokenflow.storage.video import Clip, clip_name, read_clip
 from util import UserError
 
 MASK_RULE = "object: not 0; resized by nearest neighbour; pixels pooled over the clip"
@@ -33,8 +35,7 @@ class Source:
     # The frames, (n, H, W, 3) uint8, resized as for the edit.
     read: Callable[[], np.ndarray] = field(compare=False)
     shape: tuple[int, int, int]  # n, H, W
-    start: int = 0  # which of the clip's frames they are
-    stride: int = 1
+    numbers: tuple[int, ...]  # which of the clip's frames they are, ascending
     fit: str = "stretch"  # how they were resized, or "crop"
 
 
@@ -82,8 +83,7 @@ def open_result(folder: Path, source_prompt: str | None = None) -> Subject:
         path=Path(result.config.get("data_path") or manifest.clip),
         read=partial(cache.frames, n_frames),
         shape=(n_frames, height, width),
-        start=manifest.frame_start,
-        stride=manifest.frame_stride,
+        numbers=tuple(islice(count(manifest.frame_start, manifest.frame_stride), n_frames)),
         fit=manifest.fit,
     )
     row = Row(
@@ -119,6 +119,11 @@ class OtherVideo(Model):
     method: str | None = Field(None, description="its name (default: the edited video's)")
     n_frames: int | None = Field(None, ge=1, description="frames to score (default: all)")
     start: int = Field(0, ge=0, description="first frame of the source (default: 0)")
+    match: Literal["frames", "times"] | None = Field(
+        None,
+        description="where the frame rates differ: compare frames of the same number, or of the "
+        "same time (default: refuse)",
+    )
     H: int | None = Field(None, ge=8, description="height to resize both to (default: their own)")
     W: int | None = Field(None, ge=8, description="width to resize both to (default: their own)")
 
@@ -137,10 +142,14 @@ def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
     """
     source, edited = Path(other.source), Path(other.edited)
     n_frames, start, size = other.n_frames, other.start, (other.H, other.W) if other.H else None
+    by_time = other.match == "times"
     clips = [
-        read_clip(path, n_frames, start=first, size=size, own_size=True)
+        read_clip(path, None if by_time else n_frames, start=first, size=size, own_size=True)
         for path, first in ((source, start), (edited, 0))
     ]
+    numbers = range(len(clips[0].frames))
+    if by_time:
+        clips, numbers = _at_same_times(*clips, n_frames)
     (n, *frame_size), (n_edited, *edited_size) = (clip.frames.shape[:3] for clip in clips)
     if frame_size != edited_size:
         (h, w), (h_edited, w_edited) = frame_size, edited_size
@@ -148,6 +157,8 @@ def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
             f"frames of different sizes (HxW): {edited}: {h_edited}x{w_edited}, {source}: {h}x{w}; "
             "choose one for both with --H and --W"
         )
+    if other.match is None and not (source.is_dir() or edited.is_dir()):  # which have no rate
+        _check_rates(*clips, source, edited)
     if n != n_edited:
         asked = f" (of {n_frames} asked for)" if n_frames else ""
         raise UserError(
@@ -168,8 +179,40 @@ def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:
         fps=float(clips[1].fps),
         protocol={},
     )
-    original = Source(row.clip, source, lambda: clips[0].frames, (n, *frame_size), start)
+    own = tuple(start + number for number in numbers)
+    original = Source(row.clip, source, lambda: clips[0].frames, (n, *frame_size), own)
     return Subject(row, original, lambda: clips[1].frames)
+
+
+def _check_rates(source: Clip, edited: Clip, source_path: Path, edited_path: Path) -> None:
+    """Refuses frame rates by which the last frames compared are half a frame apart, or more."""
+    low, high = sorted((source.fps, edited.fps))
+    if (min(len(source.frames), len(edited.frames)) - 1) * (1 - low / high) >= 0.5:
+        raise UserError(
+            f"different frame rates: {edited_path}: {float(edited.fps):g}, {source_path}: "
+            f"{float(source.fps):g}; choose what to compare: --match times (frames of the same "
+            "time) or --match frames (of the same number)"
+        )
+
+
+def _at_same_times(
+    source: Clip, edited: Clip, n_frames: int | None
+) -> tuple[list[Clip], list[int]]:
+    """Both clips at the lower of their frame rates, n_frames at most; the source's frame numbers.
+
+    A frame is the nearest in time; both clips begin at time 0.
+    """
+    rate = min(source.fps, edited.fps)
+    chosen = []
+    for clip in (source, edited):
+        numbers = (round(k * clip.fps / rate) for k in range(n_frames or len(clip.frames)))
+        chosen.append([number for number in numbers if number < len(clip.frames)])
+    n = min(map(len, chosen))
+    clips = [
+        replace(clip, frames=clip.frames[numbers[:n]], fps=rate)
+        for clip, numbers in zip((source, edited), chosen, strict=True)
+    ]
+    return clips, chosen[0][:n]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,9 +228,9 @@ def find_truth(source: Source, truth: str | Path | None) -> Path:
     path = truth_file(source.path, Path(truth) if truth else None)
     pairs, height, width = truth_shape(path)
     n, *size = source.shape
-    last = source.start + n - 1
-    if source.stride != 1:
-        raise UserError(f"{path}: is of consecutive frames, the edit is of every {source.stride}th")
+    first, last = source.numbers[0], source.numbers[-1]
+    if last - first != n - 1:
+        raise UserError(f"{path}: is of consecutive frames, the edit skips some")
     if pairs < last:
         raise UserError(f"{path}: holds {pairs + 1} frames, the edit needs those up to {last + 1}")
     if source.fit == "crop" and height * size[1] != width * size[0]:
@@ -198,15 +241,13 @@ def find_truth(source: Source, truth: str | Path | None) -> Path:
 def read_truth(source: Source, truth: str | Path | None) -> Motion:
     """The true motion of the frames, from the file of `find_truth`."""
     motion = load_motion(find_truth(source, truth))
-    part = slice(source.start, source.start + source.shape[0] - 1)
+    part = slice(source.numbers[0], source.numbers[-1])
     return resize_motion(Motion(motion.flow[part], motion.visible[part]), source.shape[1:])
 
 
 def find_masks(source: Source, masks: str | Path) -> list[Path]:
     """The files of a clip's masks, one a frame; errors as in `images.find_masks`."""
-    n = source.shape[0]
-    numbers = range(source.start, source.start + n * source.stride, source.stride)
-    return images.find_masks("--masks", masks, source.clip, numbers)
+    return images.find_masks("--masks", masks, source.clip, source.numbers)
 
 
 def read_masks(source: Source, masks: str | Path) -> np.ndarray:

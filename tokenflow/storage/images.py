@@ -152,7 +152,7 @@ def fit_frame(
     return resize(image, (width, height), how)
 
 
-def find_masks(key: str, place: str | Path, clip: str, numbers: range) -> list[Path]:
+def find_masks(key: str, place: str | Path, clip: str, numbers: Sequence[int]) -> list[Path]:
     """The PNG files of a clip's masks, one a frame.
 
     Args:
