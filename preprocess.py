@@ -7,25 +7,42 @@ From Python: preprocess(parse_args(["--data_path", "clip.mp4"])) returns the cac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tokenflow.cache.build import build_cache as preprocess
-from tokenflow.cache.options import parse_args
-from tokenflow.ops.distributed import start_process_group
+from tokenflow.cache.options import PreprocessOptions, parse_args
 from util import command_line, setup_logging
+
+if TYPE_CHECKING:
+    from tokenflow.diffusion.models import Loader
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the script; returns the cache's folder."""
+    options = None
+    if "WORLD_SIZE" not in os.environ:  # several processes tell a mistake together, below
+        setup_logging()
+        options = parse_args(argv)
+    from tokenflow.ops.distributed import start_process_group  # slow to import
+
     with start_process_group() as group:
-        setup_logging(quiet=not group.is_main)
-        with group.raise_together():
-            options = parse_args(argv)
+        if options is None:
+            setup_logging(quiet=not group.is_main)
+            with group.raise_together():
+                options = parse_args(argv)
         folder = preprocess(options, group=group)
         if group.is_main:
             print(f"cache: {folder}")
     return folder
+
+
+def preprocess(options: PreprocessOptions, load: Loader | None = None, **arguments: Any) -> Path:
+    """Inverts a clip, unless that is done; returns the cache's folder: `build.build_cache`."""
+    from tokenflow.cache.build import build_cache  # slow to import
+
+    return build_cache(options, load, **arguments)
 
 
 if __name__ == "__main__":

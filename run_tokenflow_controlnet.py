@@ -6,17 +6,17 @@ python run_tokenflow_controlnet.py --set data_path=clip.mp4 --set prompt="a marb
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
-from tokenflow.diffusion.checkpoints import check_controlnet_fits, single_model_folder
-from tokenflow.diffusion.conditions import estimate_depth
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, ControlKind, control_settings
 from tokenflow.editing.config import NoiseConfig
-from tokenflow.editing.loop import EditPlan, EditSession
-from tokenflow.editing.techniques import Technique
+from tokenflow.editing.techniques import EditPlan, Technique
 from util import command_line
+
+if TYPE_CHECKING:
+    from tokenflow.editing.loop import EditSession
 
 
 class ControlNetConfig(NoiseConfig):
@@ -56,6 +56,8 @@ def plan(session: EditSession) -> EditPlan:
     """
     config, timesteps = session.config, session.inputs.timesteps
     if config.control == "depth" and session.depth is None:
+        from tokenflow.diffusion.conditions import estimate_depth
+
         device, allow = session.models.device, config.allow_pickle
         session.depth = estimate_depth(
             session.frames, config.depth_model, device, allow_pickle=allow
@@ -69,6 +71,8 @@ def plan(session: EditSession) -> EditPlan:
 
 def check(config: ControlNetConfig, checkpoint: Path, has_depth: bool) -> None:
     """Refuses a ControlNet or depth estimator that is missing or does not fit."""
+    from tokenflow.diffusion.checkpoints import check_controlnet_fits, single_model_folder
+
     check_controlnet_fits(checkpoint, control_settings(config).key, config.allow_pickle)
     if config.control == "depth" and not has_depth:
         single_model_folder(config.depth_model, "depth_model", config.allow_pickle)

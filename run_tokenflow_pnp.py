@@ -6,17 +6,17 @@ python run_tokenflow_pnp.py --set data_path=clip.mp4 --set prompt="a marble scul
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from tokenflow.diffusion.checkpoints import load_unet_skeleton
 from tokenflow.editing.config import EditConfig
-from tokenflow.editing.loop import EditPlan, EditSession
-from tokenflow.editing.techniques import Technique
+from tokenflow.editing.techniques import EditPlan, Technique
 from tokenflow.storage.schema import Share
-from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, self_attention_layers
 from util import UserError, command_line
+
+if TYPE_CHECKING:
+    from tokenflow.editing.loop import EditSession
 
 
 class PnPConfig(EditConfig):
@@ -36,6 +36,9 @@ class PnPConfig(EditConfig):
 
 def check(config: PnPConfig, checkpoint: Path, has_depth: bool) -> None:
     """Refuses a checkpoint whose UNet lacks a layer that PnP injects into."""
+    from tokenflow.diffusion.checkpoints import load_unet_skeleton
+    from tokenflow_utils import ATTENTION_LAYERS, FEATURE_LAYER, self_attention_layers
+
     unet = load_unet_skeleton(checkpoint)
     missing = sorted(set(ATTENTION_LAYERS) - set(self_attention_layers(unet)))
     if FEATURE_LAYER not in dict(unet.named_modules()):

@@ -5,14 +5,16 @@ python run_tokenflow_sdedit.py --set data_path=clip.mp4 --set prompt="a marble s
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from tokenflow.editing.config import NoiseConfig
-from tokenflow.editing.loop import EditPlan, EditSession
-from tokenflow.editing.techniques import Technique
+from tokenflow.editing.techniques import EditPlan, Technique
 from util import command_line
+
+if TYPE_CHECKING:
+    from tokenflow.editing.loop import EditSession
 
 
 class SDEditConfig(NoiseConfig):

@@ -20,10 +20,12 @@ import types
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import safetensors.torch
-import torch
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:  # slow to import, and not needed to read a command line
+    import torch
 
 # ---------------------------------------------------------------- errors and the command line
 
@@ -127,7 +129,9 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
             raise
         named = f"{error.filename}: " if error.filename else ""
         status, message = 2, f"error: {named}{error.strerror}; once that is fixed, {_GO_ON}"
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
         status = 2
         message = (
             "error: the GPU's memory does not suffice; lower chunk_size or n_frames in the config"
@@ -279,11 +283,13 @@ def save_tensors(
     Raises:
         OSError: the file cannot be written, with its number: the library only has it in its text.
     """
+    from safetensors.torch import save_file  # with torch, slow to import
+
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
         try:
-            safetensors.torch.save_file(plain, temporary, metadata)
-        except safetensors.SafetensorError as error:
+            save_file(plain, temporary, metadata)
+        except SafetensorError as error:
             number = re.search(r"os error ([0-9]+)", str(error))
             if number is None:
                 raise
@@ -297,9 +303,11 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         MissingFileError: there is no such file.
         UserError: it is truncated or corrupt.
     """
+    from safetensors.torch import load_file  # with torch, slow to import
+
     try:
-        return safetensors.torch.load_file(existing_file(path))
-    except safetensors.SafetensorError as error:
+        return load_file(existing_file(path))
+    except SafetensorError as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 

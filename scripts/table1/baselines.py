@@ -26,7 +26,7 @@ from tokenflow.diffusion.vae import encode_frames
 from tokenflow.editing.config import read_config
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
-from tokenflow.editing.techniques import open_result, save_result
+from tokenflow.editing.run import open_result, save_result
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.yaml_files import load_yaml
 from util import UserError, command_line, setup_logging

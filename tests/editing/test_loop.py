@@ -19,7 +19,8 @@ from tests.helpers import HEIGHT, WIDTH, edit_keys, invert, make_clip, save_mask
 from tokenflow.cache.source_pass import INJECTED_BLOCK
 from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.editing.inputs import open_edit_inputs
-from tokenflow.editing.loop import EditPlan, EditSession
+from tokenflow.editing.loop import EditSession
+from tokenflow.editing.techniques import EditPlan
 from tokenflow.storage.work_dir import WorkDir, resumable_dir
 
 N_FRAMES = 7  # of 48x80: latents of 6x10, token grids of 6x10, 3x5, 2x3 and 1x2

@@ -32,7 +32,7 @@ from tests.helpers import (
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.editing import loop as editing
-from tokenflow.editing import techniques
+from tokenflow.editing import run as run_module
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import PRESETS_FILE, load_config
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
@@ -193,7 +193,7 @@ def test_a_result_of_another_cache_is_computed_again(
 def test_an_interrupted_edit_leaves_no_result(settings, tmp_path, monkeypatch):
     values = {**settings, "output_path": str(tmp_path / "out"), "start": 0.2}
     with monkeypatch.context() as patch:
-        patch.setattr(techniques, "save_tensors", lambda *args: 1 / 0)  # frames are there by then
+        patch.setattr(run_module, "save_tensors", lambda *args: 1 / 0)  # frames are there
         with pytest.raises(ZeroDivisionError):
             edit("sdedit", values, tmp_path)
     parent = tmp_path / "out" / "sdedit" / "star"
@@ -212,6 +212,30 @@ def test_another_frame_rate_on_demand(settings, tmp_path, fps):
     count, rate, _ = video_facts(only_result(tmp_path / "out") / "edited.mp4")
     assert count == N_FRAMES
     assert float(rate) == pytest.approx(fps, rel=1e-5)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_a_mistake_is_told_before_the_slow_imports():
+    code = """
+import sys
+import preprocess, run_tokenflow_controlnet, run_tokenflow_pnp, run_tokenflow_sdedit
+from util import UserError
+for main, argv in [(preprocess.main, ["--data_path", "x", "--steps", "0"])] + [
+    (script.main, ["--set", "n_frames=0"])
+    for script in (run_tokenflow_pnp, run_tokenflow_sdedit, run_tokenflow_controlnet)
+]:
+    try:
+        main(argv)
+    except UserError as error:
+        print(error)
+print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    *told, imported = ran.stdout.splitlines()
+    assert [line.partition(":")[0] for line in told] == ["--steps"] + ["--set n_frames"] * 3
+    assert imported == "[]"
 
 
 # ---------------------------------------------------------------- prompts

@@ -33,8 +33,8 @@ from tokenflow.diffusion.models import (
 )
 from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
 from tokenflow.editing.inputs import open_edit_inputs
-from tokenflow.editing.loop import EditPlan, EditSession
-from tokenflow.editing.techniques import load_technique
+from tokenflow.editing.loop import EditSession
+from tokenflow.editing.techniques import EditPlan, load_technique
 from tokenflow.storage.schema import Model, load_config
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, save_video, source_sha256
 from tokenflow.storage.yaml_files import save_yaml

@@ -23,7 +23,8 @@ from tokenflow.diffusion.ddim import CLEAN, ddim_step
 from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.diffusion.models import Loader
 from tokenflow.editing.inputs import EditInputs
-from tokenflow.editing.loop import EditPlan, EditSession, plan_steps
+from tokenflow.editing.loop import EditSession, plan_steps
+from tokenflow.editing.techniques import EditPlan
 from tokenflow_utils import (
     ATTENTION_LAYERS,
     FEATURE_LAYER,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
@@ -37,7 +36,6 @@ from tokenflow.cache.source_pass import (
 from tokenflow.diffusion.ddim import CLEAN
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.memory import chunked_forward
-from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import Loader, compile_unet, load_stable_diffusion
 from tokenflow.diffusion.optical_flow import flow_model
 from tokenflow.diffusion.samplers import SAMPLERS, DDIMSampler
@@ -54,6 +52,7 @@ from tokenflow.editing.flow_field import (
 from tokenflow.editing.inputs import EditInputs, features_remedy
 from tokenflow.editing.keyframe_windows import WindowedAttention, keyframe_windows
 from tokenflow.editing.masks import composite, edited_cells
+from tokenflow.editing.techniques import EditPlan
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch, reset_peak_memory
 from tokenflow.storage.work_dir import WorkDir
@@ -79,17 +78,6 @@ SERVED_BY_CACHED_FEATURES = {
 }
 # Settings that all features of one cache share, whatever preprocess.py is asked to add.
 CACHE_SETTINGS = ("n_frames", "n_timesteps", "dtype")
-
-
-@dataclass(frozen=True)
-class EditPlan:
-    """What a technique does: where sampling starts, what is injected, what conditions it."""
-
-    timesteps: list[int]  # of the steps to take, noisiest first: the schedule's last ones, or all
-    start: Tensor  # (n, 4, h, w) float32 latents at timesteps[0]
-    attention_steps: int = 0  # PnP injects queries and keys in this many first steps
-    feature_steps: int = 0  # PnP injects convolution features in this many first steps
-    control: ControlSettings | None = None
 
 
 class EditSession:

@@ -3,40 +3,43 @@
 A new technique is a script run_tokenflow_<name>.py with a `TECHNIQUE`, and a line in
 `results.TECHNIQUES`, the one list of them. Add its YAML file, configs/config_<name>.yaml, and its
 name to pyproject.toml's contract of imports, and write docs/options.md by scripts/options_doc.py.
+
+torch and diffusers are imported when an edit begins: mistakes in a command line are told before.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
-
-from tokenflow.diffusion.models import Loader
+from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.editing.config import EditConfig, read_config
-from tokenflow.editing.inputs import EditInputs, open_edit_inputs
-from tokenflow.editing.loop import EditPlan, EditSession
-from tokenflow.editing.results import RUN_FILE, is_finished, result_folder, result_settings
-from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup, start_process_group
-from tokenflow.ops.profiling import Stopwatch, device_name, peak_memory_bytes, versions
-from tokenflow.storage.images import save_frames
-from tokenflow.storage.video import MAX_FPS_DENOMINATOR, save_video
-from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
-from tokenflow.storage.yaml_files import save_yaml
-from util import save_tensors, setup_logging
+from util import setup_logging
 
-log = logging.getLogger("tokenflow")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tokenflow.editing.loop import EditSession
 
 
 def load_technique(name: str) -> Technique:
     """The technique of a name in `results.TECHNIQUES`: its run script declares it."""
     return import_module(f"run_tokenflow_{name}").TECHNIQUE
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """What a technique does: where sampling starts, what is injected, what conditions it."""
+
+    timesteps: list[int]  # of the steps to take, noisiest first: the schedule's last ones, or all
+    start: Tensor  # (n, 4, h, w) float32 latents at timesteps[0]
+    attention_steps: int = 0  # PnP injects queries and keys in this many first steps
+    feature_steps: int = 0  # PnP injects convolution features in this many first steps
+    control: ControlSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -57,123 +60,24 @@ class Technique:
         Args:
             argv: the command line without the program's name; None for sys.argv's.
         """
+        config = overwrite = None
+        if "WORLD_SIZE" not in os.environ:  # several processes tell a mistake together, below
+            setup_logging()
+            config, overwrite = read_config(self.config, argv, self.name, self.about)
+        from tokenflow.ops.distributed import start_process_group
+
         with start_process_group() as group:
-            setup_logging(quiet=not group.is_main)
-            with group.raise_together():
-                config, overwrite = read_config(self.config, argv, self.name, self.about)
+            if config is None:
+                setup_logging(quiet=not group.is_main)
+                with group.raise_together():
+                    config, overwrite = read_config(self.config, argv, self.name, self.about)
             folder = self.edit(config, overwrite, group=group)
             if group.is_main:
                 print(f"result: {folder}")
         return folder
 
-    def edit(
-        self,
-        config: EditConfig,
-        overwrite: bool = False,
-        load: Loader | None = None,
-        group: ProcessGroup = SINGLE_PROCESS,
-        watch: Stopwatch | None = None,
-    ) -> Path:
-        """Edits a preprocessed clip, unless a finished result exists.
+    def edit(self, config: EditConfig, overwrite: bool = False, **options: Any) -> Path:
+        """Edits a preprocessed clip, unless a finished result exists: `run.edit`."""
+        from tokenflow.editing.run import edit
 
-        Args:
-            overwrite: write it again in any case.
-            load: loads the models; `load_stable_diffusion` if None.
-            group: the processes that make the edit together, each of which calls this.
-            watch: times the stages; a new one if None.
-
-        Returns:
-            the result's folder.
-
-        Raises:
-            UserError: naming what is missing or does not fit.
-        """
-        with group.raise_together():
-            inputs = open_edit_inputs(config, group)
-            self.check(config, inputs.checkpoint, inputs.cache.has_depth)
-        with open_result(self.name, inputs, overwrite) as (folder, work):
-            if work is not None:
-                session = EditSession(inputs, watch=watch, load=load, work=work)
-                with session.watch("edit"):  # warped noise takes a while
-                    plan = self.plan(session)
-                latents = session.edit_latents(plan)
-                frames = session.composite(session.decode(latents))
-                save_result(self.name, session, frames, latents)
-        return folder
-
-
-@contextmanager
-def open_result(
-    technique: str, inputs: EditInputs, overwrite: bool = False
-) -> Iterator[tuple[Path, WorkDir | None]]:
-    """Opens the result of an edit: to write it, to resume it, or to find it finished.
-
-    A result is finished if the same settings made it from the same cache and it is not damaged.
-    Another process that writes it is waited for.
-
-    Args:
-        technique: its name in the result's path.
-        overwrite: write it again in any case.
-
-    Yields:
-        its folder, and where it is written until it is whole; None for a finished one.
-    """
-    folder, cache, group = result_folder(inputs, technique), inputs.cache, inputs.group
-    with locked(folder, group=group):
-        with group.raise_together():
-            cache.check_unchanged()
-            found = False
-            if group.is_main:
-                recover(folder)
-                found = not overwrite and is_finished(folder, cache.sha256, inputs.config.verify)
-        if group.broadcast(found):
-            log.info("%s already exists with these settings; --overwrite computes it again", folder)
-            yield folder, None
-            return
-        depends_on = {**result_settings(inputs), "cache_sha256": cache.sha256}
-        with resumable_dir(folder, depends_on, group, own=()) as work:
-            yield folder, work
-
-
-def save_result(technique: str, session: EditSession, frames: np.ndarray, latents: Tensor) -> None:
-    """Writes a session's result, run.yaml last; of several processes, the main one does.
-
-    Args:
-        frames, latents: the edited clip, (n, H, W, 3) uint8 and (n, 4, h, w) float32.
-    """
-    inputs, cache, group, work = session.inputs, session.cache, session.group, session.work
-    with group.raise_together():
-        cache.check_unchanged()
-    peak = max(group.all_gather(peak_memory_bytes(inputs.device)))
-    if not group.is_main:
-        return
-    fps = session.config.fps
-    fps = cache.fps if fps is None else Fraction(fps).limit_denominator(MAX_FPS_DENOMINATOR)
-    with session.watch("write"):
-        save_frames(work.folder / "frames", frames)
-        save_video(work.folder / "edited.mp4", frames, fps)
-        pairs = zip(session.frames, frames, strict=True)
-        both = (np.concatenate(pair, axis=1) for pair in pairs)  # one pair of frames at a time
-        save_video(work.folder / "side_by_side.mp4", both, fps)
-        save_tensors(work.folder / "edited_latents.safetensors", {"latents": latents})
-    save_yaml(work.folder / "config.yaml", session.config.model_dump())
-    record = {
-        "technique": technique,
-        "cache": str(cache.folder),
-        "cache_sha256": cache.sha256,
-        "checkpoint": str(inputs.checkpoint),
-        "checkpoint_revision": cache.manifest.model_revision,
-        "n_frames": len(frames),
-        "device": device_name(inputs.device),
-        "processes": group.size,
-        "dtype": session.models.dtype_name,
-        "source_features": session.source_features,
-        "flow_model": inputs.flow_model,
-        "image_forwards": session.image_forwards,
-        "seconds": session.watch.seconds,
-        "versions": versions(),
-        "peak_memory_bytes": peak,
-        "files": work.record_files(),
-        "complete": True,
-    }
-    save_yaml(work.folder / RUN_FILE, record)
+        return edit(self, config, overwrite, **options)
