@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scripts.batch.clip_list import INVERSION, VARIANTS, Batch, read_batch, shown_name
-from scripts.batch.engine import FAILED, FOUND, MADE, NOT_TRIED, Outcome, duration, log, run_jobs
+from scripts.batch.engine import FAILED, FOUND, MADE, NOT_TRIED, Outcome, log, run_jobs
 from tokenflow.evaluation.score_table import aligned
+from tokenflow.ops.progress import duration
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import ArgumentParser, UserError, at_least, check_writable, command_line, setup_logging
 

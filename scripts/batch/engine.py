@@ -30,6 +30,7 @@ from preprocess import preprocess
 from scripts.batch.clip_list import Job
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
+from tokenflow.ops.progress import duration
 from util import Interrupted, UserError, setup_logging
 
 log = logging.getLogger("tokenflow")
@@ -288,10 +289,3 @@ def report(
         how += f"; about {duration(left)} left"
     level = logging.ERROR if outcome.state == FAILED else logging.INFO
     log.log(level, "[%d/%d] %s: %s", len(outcomes), len(jobs), job.title, how)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

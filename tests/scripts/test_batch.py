@@ -211,7 +211,6 @@ def test_the_time_left_is_estimated_from_what_was_made(caplog):
     ]
     engine.report(jobs, {}, inversion, Outcome(FAILED, reason="why"), 2)  # which settles its edits
     assert caplog.messages[-1] == "[4/4] a: inversion: failed: why"
-    assert [engine.duration(s) for s in (99, 600, 7200)] == ["99 s", "10 min", "2.0 h"]
 
 
 def test_models_are_kept_until_others_are_asked_for(monkeypatch):

@@ -6,7 +6,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +27,7 @@ from tokenflow.cache.source_cache import (
     open_cache,
 )
 from tokenflow.cache.source_features import find_features
-from tokenflow.cache.source_pass import build_features
+from tokenflow.cache.source_pass import build_features, evaluations_of_a_step
 from tokenflow.diffusion.conditions import estimate_depth
 from tokenflow.diffusion.ddim import CLEAN
 from tokenflow.diffusion.denoiser import make_denoiser
@@ -38,6 +37,7 @@ from tokenflow.diffusion.models import Loader, StableDiffusion, load_stable_diff
 from tokenflow.diffusion.vae import SquaredError, decode_latents, encode_frames
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch, versions
+from tokenflow.ops.progress import Progress
 from tokenflow.storage.images import save_frames
 from tokenflow.storage.video import save_video
 from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
@@ -93,16 +93,11 @@ def build_cache(
                 models = (load or load_stable_diffusion)(
                     inputs.checkpoint, inputs.device, inputs.dtype, options.allow_pickle
                 )
-            if not inverted:
-                depends_on = {"format": FORMAT, **identity(inputs.manifest)}
-                if options.reconstruction != "full":
-                    depends_on["reconstruction"] = options.reconstruction
-                with resumable_dir(inputs.folder, depends_on, group) as work:
-                    manifest = _Inversion(inputs, models, work).run()
-                if group.is_main:
-                    _report_reconstruction(manifest)
-            if inputs.features is not None:
-                _add_features(inputs, models)
+            with Progress(_evaluations(inputs, inverted), group.is_main) as progress:
+                if not inverted:
+                    _add_inversion(inputs, models, progress)
+                if inputs.features is not None:
+                    _add_features(inputs, models, progress)
     return inputs.folder
 
 
@@ -174,7 +169,33 @@ def _has_features(inputs: PreprocessInputs, verify: bool) -> bool:
 # Building it
 
 
-def _add_features(inputs: PreprocessInputs, models: StableDiffusion) -> None:
+def _evaluations(inputs: PreprocessInputs, inverted: bool) -> float:
+    """UNet evaluations of a frame that this process makes, at most."""
+    manifest, group, total = inputs.manifest, inputs.group, 0.0
+    if not inverted:
+        every, n_frames = RECONSTRUCTED[manifest.reconstruction], manifest.n_frames
+        shown = -(-n_frames // every) if every else 0
+        own, own_shown = (len(group.shard(n).local_indices) for n in (n_frames, shown))
+        total += own * manifest.steps * manifest.inversion_iters
+        total += own_shown * manifest.recon_steps
+    if inputs.features is not None:
+        steps = inputs.features.n_timesteps / group.size
+        total += evaluations_of_a_step(inputs.features) * steps
+    return total
+
+
+def _add_inversion(inputs: PreprocessInputs, models: StableDiffusion, progress: Progress) -> None:
+    """Writes the cache but for its features, and reports how well it was reconstructed."""
+    depends_on = {"format": FORMAT, **identity(inputs.manifest)}
+    if inputs.options.reconstruction != "full":
+        depends_on["reconstruction"] = inputs.options.reconstruction
+    with resumable_dir(inputs.folder, depends_on, inputs.group) as work:
+        manifest = _Inversion(inputs, models, work, progress).run()
+    if inputs.group.is_main:
+        _report_reconstruction(manifest)
+
+
+def _add_features(inputs: PreprocessInputs, models: StableDiffusion, progress: Progress) -> None:
     """Runs the source pass of edits and adds its features to the finished cache."""
     cache = open_cache(inputs.folder)
     manifest, frames = cache.manifest, inputs.clip.frames
@@ -185,7 +206,9 @@ def _add_features(inputs: PreprocessInputs, models: StableDiffusion) -> None:
     batch_size, size = inputs.options.batch_size, frames.shape[1:3]
     at_once = unet_batch_size(batch_size, denoiser, size, most=FEATURE_BATCH)
     timesteps, settings = inputs.timesteps.sampling, inputs.features
-    build_features(cache, denoiser, timesteps, settings, at_once, inputs.watch, inputs.group)
+    build_features(
+        cache, denoiser, timesteps, settings, at_once, inputs.watch, inputs.group, progress
+    )
 
 
 class _Inversion:
@@ -194,7 +217,14 @@ class _Inversion:
     Of several processes each computes its shard of the frames, and the main one writes.
     """
 
-    def __init__(self, inputs: PreprocessInputs, models: StableDiffusion, work: WorkDir) -> None:
+    def __init__(
+        self,
+        inputs: PreprocessInputs,
+        models: StableDiffusion,
+        work: WorkDir,
+        progress: Progress,
+    ) -> None:
+        self.progress = progress
         self.inputs, self.manifest, self.frames = inputs, inputs.manifest, inputs.clip.frames
         self.models, self.work, self.watch = models, work, inputs.watch
         self.batch_size = inputs.options.batch_size
@@ -223,6 +253,8 @@ class _Inversion:
             self.unet_batch = unet_batch_size(self.batch_size, self.denoiser, size)
         if resumed is not None and resumed.stage == "reconstruction":
             latents, t = resumed.tensors["latents"], resumed.figures["t"]
+            evaluations = len(self.shard.local_indices) * self.manifest.inversion_iters
+            self.progress.skip(evaluations * self.manifest.steps)
         else:
             latents, t = self._invert(clean), self.inputs.timesteps.reconstruction[0]
         figures = {}
@@ -293,19 +325,18 @@ class _Inversion:
             t=t,
             past=past,
             frames=self.shard.local_indices,
-            progress=self.group.is_main,
+            progress=self.progress,
         )
-        with closing(steps):  # so that its bar ends before an error is printed
-            for t, own in self._timed("inversion", steps):
-                if t == timesteps.reconstruction[0]:
-                    start = self.shard.gather(own)
-                if t not in timesteps.saved:
-                    continue
-                self._save_latents(t, self.shard.gather(own))
-                tensors = {} if start is None else {"start": start}
-                if self.manifest.inversion_tol:  # else no step needs it
-                    tensors |= {f"noise_{p}": self.shard.gather(noise) for p, noise in past}
-                self._save("inversion", tensors, t)
+        for t, own in self._timed("inversion", steps):
+            if t == timesteps.reconstruction[0]:
+                start = self.shard.gather(own)
+            if t not in timesteps.saved:
+                continue
+            self._save_latents(t, self.shard.gather(own))
+            tensors = {} if start is None else {"start": start}
+            if self.manifest.inversion_tol:  # else no step needs it
+                tensors |= {f"noise_{p}": self.shard.gather(noise) for p, noise in past}
+            self._save("inversion", tensors, t)
         start = start[self.shown]
         self._save("reconstruction", {"latents": start}, timesteps.reconstruction[0])
         return start
@@ -316,13 +347,11 @@ class _Inversion:
             return latents
         shard, timesteps = self.group.shard(len(latents)), self.inputs.timesteps.reconstruction
         own, frames = shard.take(latents), shard.take(self.shown)
-        shown = self.group.is_main
-        steps = sample(self.denoiser, own, timesteps, self.unet_batch, t, frames, shown)
-        with closing(steps):
-            for number, (t, own) in enumerate(self._timed("reconstruction", steps), start=1):
-                if number % SAVE_EVERY == 0 or t == CLEAN:
-                    latents = shard.gather(own)
-                    self._save("reconstruction", {"latents": latents}, t)
+        steps = sample(self.denoiser, own, timesteps, self.unet_batch, t, frames, self.progress)
+        for number, (t, own) in enumerate(self._timed("reconstruction", steps), start=1):
+            if number % SAVE_EVERY == 0 or t == CLEAN:
+                latents = shard.gather(own)
+                self._save("reconstruction", {"latents": latents}, t)
         return latents
 
     def _timed(self, stage: str, steps: Iterator[T]) -> Iterator[T]:

@@ -15,7 +15,6 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tokenflow.cache.source_cache import FEATURES, MANIFEST, SourceCache
 from tokenflow.cache.source_features import FORMAT, FeatureSettings, file_name, index_dtype
@@ -24,6 +23,7 @@ from tokenflow.diffusion.memory import chunked_forward
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch
+from tokenflow.ops.progress import Progress
 from tokenflow.storage.work_dir import WorkDir, begun_dirs, locked, recover, resumable_dir
 from tokenflow.storage.yaml_files import save_yaml
 from tokenflow_utils import (
@@ -219,6 +219,7 @@ def build_features(
     chunk_size: int,
     watch: Stopwatch,
     group: ProcessGroup = SINGLE_PROCESS,
+    progress: Progress | None = None,
 ) -> None:
     """Runs the source pass of every sampling step and writes the cache's features.
 
@@ -230,7 +231,9 @@ def build_features(
         chunk_size: frames evaluated at once.
         watch: times the stage "features".
         group: the processes that do it together, each of which calls this.
+        progress: of the run that this is a stage of, in evaluations of a frame.
     """
+    progress = progress or Progress(shown=False)
     nearest = nearest_tokens if settings.correspondence == "nn" else None
     context = TokenFlowContext(nearest=nearest)
     latents = partial(cache.latents, n_frames=settings.n_frames)
@@ -247,12 +250,8 @@ def build_features(
             stack.enter_context(tokenflow_patch(denoiser.models.unet, context))
             for model in denoiser.networks:
                 stack.enter_context(chunked_forward(model, chunk_size, skip=(INJECTED_BLOCK,)))
-            shown = {"unit": "step", "initial": done, "total": len(steps)}
-            # Entered last: its bar ends before an error is printed.
-            progress = stack.enter_context(
-                tqdm(desc="features", **shown, disable=not group.is_main)
-            )
-            for first in range(done, len(steps), group.size):
+            left, cost = range(done, len(steps), group.size), evaluations_of_a_step(settings)
+            for first in progress.over(left, "features", cost, done / group.size):
                 with watch("features"):
                     if first + group.rank < len(steps):
                         step = first + group.rank
@@ -266,9 +265,13 @@ def build_features(
                 }
                 work.save("features", {}, steps=done, **figures)
                 group.barrier()  # nobody writes while the main process reads the folder
-                progress.update(done - progress.n)
         if group.is_main:
             _write_manifest(work, identity)
+
+
+def evaluations_of_a_step(settings: FeatureSettings) -> int:
+    """Frames that a step of the source pass evaluates: all, and the keyframes again."""
+    return settings.n_frames - (-settings.n_frames // settings.keyframe_interval)
 
 
 def feature_keyframes(settings: FeatureSettings) -> Tensor:

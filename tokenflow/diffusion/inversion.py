@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tokenflow.diffusion.ddim import CLEAN, NoiseSchedule, ddim_inversion_step, ddim_step
 from tokenflow.diffusion.denoiser import Denoiser
+from tokenflow.ops.progress import Progress
 from util import UserError
 
 
@@ -61,7 +61,7 @@ def invert(
     t: int = CLEAN,
     past: list[tuple[int, Tensor]] | None = None,
     frames: Tensor | None = None,
-    progress: bool = True,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Inverts every frame independently by DDIM.
 
@@ -80,7 +80,7 @@ def invert(
         past: (timestep, noise) of the last two steps, updated in place; with a tolerance, a
             resumed inversion needs it to give the same result.
         frames: the frames' indices in the clip; 0..n-1 by default.
-        progress: show a progress bar.
+        progress: of the run that this is a stage of, in evaluations of a frame.
 
     Yields:
         (timestep, latents), the latents (n, 4, h, w) on the CPU.
@@ -96,8 +96,8 @@ def invert(
 
     steps = list(zip([CLEAN, *timesteps[:-1]], timesteps, strict=True))
     done = sum(t_to <= t for t_to in timesteps)
-    shown = {"unit": "step", "initial": done, "total": len(steps), "disable": not progress}
-    for t_from, t_to in tqdm(steps[done:], desc="invert", **shown):
+    progress = progress or Progress(shown=False)
+    for t_from, t_to in progress.over(steps[done:], "invert", iterations * len(x), done):
         start = None
         if tolerance and past:
             start = ddim_step(x, expected_noise(past, t_to), schedule, t_from, t_to)
@@ -137,7 +137,7 @@ def sample(
     batch_size: int,
     t: int | None = None,
     frames: Tensor | None = None,
-    progress: bool = True,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """DDIM sampling from inverted latents under the inversion prompt, without guidance.
 
@@ -154,8 +154,8 @@ def sample(
     frames = torch.arange(len(x)) if frames is None else frames
     steps = list(zip(timesteps, [*timesteps[1:], CLEAN], strict=True))
     done = 0 if t is None else timesteps.index(t)
-    shown = {"unit": "step", "initial": done, "total": len(steps), "disable": not progress}
-    for t_from, t_to in tqdm(steps[done:], desc="reconstruct", **shown):
+    progress = progress or Progress(shown=False)
+    for t_from, t_to in progress.over(steps[done:], "reconstruct", len(x), done):
         eps = predicted_noise(denoiser, x, t_from, frames, batch_size)
         x = ddim_step(x, eps, schedule, t_from, t_to)
         yield t_to, x

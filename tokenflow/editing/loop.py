@@ -15,7 +15,6 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tokenflow.cache.source_cache import CLEAN_LATENTS
 from tokenflow.cache.source_features import (
@@ -55,6 +54,7 @@ from tokenflow.editing.masks import composite, edited_cells
 from tokenflow.editing.techniques import EditPlan
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.ops.profiling import Stopwatch, reset_peak_memory
+from tokenflow.ops.progress import Progress
 from tokenflow.storage.work_dir import WorkDir
 from tokenflow_utils import (
     Neighbours,
@@ -192,8 +192,9 @@ class EditSession:
             live = [features.denoiser] if isinstance(features, LiveSource) else []
             denoisers = [denoiser, *live]
             self._bound_memory(stack, denoisers)
-            progress = {"initial": done, "disable": not self.group.is_main, "unit": "step"}
-            for i in tqdm(range(done, len(steps)), "edit", len(steps), **progress):
+            # Entered last: its bar ends before an error is printed.
+            progress = stack.enter_context(Progress(len(steps), self.group.is_main))
+            for i in progress.over(range(done, len(steps)), "edit", done=done):
                 step = steps[i]
                 context.inject_attention, context.inject_features = step.attention, step.features
                 with self.watch("edit"):
