@@ -45,7 +45,8 @@ class ControlNetConfig(NoiseConfig):
                 "sd_version: depth is conditioned on depth by itself and no ControlNet fits it; "
                 "use run_tokenflow_pnp.py or run_tokenflow_sdedit.py"
             )
-        control_settings(self)
+        if self.sd_version is not None:
+            control_settings(self)
         return self
 
 

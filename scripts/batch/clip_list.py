@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 from scripts.batch.davis import sequences
-from tokenflow.cache.options import CONTROL_OPTIONS, PreprocessOptions
+from tokenflow.cache.options import CONTROL_OPTIONS, PreprocessOptions, default
 from tokenflow.diffusion.checkpoints import checkpoint_folder
 from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import resolve_device
@@ -312,7 +312,7 @@ def _jobs(edits: Sequence[_Edit]) -> Iterator[Job]:
     caches: dict[tuple, dict[tuple, list[_Edit]]] = {}
     for edit in edits:
         config = edit.config
-        checkpoint = config.model_key or MODELS[config.sd_version], config.dtype
+        checkpoint = _model_key(config), config.dtype
         cache = edit.clip, config.sd_version, config.n_inversion_steps, config.n_frames
         cache += config.frame_start, config.frame_stride
         caches.setdefault(checkpoint, {}).setdefault(cache, []).append(edit)
@@ -321,11 +321,17 @@ def _jobs(edits: Sequence[_Edit]) -> Iterator[Job]:
             options = _cache_options(group)
             args = parse(PreprocessOptions, options, f"{group[0].where}: preprocess")
             place = {key: getattr(args, key) for key in FRAME_RANGE}
-            place["n_inversion_steps"] = args.steps  # whatever other caches of the clip there are
+            # Whatever other caches of the clip there are.
+            place |= {"n_inversion_steps": args.steps, "n_timesteps": args.save_steps}
+            place |= {"sd_version": args.sd_version, "n_frames": args.n_frames}
             inversion = Job(group[0].clip, None, options)
             yield inversion
             for edit in group:
                 yield Job(edit.clip, edit.variant, edit.config.model_dump() | place, inversion.key)
+
+
+def _model_key(config: EditConfig) -> str:
+    return config.model_key or MODELS[config.sd_version or default("sd_version")]
 
 
 def _cache_options(edits: Sequence[_Edit]) -> dict[str, Any]:
@@ -360,7 +366,7 @@ def _check_models(edits: Sequence[_Edit]) -> None:
     seen = set()
     for edit in edits:
         config, technique = edit.config, edit.variant.section
-        model = config.model_key or MODELS[config.sd_version]
+        model = _model_key(config)
         control = (getattr(config, key, None) for key in ("control", "controlnet_key"))
         what = technique, model, config.device, config.allow_pickle, *control
         if what not in seen:

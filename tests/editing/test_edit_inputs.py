@@ -27,7 +27,7 @@ from tests.helpers import (
 )
 from tokenflow.diffusion.checkpoints import checkpoint_revision
 from tokenflow.editing.inputs import open_edit_inputs
-from tokenflow.editing.results import TECHNIQUES
+from tokenflow.editing.results import TECHNIQUES, result_folder
 from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import MissingFileError, UserError
@@ -430,3 +430,36 @@ def test_pnp_alone_refuses_a_unet_without_its_layers(place, keys, cache, tiny_mo
     refused(place, expected, keys)
     with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
         run_tokenflow_sdedit.main(["--config", str(write_config(place, keys))])
+
+
+# ---------------------------------------------------------------- what the cache says
+
+
+def test_a_clip_and_a_prompt_are_enough(place, tiny_model):
+    """The rest is the cache's, as if it were said: results are the same."""
+    said = {"model_key": str(tiny_model), "n_timesteps": 5, "n_frames": 5, "sd_version": "2.1"}
+    keys = {"data_path": str(place / "clip.mp4"), "latents_path": str(place / "latents")}
+    keys |= {"prompt": "a green star", "device": "cpu"}
+    found, named = (open_edit_inputs(PnPConfig(**keys, **more)) for more in ({}, said))
+    assert found.config == named.config
+    assert (found.checkpoint, found.timesteps) == (named.checkpoint, named.timesteps)
+    assert result_folder(found, "pnp") == result_folder(named, "pnp")
+
+
+def test_caches_of_several_versions_are_a_choice(place, tiny_model):
+    keys = {"data_path": "clip.mp4", "prompt": "a", "device": "cpu"}
+    invert(place / "clip.mp4", place / "latents", tiny_model, sd_version="1.5")
+    with pytest.raises(UserError, match=r"sd_version: clip has caches of .* \(1.5, 2.1\); choose"):
+        open_edit_inputs(PnPConfig(**keys))
+    keys |= {"sd_version": "1.5", "model_key": str(tiny_model)}
+    assert open_edit_inputs(PnPConfig(**keys)).cache.manifest.sd_version == "1.5"
+
+
+def test_a_model_that_changed_since_is_not_taken(place, tiny_model):
+    model = shutil.copytree(tiny_model, place / "model")
+    invert(place / "clip.mp4", place / "other", model)
+    with (model / "unet" / "config.json").open("a") as file:
+        file.write(" ")
+    keys = {"data_path": "clip.mp4", "latents_path": "other", "prompt": "a", "device": "cpu"}
+    with pytest.raises(UserError, match=r"made with another version of .*model than is there now"):
+        open_edit_inputs(PnPConfig(**keys))

@@ -56,7 +56,9 @@ class EditConfig(PresetModel):
         None, ge=0, le=MAX_COUNT, description="preprocess.py's frame_start, likewise"
     )
     frame_stride: CountOrNull = Field(None, description="preprocess.py's frame_stride, likewise")
-    n_frames: Count = Field(40, description="use the first frames of the cache, at most this many")
+    n_frames: CountOrNull = Field(
+        None, description="use the first frames of the cache, at most this many; null: all"
+    )
     H: int | None = Field(
         None,
         ge=8,
@@ -68,12 +70,14 @@ class EditConfig(PresetModel):
         None, ge=0.1, le=MAX_FPS, description="frame rate of the result; null: the clip's"
     )
     # model
-    sd_version: SdVersion = Field(
-        "2.1", description="Stable Diffusion version, in quotes: '2.1' is the paper's"
+    sd_version: SdVersion | None = Field(
+        None,
+        description="Stable Diffusion version, in quotes ('2.1' is the paper's); null: the cache's",
     )
     model_key: str | None = Field(
         None,
-        description="hub id or local folder in diffusers' format; wins over sd_version",
+        description="hub id or local folder in diffusers' format; wins over sd_version; null: by "
+        "sd_version, or the cache's",
     )
     allow_pickle: bool = Field(
         False,
@@ -114,8 +118,11 @@ class EditConfig(PresetModel):
     )
     # sampling
     seed: Seed = Field(1, description="seed of Gaussian noise, where a technique draws any")
-    n_timesteps: int = Field(
-        50, ge=1, le=1000, description="sampling steps; the cache must hold their latents"
+    n_timesteps: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="sampling steps, whose latents the cache must hold; null: all that it holds",
     )
     sampler: Literal["ddim", "dpmpp_2m"] = Field(
         "ddim",
@@ -211,7 +218,8 @@ class EditConfig(PresetModel):
                 f"correspondence: {self.correspondence} goes with propagation: paper; released "
                 "takes the nearest tokens"
             )
-        if self.n_inversion_steps is not None and self.n_inversion_steps % self.n_timesteps:
+        steps = self.n_timesteps
+        if self.n_inversion_steps is not None and steps and self.n_inversion_steps % steps:
             raise ValueError(
                 f"n_timesteps: {self.n_timesteps} does not divide n_inversion_steps: "
                 f"{self.n_inversion_steps}; the timesteps of the one must be among the other's"

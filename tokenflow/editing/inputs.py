@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,13 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 
 from tokenflow.cache.options import default, preprocess_command
-from tokenflow.cache.source_cache import Manifest, SourceCache, clip_folder, find_cache
+from tokenflow.cache.source_cache import (
+    MANIFEST,
+    Manifest,
+    SourceCache,
+    clip_folder,
+    find_cache,
+)
 from tokenflow.cache.source_features import find_features
 from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
@@ -31,6 +38,7 @@ from tokenflow.diffusion.temporal_decoder import check_decoder_fits
 from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.images import find_masks, read_masks
+from tokenflow.storage.schema import parse
 from tokenflow.storage.video import clip_name, resolve_clip, source_sha256
 from util import MissingFileError, UserError, check_path, check_writable
 
@@ -82,9 +90,7 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
     _check_backend(config.attention_backend, device)
     check_writable(config.output_path, "output_path")
     check_path(config.latents_path, "latents_path")
-    model_key = config.model_key or MODELS[config.sd_version]
-    checkpoint = checkpoint_folder(model_key, config.allow_pickle)
-    cache = _find_cache(config, checkpoint)
+    config, cache, checkpoint = _find_cache(config)
     manifest = cache.manifest
     if config.verify:
         features = find_features(cache, features_remedy(config, manifest))
@@ -152,24 +158,56 @@ def _flow_weights(config: EditConfig, cache: SourceCache) -> Path | None:
     return None
 
 
-def _find_cache(config: EditConfig, checkpoint: Path) -> SourceCache:
-    source = _source(config)
+def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path]:
+    """The cache of a config, the checkpoint, and the config with what it leaves to the cache."""
+    source, version, revision = _source(config), config.sd_version, None
+    model_key = config.model_key or (version and MODELS[version])
+    if model_key is not None:
+        checkpoint = checkpoint_folder(model_key, config.allow_pickle)
+        revision = checkpoint_revision(checkpoint)
     wanted = {
         "source_sha256": source and source_sha256(source),
-        "model_revision": checkpoint_revision(checkpoint),
+        "model_revision": revision,
         "steps": config.n_inversion_steps,
         "frame_start": config.frame_start,
         "frame_stride": config.frame_stride,
     }
-    folder = clip_folder(config.latents_path, config.sd_version, clip_name(config.data_path))
+    clip = clip_name(config.data_path)
+    folder = clip_folder(config.latents_path, version or _version(config, clip), clip)
     cache = find_cache(folder, wanted, config.n_frames, partial(remedy, config), config.verify)
+    manifest = cache.manifest
+    if model_key is None:
+        model_key = manifest.model_key
+        checkpoint = checkpoint_folder(model_key, config.allow_pickle)
+        if checkpoint_revision(checkpoint) != manifest.model_revision:
+            raise UserError(
+                f"{cache.folder}: made with another version of {model_key} than is there now; name "
+                f"that one by model_key, or {remedy(config, manifest)} --overwrite"
+            )
     if source is None:
         log.warning(
             "data_path: %s is not there to compare; using the frames of %s",
             config.data_path,
             cache.folder,
         )
-    return cache
+    found = {"sd_version": manifest.sd_version, "n_timesteps": manifest.save_steps}
+    found |= {"n_frames": manifest.n_frames}
+    if model_key != MODELS[manifest.sd_version]:
+        found["model_key"] = model_key
+    said = {key: value for key, value in config.model_dump().items() if value is not None}
+    config = parse(type(config), config.model_dump() | found | said, str(cache.folder))
+    return config, cache, checkpoint
+
+
+def _version(config: EditConfig, clip: str) -> str:
+    """The only sd_version that a clip has a cache of; preprocess.py's default if it has none."""
+    pattern = f"sd_*/{glob.escape(clip)}/steps_*/nframes_*/{MANIFEST}"
+    names = {path.parts[-5] for path in Path(config.latents_path).glob(pattern)}
+    versions = sorted(MODELS.keys() & {name.removeprefix("sd_") for name in names})
+    if len(versions) > 1:
+        listed = ", ".join(versions)
+        raise UserError(f"sd_version: {clip} has caches of several versions ({listed}); choose one")
+    return versions[0] if versions else default("sd_version")
 
 
 def _check_backend(name: str, device: torch.device) -> None:
@@ -196,7 +234,8 @@ def remedy(config: EditConfig, manifest: Manifest | None) -> str:
     settings["steps"] = config.n_inversion_steps
     found = {} if manifest is None else _made_with(manifest)
     settings = found | {key: value for key, value in settings.items() if value is not None}
-    if config.n_inversion_steps is None:  # a number near the usual one that preprocess.py takes
+    if config.n_inversion_steps is None and config.n_timesteps is not None:
+        # A number near the usual one that preprocess.py takes.
         near = round(settings.get("steps", default("steps")) / config.n_timesteps)
         settings["steps"] = max(near, 1) * config.n_timesteps
     return _advice(config, settings)

@@ -52,7 +52,7 @@ def edit(
     """
     with group.raise_together():
         inputs = open_edit_inputs(config, group)
-        technique.check(config, inputs.checkpoint, inputs.cache.has_depth)
+        technique.check(inputs.config, inputs.checkpoint, inputs.cache.has_depth)
     with open_result(technique.name, inputs, overwrite) as (folder, work):
         if work is not None:
             session = EditSession(inputs, watch=watch, load=load, work=work)
