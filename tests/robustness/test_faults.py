@@ -35,7 +35,6 @@ import yaml
 from filelock import FileLock
 
 import preprocess
-import run_tokenflow_pnp
 from scripts.tiny_model.model_files import save_weights
 from scripts.tiny_model.temporal_decoder import make_temporal_vae
 from tests.helpers import HEIGHT, WIDTH, arguments, make_clip, make_image_folder, save_masks
@@ -45,7 +44,7 @@ from tokenflow.cache import inputs as preprocess_inputs
 from tokenflow.cache.options import parse_args
 from tokenflow.cache.source_cache import FEATURES, MANIFEST, open_cache
 from tokenflow.cache.source_features import find_features
-from tokenflow.diffusion.checkpoints import load_unet_skeleton
+from tokenflow.diffusion import checkpoints
 from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
 from tokenflow.diffusion.temporal_decoder import load_temporal_decoder
 from tokenflow.editing import results
@@ -290,8 +289,8 @@ class Tally:
 def world(tiny_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "SAVE_EVERY", 2)  # of five steps
-        skeleton = load_unet_skeleton(tiny_model)  # which takes a third of the time
-        for module in (preprocess_inputs, run_tokenflow_pnp):
+        skeleton = checkpoints.load_unet_skeleton(tiny_model)  # which takes a third of the time
+        for module in (preprocess_inputs, checkpoints):
             patch.setattr(module, "load_unet_skeleton", lambda checkpoint: skeleton)
         yield World(tmp_path_factory.mktemp("world"), tiny_model)
 
