@@ -634,7 +634,7 @@ def test_damage_in_a_result(world, tally, rng, tmp_path, most):
             assert child.end() == 0, child.output
             if path.name != "run.yaml":  # without it there is no result, or another one
                 assert f"{path.relative_to(place)}: " in child.output
-            assert "edit: 100%" in child.output
+            assert "source features: read from" in child.output
             found, whole = lying_in(place / job.folder)[0], world.whole("pnp").made[0]
             assert set(differing(found, whole)) <= {"config.yaml", "run.yaml: files"}
             assert hidden(place) == []
@@ -767,7 +767,10 @@ def test_signals_at_random_moments(world, tally, rng, tmp_path, name):
 @long
 @pytest.mark.parametrize(
     ("name", "number", "seen"),
-    [("cache", signal.SIGTERM, b"reconstruct: "), ("pnp", signal.SIGINT, b"edit: ")],
+    [
+        ("cache", signal.SIGTERM, b"reconstruction PSNR"),
+        ("pnp", signal.SIGINT, b"source features: read"),
+    ],
 )
 def test_a_signal_to_the_script_itself(world, tally, tmp_path, name, number, seen):
     """As the shell runs it; then its very last line, run again."""

@@ -23,6 +23,7 @@ from util import setup_logging
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tokenflow.diffusion.models import Loader
     from tokenflow.editing.loop import EditSession
 
 
@@ -76,8 +77,14 @@ class Technique:
                 print(f"result: {folder}")
         return folder
 
-    def edit(self, config: EditConfig, overwrite: bool = False, **options: Any) -> Path:
+    def edit(
+        self,
+        config: EditConfig,
+        overwrite: bool = False,
+        load: Loader | None = None,
+        **options: Any,
+    ) -> Path:
         """Edits a preprocessed clip, unless a finished result exists: `run.edit`."""
         from tokenflow.editing.run import edit
 
-        return edit(self, config, overwrite, **options)
+        return edit(self, config, overwrite, load, **options)
