@@ -7,16 +7,19 @@ From Python: preprocess(parse_args(["--data_path", "clip.mp4"])) returns the cac
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenflow.cache.options import PreprocessOptions, parse_args
+from tokenflow.cache.options import PreprocessOptions, edit_command, parse_args
 from util import command_line, setup_logging
 
 if TYPE_CHECKING:
     from tokenflow.diffusion.models import Loader
+
+log = logging.getLogger("tokenflow")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -34,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 options = parse_args(argv)
         folder = preprocess(options, group=group)
         if group.is_main:
-            print(f"cache: {folder}")
+            print(f"cache: {folder}", flush=True)
+            log.info("edit it: %s", edit_command(options))
     return folder
 
 

@@ -4,9 +4,11 @@ import json
 import logging
 import math
 import re
+import shlex
 import shutil
 import weakref
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 
 import preprocess
+import run_tokenflow_pnp
 from tests.helpers import (
     HEIGHT,
     WIDTH,
@@ -25,6 +28,7 @@ from tests.helpers import (
     make_image_folder,
     no_model_may_load,
     preprocess_words,
+    shapes_frames,
     video_facts,
 )
 from tokenflow.cache import build
@@ -36,7 +40,7 @@ from tokenflow.diffusion.inversion import reconstruct
 from tokenflow.diffusion.models import load_stable_diffusion
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
 from tokenflow.storage.images import load_frames
-from tokenflow.storage.video import read_clip
+from tokenflow.storage.video import read_clip, save_video
 from tokenflow.storage.yaml_files import load_yaml
 from util import (
     MissingFileError,
@@ -156,6 +160,29 @@ def test_main_prints_where_the_cache_is(cache, clip, tiny_model, capsys):
     save_dir = save_dir_of(cache)
     preprocess.main(preprocess_words(clip, save_dir, tiny_model, inversion_prompt=PROMPT))
     assert capsys.readouterr().out == f"cache: {cache}\n"
+
+
+def test_it_says_what_it_will_do_and_how_to_go_on(tiny_model, tmp_path, caplog, monkeypatch):
+    """The command that it prints makes an edit from the cached features."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.chdir(tmp_path)
+    save_video(Path("clip.mp4"), shapes_frames(9, 64, 96), Fraction(10))
+    options = {"frame_start": 1, "frame_stride": 2, "n_frames": 3, "keyframe_interval": 2}
+    words = preprocess_words("clip.mp4", "caches", tiny_model, cache_features="", **options)
+    preprocess.main(words)
+    assert (
+        "clip.mp4: frames 1-5 of 9 with stride 2 (0.6 s of 0.9 s; --n_frames for more), "
+        "96x64 resized to 80x48; steps: inversion 10, reconstruction 5, source features 5"
+    ) in caplog.messages
+    command = next(text for text in caplog.messages if text.startswith("edit it: "))
+    program, script, *argv = shlex.split(command.removeprefix("edit it: "))
+    assert (program, script) == ("python", "run_tokenflow_pnp.py")
+    run_tokenflow_pnp.main([*argv, "--set", "prompt=a robot", "--device", "cpu"])
+    assert "PnP edit of clip: 3 of the cache's 3 frames of 80x48, 5 steps on cpu: 'a robot'" in (
+        caplog.messages
+    )
+    assert "source features: read from" in caplog.text
+    assert caplog.messages[-1].endswith("python report.py tokenflow-results")
 
 
 # ---------------------------------------------------------------- how good it is

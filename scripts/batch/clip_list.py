@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 from scripts.batch.davis import sequences
-from tokenflow.cache.options import CONTROL_OPTIONS, PreprocessOptions, default
+from tokenflow.cache.options import CONTROL_OPTIONS, FRAME_RANGE, PreprocessOptions, default
 from tokenflow.diffusion.checkpoints import checkpoint_folder
 from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import resolve_device
@@ -35,7 +35,6 @@ INVERSION_OPTIONS = {
      "keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t", "device", "dtype",
      "allow_pickle", "verify", "latents_path", "n_inversion_steps", "n_timesteps")
 }  # fmt: skip
-FRAME_RANGE = ("frame_start", "frame_stride")
 # Edits of one cache may differ in these: its features are built for the largest, or the first.
 LARGEST = ("pnp_attn_t", "pnp_f_t")
 FIRST = ("keyframe_interval", "keyframe_seed")

@@ -1,8 +1,5 @@
 """The predicted noise under its conditions, and text."""
 
-import logging
-import re
-
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -45,15 +42,18 @@ def test_every_image_of_every_branch_is_counted(models):
     assert denoiser.image_forwards == 2 * 3 + 2 * 1
 
 
-def test_an_overlong_prompt_is_cut_and_said(models, caplog):
-    with caplog.at_level(logging.WARNING):
-        embedding = encode_prompts(models, ["ugly " * 100, "a red ball"])
-    assert embedding.shape[1] == 77
-    (said,) = caplog.messages
-    assert re.match("prompt 'ugly .*: longer than 77 tokens; this part is not used: y ug", said)
-    caplog.clear()
-    encode_prompts(models, ["a red ball"])
-    assert not caplog.records
+def test_a_long_prompt_is_encoded_in_parts(models):
+    tokenizer, words = models.tokenizer, "wolf bird car " * 26  # 78 words of a token each
+    tokens = tokenizer(["a red ball", ""], padding="max_length", return_tensors="pt").input_ids
+    short = models.text_encoder(tokens)[0]
+    assert torch.equal(encode_prompts(models, ["a red ball", ""]), short)
+    found = encode_prompts(models, [words, "a red ball"])
+    assert found.shape[:2] == (2, 154)
+    parts = [" ".join(words.split()[:75]), " ".join(words.split()[75:])]
+    assert torch.allclose(found[0], encode_prompts(models, parts).flatten(0, 1), atol=1e-5)
+    assert torch.allclose(found[1], short.flatten(0, 1), atol=1e-5)
+    unequal = encode_prompts(models, [" ".join(words.split()[:76])])
+    assert unequal.shape[1] == 154  # 76 tokens: one in a part of its own
 
 
 def test_v_prediction_gives_the_noise_that_it_stands_for(tiny_v_model):

@@ -21,7 +21,7 @@ from torch import Tensor
 from tokenflow.benchmarks.meters import TOTAL, Meter
 from tokenflow.benchmarks.three_branch import ThreeBranchSession
 from tokenflow.cache.build import build_cache
-from tokenflow.cache.options import Dtype, PreprocessOptions, arguments, parse_args
+from tokenflow.cache.options import FEATURE_OPTIONS, Dtype, PreprocessOptions, arguments, parse_args
 from tokenflow.cache.source_cache import FORMAT
 from tokenflow.diffusion.checkpoints import checkpoint_folder, checkpoint_revision
 from tokenflow.diffusion.model_names import MODELS
@@ -31,7 +31,7 @@ from tokenflow.diffusion.models import (
     resolve_device,
     resolve_dtype,
 )
-from tokenflow.editing.config import FEATURE_OPTIONS, EditConfig
+from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.editing.techniques import EditPlan, load_technique

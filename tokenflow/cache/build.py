@@ -89,6 +89,7 @@ def build_cache(
         if complete:
             log.info("%s already exists with these settings", inputs.folder)
         else:
+            log.info("%s", _plan(inputs, inverted))
             with inputs.watch("load"):
                 models = (load or load_stable_diffusion)(
                     inputs.checkpoint, inputs.device, inputs.dtype, options.allow_pickle
@@ -167,6 +168,27 @@ def _has_features(inputs: PreprocessInputs, verify: bool) -> bool:
 
 # ---------------------------------------------------------------------------------------------
 # Building it
+
+
+def _plan(inputs: PreprocessInputs, inverted: bool) -> str:
+    """What will be done, in one line."""
+    clip, options, manifest = inputs.clip, inputs.options, inputs.manifest
+    n, stride, size = len(clip.frames), options.frame_stride, f"{manifest.width}x{manifest.height}"
+    last, seconds = options.frame_start + (n - 1) * stride, float(n / clip.fps)
+    every = "" if stride == 1 else f" with stride {stride}"
+    of_all = f"{seconds:.3g} s of {float(clip.n_source / stride / clip.fps):.3g} s"
+    more = "; --n_frames for more" if n == options.n_frames < clip.n_source else ""
+    fitted = {"crop": "cropped to", "stretch": "resized to"}[options.fit]
+    stages = {} if inverted else {"inversion": manifest.steps}
+    if not inverted and manifest.reconstruction != "none":
+        stages["reconstruction"] = manifest.recon_steps
+    if inputs.features is not None:
+        stages["source features"] = inputs.features.n_timesteps
+    return (
+        f"{manifest.source_name}: frames {options.frame_start}-{last} of {clip.n_source}{every} "
+        f"({of_all}{more}), {clip.native_size[1]}x{clip.native_size[0]} {fitted} {size}; steps: "
+        + ", ".join(f"{name} {steps}" for name, steps in stages.items())
+    )
 
 
 def _evaluations(inputs: PreprocessInputs, inverted: bool) -> float:

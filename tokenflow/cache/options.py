@@ -27,6 +27,9 @@ from util import ArgumentParser, shown
 # The cheapest inversion at 50 sampling steps: dearer ones reconstruct better, but where it was
 # measured they edit no better (docs/quality.md).
 FAST = {"steps": 50, "save_steps": 50, "inversion_iters": 1}
+FRAME_RANGE = ("frame_start", "frame_stride")
+# What cached features depend on, here and in an edit's config.
+FEATURE_OPTIONS = ("keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t", "correspondence")
 CONTROL_OPTIONS = ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high")
 
 
@@ -221,6 +224,22 @@ def arguments(options: dict[str, object]) -> list[str]:
         else:
             words += [f"--{name}", str(value)] if value != "" else [f"--{name}"]
     return words
+
+
+def edit_command(options: PreprocessOptions) -> str:
+    """The command of an edit that finds the cache of these options, but for its prompt."""
+    technique = "controlnet" if options.sd_version == "ControlNet" else "pnp"
+    best = PreprocessOptions.preset_values("best").items()
+    keys = {"preset": "best"} if best <= options.model_dump().items() else {}
+    keys |= {"data_path": options.data_path, "latents_path": options.save_dir}
+    if options.save_dir == default("save_dir"):
+        del keys["latents_path"]
+    keys |= {"n_inversion_steps": options.steps, "prompt": "..."}
+    for name in (*(FEATURE_OPTIONS if options.cache_features else ()), *FRAME_RANGE):
+        if getattr(options, name) != default(name) and (name, getattr(options, name)) not in best:
+            keys[name] = getattr(options, name)
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    return shlex.join(["python", f"run_tokenflow_{technique}.py", *words])
 
 
 def preprocess_command(options: dict[str, object]) -> str:

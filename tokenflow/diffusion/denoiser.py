@@ -6,7 +6,6 @@ evaluated together, such as unconditional and conditional).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 from tokenflow.diffusion.conditions import Control, depth_latents, draw_control
 from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import BETTER_DTYPE, StableDiffusion
-from util import UserError, shown
-
-log = logging.getLogger("tokenflow")
+from util import UserError
 
 
 class Denoiser:
@@ -26,7 +23,7 @@ class Denoiser:
 
     Args:
         models: the checkpoint.
-        text: (B, 77, c) text embeddings, one per branch.
+        text: (B, 77 * k, c) text embeddings, one per branch.
         depth: (n, 1, h, w) in [-1, 1], a depth model's fifth latent channel.
         control: a ControlNet and its condition images, if any.
 
@@ -70,7 +67,7 @@ class Denoiser:
         x = x.to(models.device, torch.float32)
         model_input = x if self.depth is None else torch.cat([x, self._of(self.depth, frames)], 1)
         model_input = model_input.to(models.dtype).repeat(self.branches, 1, 1, 1)  # (B*m, c, h, w)
-        text = self.text.repeat_interleave(m, dim=0)  # (B*m, 77, c)
+        text = self.text.repeat_interleave(m, dim=0)  # (B*m, 77 * k, c)
         residuals = {}
         if self.control is not None:
             images = self._of(self.control.images, frames).repeat(self.branches, 3, 1, 1)
@@ -127,18 +124,19 @@ def make_denoiser(
 
 @torch.inference_mode()
 def encode_prompts(models: StableDiffusion, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings (len(prompts), 77, c) in the models' dtype; overlong prompts are cut.
+    """Text embeddings (len(prompts), 77 * k, c) in the models' dtype.
 
-    A warning names the prompt and the part of it that is cut.
+    A longer prompt is encoded in k parts of 75 tokens, each between a start and an end token, whose
+    embeddings are concatenated; shorter ones are padded to as many parts. (The lengths are CLIP's;
+    the small model's are shorter.)
     """
-    length = models.tokenizer.model_max_length
-    for prompt in prompts:
-        tokens = models.tokenizer(prompt, truncation=False, verbose=False).input_ids
-        if len(tokens) > length:
-            dropped = models.tokenizer.decode(tokens[length - 1 : -1])
-            text = "prompt %s: longer than %d tokens; this part is not used: %s"
-            log.warning(text, shown(prompt), length, dropped)
-    tokens = models.tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    return models.text_encoder(tokens.input_ids.to(models.device))[0]
+    tokenizer = models.tokenizer
+    most = tokenizer.model_max_length - 2
+    tokens = tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
+    k = max(1, *(-(-len(each) // most) for each in tokens))
+    parts = [each[i * most : (i + 1) * most] for each in tokens for i in range(k)]
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    padding = [[tokenizer.pad_token_id] * (most - len(part)) for part in parts]
+    rows = [[start, *part, end, *pad] for part, pad in zip(parts, padding, strict=True)]
+    embedding = models.text_encoder(torch.tensor(rows, device=models.device))[0]
+    return embedding.unflatten(0, (len(prompts), k)).flatten(1, 2)

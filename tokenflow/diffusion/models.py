@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tokenflow.diffusion.checkpoints import (
     Model,
@@ -125,6 +127,9 @@ def load_stable_diffusion(
         folder: returned by `checkpoint_folder`.
         allow_pickle: see `checkpoint_folder`; errors: see `load_model`.
     """
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
     def load(cls: type[nn.Module], part: str) -> nn.Module:
         model = load_model(cls, folder / part, allow_pickle, torch_dtype=dtype)

@@ -28,8 +28,6 @@ ROOT = Path(__file__).parents[2]
 CPU_BACKENDS = ("native", "_native_math")
 CUDA_BACKENDS = ("xformers", "flash", "sage", "flex", "_native_flash", "_native_efficient")
 CUDA_BACKENDS += ("_native_cudnn",)
-# What cached features depend on: keys of a config, and options of preprocess.py.
-FEATURE_OPTIONS = ("keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t", "correspondence")
 
 
 class EditConfig(PresetModel):
@@ -42,7 +40,7 @@ class EditConfig(PresetModel):
     data_path: str = Field(
         description="the clip that was preprocessed: video, GIF or folder of images"
     )
-    prompt: str = Field(description="what the edited video shows; CLIP reads 77 tokens")
+    prompt: str = Field(description="what the edited video shows")
     negative_prompt: str = Field("", description="what it does not show")
     latents_path: str = Field(
         "latents", description="folder of the caches, preprocess.py's save_dir"

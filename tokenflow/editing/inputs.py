@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
-from tokenflow.cache.options import default, preprocess_command
+from tokenflow.cache.options import FEATURE_OPTIONS, default, preprocess_command
 from tokenflow.cache.source_cache import (
     MANIFEST,
     Manifest,
@@ -35,7 +35,7 @@ from tokenflow.diffusion.optical_flow import (
     find_raft_weights,
 )
 from tokenflow.diffusion.temporal_decoder import check_decoder_fits
-from tokenflow.editing.config import CUDA_BACKENDS, FEATURE_OPTIONS, EditConfig
+from tokenflow.editing.config import CUDA_BACKENDS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.images import find_masks, read_masks
 from tokenflow.storage.schema import parse

@@ -15,7 +15,13 @@ from tokenflow.diffusion.models import Loader
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import EditInputs, open_edit_inputs
 from tokenflow.editing.loop import EditSession
-from tokenflow.editing.results import RUN_FILE, is_finished, result_folder, result_settings
+from tokenflow.editing.results import (
+    RUN_FILE,
+    TECHNIQUES,
+    is_finished,
+    result_folder,
+    result_settings,
+)
 from tokenflow.editing.techniques import Technique
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch, device_name, peak_memory_bytes, versions
@@ -23,7 +29,7 @@ from tokenflow.storage.images import save_frames
 from tokenflow.storage.video import MAX_FPS_DENOMINATOR, save_video
 from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
 from tokenflow.storage.yaml_files import save_yaml
-from util import save_tensors
+from util import save_tensors, shown
 
 log = logging.getLogger("tokenflow")
 
@@ -55,6 +61,7 @@ def edit(
         technique.check(inputs.config, inputs.checkpoint, inputs.cache.has_depth)
     with open_result(technique.name, inputs, overwrite) as (folder, work):
         if work is not None:
+            log.info("%s", _plan(technique, inputs))
             session = EditSession(inputs, watch=watch, load=load, work=work)
             with session.watch("edit"):  # warped noise takes a while
                 plan = technique.plan(session)
@@ -62,6 +69,16 @@ def edit(
             frames = session.composite(session.decode(latents))
             save_result(technique.name, session, frames, latents)
     return folder
+
+
+def _plan(technique: Technique, inputs: EditInputs) -> str:
+    """What will be done, in one line."""
+    config, manifest = inputs.config, inputs.cache.manifest
+    return (
+        f"{TECHNIQUES[technique.name]} edit of {manifest.clip}: {inputs.n_frames} of the cache's "
+        f"{manifest.n_frames} frames of {manifest.width}x{manifest.height}, {config.n_timesteps} "
+        f"steps on {inputs.device}: {shown(config.prompt)}"
+    )
 
 
 @contextmanager

@@ -9,7 +9,9 @@ torch and diffusers are imported when an edit begins: mistakes in a command line
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
     from tokenflow.diffusion.models import Loader
     from tokenflow.editing.loop import EditSession
+
+
+log = logging.getLogger("tokenflow")
 
 
 def load_technique(name: str) -> Technique:
@@ -74,7 +79,9 @@ class Technique:
                     config, overwrite = read_config(self.config, argv, self.name, self.about)
             folder = self.edit(config, overwrite, group=group)
             if group.is_main:
-                print(f"result: {folder}")
+                print(f"result: {folder}", flush=True)
+                page = shlex.join(["python", "report.py", config.output_path])
+                log.info("the video is %s; all results on a page: %s", folder / "edited.mp4", page)
         return folder
 
     def edit(

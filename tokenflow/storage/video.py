@@ -63,11 +63,16 @@ _REPRODUCIBLE = {"x264-params": "cpu-independent=1"}
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Frames, uint8 (n, H, W, 3) RGB; frames per second; the source's (height, width) as shown."""
+    """Frames, uint8 (n, H, W, 3) RGB; frames per second; the source's (height, width) as shown.
+
+    n_source is the number of frames that the source has; where a video does not say it, of those
+    that were decoded.
+    """
 
     frames: np.ndarray
     fps: Fraction
     native_size: tuple[int, int]
+    n_source: int
 
 
 def clip_name(path: str | Path) -> str:
@@ -170,12 +175,12 @@ def read_clip(
 
     wanted = range(start, start + most * stride, stride)
     read = _read_folder if path.is_dir() else _read_video
-    n_seen, rate = read(path, wanted, keep)
+    n_source, rate = read(path, wanted, keep)
     if not frames:
-        raise UserError(f"{path}: start {start} is beyond the end: the clip has {n_seen} frames")
+        raise UserError(f"{path}: start {start} is beyond the end: the clip has {n_source} frames")
     if n_frames is not None and len(frames) < n_frames:
         logger.warning("%s: %d frames requested, only %d available", path, n_frames, len(frames))
-    return Clip(np.stack(frames), fps or rate / stride, native[0])
+    return Clip(np.stack(frames), fps or rate / stride, native[0], n_source)
 
 
 def check_memory(n_frames: int, height: int, width: int) -> None:
@@ -195,7 +200,7 @@ def _read_video(
 ) -> tuple[int, Fraction]:
     """Calls `keep` with each wanted frame, and the number of them in the video, 0 if not known.
 
-    Returns (frames decoded, average frame rate).
+    Returns (frames of the video, or decoded ones, average frame rate).
     """
     try:
         container = av.open(os.path.abspath(path), **READING)
@@ -237,7 +242,8 @@ def _read_video(
         logger.warning("%s: has no frame rate; using %d", path, DEFAULT_FOLDER_FPS)
         rate = Fraction(DEFAULT_FOLDER_FPS)
     # Variable rates average to unwieldy fractions; 1001 keeps 30000/1001 and its kin exact.
-    return n_seen, rate.limit_denominator(1001) or rate
+    n_source = max(n_seen, stream.frames if n_seen > wanted[-1] else 0)
+    return n_source, rate.limit_denominator(1001) or rate
 
 
 def _bad_frame(path: Path, index: int, fault: str) -> UserError:
