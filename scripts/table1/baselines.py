@@ -23,7 +23,7 @@ from tokenflow.cache.source_cache import CLEAN_LATENTS
 from tokenflow.diffusion.models import Loader
 from tokenflow.diffusion.optical_flow import dis_flow, warp
 from tokenflow.diffusion.vae import encode_frames
-from tokenflow.editing.config import read_config
+from tokenflow.editing.config import read_configs
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.editing.run import open_result, save_result
@@ -104,11 +104,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     elif name not in BASELINES:
         raise UserError(f"expected {' or '.join(BASELINES)} as the first word, got {name!r}")
     setup_logging()
-    config, overwrite = read_config(
+    configs, overwrite = read_configs(
         pnp.PnPConfig, rest, pnp.TECHNIQUE.name, __doc__.splitlines()[0]
     )
-    folder = BASELINES[name](config, overwrite)
-    print(f"result: {folder}")
+    for config in configs:
+        folder = BASELINES[name](config, overwrite)
+        print(f"result: {folder}")
     return folder
 
 

@@ -241,6 +241,27 @@ print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
 # ---------------------------------------------------------------- prompts
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_several_prompts_are_several_edits_of_one_load(
+    settings, tmp_path, monkeypatch, capsys, listed
+):
+    loads, load = [], run_module.load_stable_diffusion
+    monkeypatch.setattr(
+        run_module, "load_stable_diffusion", lambda *key: loads.append(key) or load(*key)
+    )
+    prompts = ["a red robot", "'quoted', a: #1"]
+    keys = {**settings, "output_path": str(tmp_path / "out"), "n_frames": 1, "start": 0.2}
+    save_yaml(tmp_path / "config.yaml", keys | ({"prompt": prompts} if listed else {}))
+    words = [] if listed else [word for text in prompts for word in ("--set", f"prompt={text}")]
+    run_tokenflow_sdedit.main(["--config", str(tmp_path / "config.yaml"), *words])
+    printed = [line.partition("result: ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert [load_config(SDEditConfig, f"{p}/config.yaml").prompt for p in printed] == prompts
+    assert len(loads) == 1
+    save_yaml(tmp_path / "config.yaml", keys | {"prompt": []})
+    with pytest.raises(UserError, match=r"prompt: expected a text or a list of texts, got \[\]"):
+        run_tokenflow_sdedit.main(["--config", str(tmp_path / "config.yaml")])
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

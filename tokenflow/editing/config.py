@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
@@ -21,7 +22,8 @@ from tokenflow.storage.schema import (
     load_config,
 )
 from tokenflow.storage.video import MAX_FPS
-from util import ArgumentParser
+from tokenflow.storage.yaml_files import MAX_CONFIG_BYTES, load_yaml
+from util import ArgumentParser, UserError
 
 ROOT = Path(__file__).parents[2]
 # Backends that need nothing from the hub at run time.
@@ -40,7 +42,9 @@ class EditConfig(PresetModel):
     data_path: str = Field(
         description="the clip that was preprocessed: video, GIF or folder of images"
     )
-    prompt: str = Field(description="what the edited video shows")
+    prompt: str = Field(
+        description="what the edited video shows; a list in a file: an edit of each"
+    )
     negative_prompt: str = Field("", description="what it does not show")
     latents_path: str = Field(
         "latents", description="folder of the caches, preprocess.py's save_dir"
@@ -263,9 +267,9 @@ class NoiseConfig(EditConfig):
 Config = TypeVar("Config", bound=EditConfig)
 
 
-def read_config(
+def read_configs(
     cls: type[Config], argv: Sequence[str] | None, technique: str, about: str
-) -> tuple[Config, bool]:
+) -> tuple[list[Config], bool]:
     """Reads a run script's command line and its YAML config.
 
     Args:
@@ -275,7 +279,8 @@ def read_config(
         about: the script's one-line description.
 
     Returns:
-        the configuration, and whether to replace a finished result (--overwrite).
+        a configuration for each prompt (the file may have a list of them, and the command line
+        several), and whether to replace finished results (--overwrite).
 
     Raises:
         UserError: if the command line, the file or one of its values is wrong.
@@ -285,7 +290,7 @@ def read_config(
     default = f"configs/config_{technique}.yaml"
     text = f"YAML file (default: {default})"
     add("--config", "--config_path", default=ROOT / default, help=text)
-    text = "override one key of the file; any number of times"
+    text = "override one key of the file; any number of times (several prompts: several edits)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     for key in flags:
         options = {} if key == "device" else {"action": "store_const", "const": "true"}
@@ -295,4 +300,14 @@ def read_config(
     add("--overwrite", action="store_true", help="replace a finished result")
     args = parser.parse_args(argv)
     overrides = [f"{key}={getattr(args, key)}" for key in flags if getattr(args, key)]
-    return load_config(cls, args.config, args.set + overrides), args.overwrite
+    prompts = [text for text in args.set if text.partition("=")[0].strip() == "prompt"]
+    overrides += [text for text in args.set if text not in prompts]
+    read = partial(load_config, cls, args.config)
+    if prompts:
+        return [read([*overrides, prompt]) for prompt in prompts], args.overwrite
+    listed = load_yaml(args.config, MAX_CONFIG_BYTES).get("prompt")
+    if not isinstance(listed, list):
+        return [read(overrides)], args.overwrite
+    if not listed:
+        raise UserError(f"{args.config}: prompt: expected a text or a list of texts, got []")
+    return [read(overrides, {"prompt": text}) for text in listed], args.overwrite

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenflow.diffusion.model_names import ControlSettings
-from tokenflow.editing.config import EditConfig, read_config
+from tokenflow.editing.config import EditConfig, read_configs
 from util import setup_logging
 
 if TYPE_CHECKING:
@@ -61,27 +61,35 @@ class Technique:
     check: Callable[[EditConfig, Path, bool], None] = lambda config, checkpoint, has_depth: None
 
     def main(self, argv: Sequence[str] | None = None) -> Path:
-        """Runs the technique's script: reads its command line, edits, prints the result's folder.
+        """Runs the technique's script: reads its command line, edits, prints the results' folders.
 
         Args:
             argv: the command line without the program's name; None for sys.argv's.
+
+        Returns:
+            the result's folder; of several prompts, the last one's.
         """
-        config = overwrite = None
+        configs = overwrite = None
         if "WORLD_SIZE" not in os.environ:  # several processes tell a mistake together, below
             setup_logging()
-            config, overwrite = read_config(self.config, argv, self.name, self.about)
+            configs, overwrite = read_configs(self.config, argv, self.name, self.about)
+        from tokenflow.editing.run import kept_models  # slow to import
         from tokenflow.ops.distributed import start_process_group
 
         with start_process_group() as group:
-            if config is None:
+            if configs is None:
                 setup_logging(quiet=not group.is_main)
                 with group.raise_together():
-                    config, overwrite = read_config(self.config, argv, self.name, self.about)
-            folder = self.edit(config, overwrite, group=group)
+                    configs, overwrite = read_configs(self.config, argv, self.name, self.about)
+            load = kept_models() if len(configs) > 1 else None
+            for config in configs:
+                folder = self.edit(config, overwrite, load=load, group=group)
+                if group.is_main:
+                    print(f"result: {folder}", flush=True)
+                    log.info("its video: %s", folder / "edited.mp4")
             if group.is_main:
-                print(f"result: {folder}", flush=True)
-                page = shlex.join(["python", "report.py", config.output_path])
-                log.info("the video is %s; all results on a page: %s", folder / "edited.mp4", page)
+                page = shlex.join(["python", "report.py", configs[0].output_path])
+                log.info("all results on a page: %s", page)
         return folder
 
     def edit(

@@ -150,20 +150,26 @@ def parse(cls: type[M], given: Any, where: str) -> M:
     return _parse(cls, given, lambda key, fault: _joined(where, key))
 
 
-def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -> M:
+def load_config(
+    cls: type[M],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    replaced: Mapping[str, Any] | None = None,
+) -> M:
     """Reads a YAML file.
 
     Args:
         overrides: "key=value" strings that win over the file. The value of a text is taken as it
             stands (except quotes around all of it, and null); others are YAML. A preset among them
             wins over the file's keys too.
+        replaced: values in the place of the file's.
 
     Raises:
         MissingFileError: there is no such file.
         UserError: as for `parse`; begins with "<path>: <key>: " or "--set <key>: ", or names the
             overrides that break a rule between keys.
     """
-    values = load_yaml(path, MAX_CONFIG_BYTES)
+    values = {**load_yaml(path, MAX_CONFIG_BYTES), **(replaced or {})}
     overridden = {}
     for text in overrides:
         key, equals, value = text.partition("=")
