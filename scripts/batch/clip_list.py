@@ -32,8 +32,8 @@ INVERSION = "inversion"  # the kind of a job; an edit's kind is the name of its 
 INVERSION_OPTIONS = {
     PreprocessOptions.ALIASES.get(key, key): key for key in
     ("data_path", "frame_start", "frame_stride", "n_frames", "H", "W", "sd_version", "model_key",
-     "keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t", "device", "dtype",
-     "allow_pickle", "verify", "latents_path", "n_inversion_steps", "n_timesteps")
+     "architecture_key", "keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t", "device",
+     "dtype", "allow_pickle", "verify", "latents_path", "n_inversion_steps", "n_timesteps")
 }  # fmt: skip
 # Edits of one cache may differ in these: its features are built for the largest, or the first.
 LARGEST = ("pnp_attn_t", "pnp_f_t")
@@ -330,7 +330,11 @@ def _jobs(edits: Sequence[_Edit]) -> Iterator[Job]:
 
 
 def _model_key(config: EditConfig) -> str:
-    return config.model_key or MODELS[config.sd_version or default("sd_version")]
+    return config.model_key or _known(config)
+
+
+def _known(config: EditConfig) -> str:
+    return MODELS[config.sd_version or default("sd_version")]
 
 
 def _cache_options(edits: Sequence[_Edit]) -> dict[str, Any]:
@@ -367,11 +371,14 @@ def _check_models(edits: Sequence[_Edit]) -> None:
         config, technique = edit.config, edit.variant.section
         model = _model_key(config)
         control = (getattr(config, key, None) for key in ("control", "controlnet_key"))
-        what = technique, model, config.device, config.allow_pickle, *control
+        what = technique, model, config.architecture_key, config.device, config.allow_pickle
+        what += tuple(control)
         if what not in seen:
             try:
                 resolve_device(config.device)
-                checkpoint = checkpoint_folder(model, config.allow_pickle)
+                checkpoint = checkpoint_folder(
+                    model, config.allow_pickle, config.architecture_key or _known(config)
+                )
                 load_technique(technique).check(config, checkpoint, has_depth=True)
             except UserError as error:
                 raise UserError(f"{edit.where}: {edit.variant.name}: {error}") from error

@@ -76,8 +76,9 @@ def open_preprocess_inputs(
     watch = watch or Stopwatch(device)
     with watch("read"):
         source, sha256, clip = _read(options)
-    model_key = options.model_key or MODELS[options.sd_version]
-    checkpoint = checkpoint_folder(model_key, options.allow_pickle)
+    known = MODELS[options.sd_version]
+    model_key, architecture = options.model_key or known, options.architecture_key or known
+    checkpoint = checkpoint_folder(model_key, options.allow_pickle, architecture)
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
     timesteps = inversion_timesteps(
         schedule, options.steps, options.save_steps, options.recon_steps

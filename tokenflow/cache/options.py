@@ -88,7 +88,14 @@ class PreprocessOptions(PresetModel):
     )
     sd_version: SdVersion = Field("2.1", description="Stable Diffusion version")
     model_key: str | None = Field(
-        None, description="hub id or local folder of a checkpoint; wins over sd_version"
+        None,
+        description="hub id, local folder or single .safetensors file of a checkpoint; wins over "
+        "sd_version",
+    )
+    architecture_key: str | None = Field(
+        None,
+        description="hub id or local folder of the checkpoint whose configurations and tokenizer a "
+        "single file has (default: sd_version's)",
     )
     allow_pickle: bool = Field(
         False, description="also load models that have pickled weights (.bin) only"

@@ -90,6 +90,7 @@ class Manifest(Identity):
     frames_asked: int  # more than n_frames if the clip is that short
     sd_version: str
     model_key: str
+    architecture_key: str | None = None  # whose configurations a single-file model_key has
     timesteps: list[int]  # the saved ones, noisiest first
     # How it went.
     reconstruction: Literal["full", "sample", "none"] = "full"

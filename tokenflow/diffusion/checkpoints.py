@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
+from tokenflow.diffusion.single_file import converted_folder, source_sha256
 from util import MissingFileError, UserError
 
 # The names of a model's weights file, and of its pickled form.
@@ -45,25 +46,43 @@ LOADS_OTHERS = (
 )
 
 
-def checkpoint_folder(key: str, allow_pickle: bool = False) -> Path:
+def checkpoint_folder(
+    key: str, allow_pickle: bool = False, architecture_key: str | None = None
+) -> Path:
     """The local folder of a whole Stable Diffusion checkpoint, fetched from the hub if need be.
 
     Args:
-        key: a local folder in diffusers' format, or a hub id.
+        key: a local folder in diffusers' format, a hub id, or a safetensors file in the original
+            layout, which is converted to a folder once (`single_file.converted_folder`).
         allow_pickle: use a part's pickled weights if it has no safetensors.
+        architecture_key: for a file: the folder or hub id whose configurations it has.
 
     Raises:
         MissingFileError: if the folder or one of its files is missing, or the hub has no such
             checkpoint, or it cannot be reached and no copy is cached.
         UserError: if one of its files is damaged, or a part's weights are pickled only.
     """
-    extra = ["model_index.json", "tokenizer/merges.txt"]
-    folder = _find(key, "model_key", PIPELINE_FILES, allow_pickle, extra)
-    required = dict(PIPELINE_FILES)
-    if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        required["tokenizer"] += ("vocab.json", "merges.txt")
+    path = Path(os.path.expanduser(key))
+    if architecture_key is None or not path.is_file():
+        return _pipeline_folder(key, "model_key", PIPELINE_FILES, allow_pickle)
+    files = {
+        part: tuple(name for name in names if name not in WEIGHTS)
+        for part, names in PIPELINE_FILES.items()
+    }
+    configs = _pipeline_folder(architecture_key, "architecture_key", files, allow_pickle=True)
+    folder = converted_folder(path, configs, architecture_key)
+    return _pipeline_folder(str(folder), "model_key", PIPELINE_FILES, allow_pickle)
+
+
+def _pipeline_folder(
+    key: str, option: str, files: Mapping[str, Sequence[str]], allow_pickle: bool
+) -> Path:
+    """The checked folder of a Stable Diffusion checkpoint with these files of each part."""
+    folder = _find(key, option, files, allow_pickle, ["model_index.json", "tokenizer/merges.txt"])
     where = f"{key}: not a whole Stable Diffusion checkpoint in diffusers' format"
-    for part, names in required.items():
+    for part, names in files.items():
+        if part == "tokenizer" and not (folder / part / "tokenizer.json").is_file():
+            names = (*names, "vocab.json", "merges.txt")
         _check_part(folder, part, names, allow_pickle, where)
     return folder
 
@@ -165,13 +184,15 @@ def checkpoint_revision(folder: Path) -> str:
 
     A hash of the configurations and of each weights file's first and last MiB: cheap, and different
     for checkpoints that differ in training. The first MiB of safetensors holds names, shapes and
-    offsets; the last MiB of a pickled file holds its tensors' checksums.
+    offsets; the last MiB of a pickled file holds its tensors' checksums. Of a folder that was
+    converted from a single file, that file's checksum stands for the weights.
     """
-    digest = hashlib.sha256()
+    digest, source = hashlib.sha256(), source_sha256(folder)
+    digest.update((source or "").encode())
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         for path in sorted((folder / part).glob("*config.json")):
             digest.update(path.read_bytes())
-        for path in _weights_files(folder / part):
+        for path in [] if source else _weights_files(folder / part):
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)

@@ -78,8 +78,13 @@ class EditConfig(PresetModel):
     )
     model_key: str | None = Field(
         None,
-        description="hub id or local folder in diffusers' format; wins over sd_version; null: by "
-        "sd_version, or the cache's",
+        description="hub id, local folder in diffusers' format, or single .safetensors file in the "
+        "original layout; wins over sd_version; null: by sd_version, or the cache's",
+    )
+    architecture_key: str | None = Field(
+        None,
+        description="hub id or local folder of the checkpoint whose configurations and tokenizer a "
+        "single-file model_key has; null: sd_version's, or the cache's",
     )
     allow_pickle: bool = Field(
         False,

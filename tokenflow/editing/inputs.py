@@ -50,6 +50,7 @@ MADE_WITH = (
     "steps", "frame_start", "frame_stride", "fit", "inversion_prompt", "inversion_iters",
     "inversion_tol", "dtype", "depth_model",
 )  # fmt: skip
+OF_MODEL = ("sd_version", "model_key", "architecture_key")
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,12 @@ def _flow_weights(config: EditConfig, cache: SourceCache) -> Path | None:
 
 def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path]:
     """The cache of a config, the checkpoint, and the config with what it leaves to the cache."""
-    source, version, revision = _source(config), config.sd_version, None
-    model_key = config.model_key or (version and MODELS[version])
+    source, clip, revision = _source(config), clip_name(config.data_path), None
+    version = config.sd_version or _version(config, clip)
+    model_key = config.model_key or (config.sd_version and MODELS[version])
+    architecture_key = config.architecture_key or MODELS[version]
     if model_key is not None:
-        checkpoint = checkpoint_folder(model_key, config.allow_pickle)
+        checkpoint = checkpoint_folder(model_key, config.allow_pickle, architecture_key)
         revision = checkpoint_revision(checkpoint)
     wanted = {
         "source_sha256": source and source_sha256(source),
@@ -172,13 +175,13 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path]:
         "frame_start": config.frame_start,
         "frame_stride": config.frame_stride,
     }
-    clip = clip_name(config.data_path)
-    folder = clip_folder(config.latents_path, version or _version(config, clip), clip)
+    folder = clip_folder(config.latents_path, version, clip)
     cache = find_cache(folder, wanted, config.n_frames, partial(remedy, config), config.verify)
     manifest = cache.manifest
     if model_key is None:
         model_key = manifest.model_key
-        checkpoint = checkpoint_folder(model_key, config.allow_pickle)
+        architecture_key = manifest.architecture_key or architecture_key
+        checkpoint = checkpoint_folder(model_key, config.allow_pickle, architecture_key)
         if checkpoint_revision(checkpoint) != manifest.model_revision:
             raise UserError(
                 f"{cache.folder}: made with another version of {model_key} than is there now; name "
@@ -193,7 +196,7 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path]:
     found = {"sd_version": manifest.sd_version, "n_timesteps": manifest.save_steps}
     found |= {"n_frames": manifest.n_frames}
     if model_key != MODELS[manifest.sd_version]:
-        found["model_key"] = model_key
+        found |= {"model_key": model_key, "architecture_key": manifest.architecture_key}
     said = {key: value for key, value in config.model_dump().items() if value is not None}
     config = parse(type(config), config.model_dump() | found | said, str(cache.folder))
     return config, cache, checkpoint
@@ -272,7 +275,7 @@ def _made_with(manifest: Manifest) -> dict[str, object]:
 
 def _advice(config: EditConfig, settings: dict[str, object]) -> str:
     """Names the command for the clip, model and features of a config, with these settings."""
-    of_config = {key: getattr(config, key) for key in ("data_path", "sd_version", "model_key")}
+    of_config = {key: getattr(config, key) for key in ("data_path", *OF_MODEL)}
     features = {
         option: getattr(config, option)
         for option in FEATURE_OPTIONS

@@ -46,6 +46,7 @@ FIND_THE_CACHE = ("n_inversion_steps", "frame_start", "frame_stride")
 CHANGES_NO_RESULT = (
     "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
 )  # fmt: skip
+IN_THE_CACHE = ("architecture_key",)  # keys that its identity covers
 RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")
 # The base techniques, and their names for people.
 TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
@@ -97,7 +98,7 @@ def result_settings(inputs: EditInputs) -> dict[str, object]:
     if inputs.masks is not None:  # what it shows counts, not where it lies
         digest = hashlib.sha256(repr(inputs.masks.shape).encode() + inputs.masks.tobytes())
         settings |= {"mask": digest.hexdigest(), "composite": inputs.config.composite}
-    left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT)
+    left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT, *IN_THE_CACHE)
     return {key: value for key, value in settings.items() if key not in left_out}
 
 

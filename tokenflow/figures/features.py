@@ -28,6 +28,7 @@ from tokenflow.diffusion.checkpoints import (
 from tokenflow.diffusion.ddim import CLEAN, NoiseSchedule, ddim_step
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.inversion import invert
+from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import (
     StableDiffusion,
     load_stable_diffusion,
@@ -86,7 +87,10 @@ class View:
         self.what, self.batch_size = options.what, options.batch_size
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device)
-        self.checkpoint = checkpoint_folder(options.model_key or self.manifest.model_key)
+        self.checkpoint = checkpoint_folder(
+            options.model_key or self.manifest.model_key,
+            architecture_key=self.manifest.architecture_key or MODELS[self.manifest.sd_version],
+        )
         if checkpoint_revision(self.checkpoint) != self.manifest.model_revision:
             raise UserError(
                 f"{self.checkpoint}: not the model that {cache.folder} was made with "
