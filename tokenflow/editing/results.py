@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from tokenflow.cache.source_cache import (
@@ -29,6 +30,7 @@ from tokenflow.cache.source_cache import (
     open_cache,
     read_manifest,
 )
+from tokenflow.storage.images import load_frames
 from tokenflow.storage.manifest import FileRecord, check_file, refuse_unexpected_files
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.video import clip_name
@@ -175,6 +177,10 @@ class Result:
     def n_frames(self) -> int:
         """As run.yaml says; of a result that does not say it, as many as lie in frames/."""
         return self.run.get("n_frames") or len(frame_files(self.folder))
+
+    def frames(self) -> np.ndarray:
+        """The edited frames, (n, H, W, 3) uint8 RGB."""
+        return load_frames(self.folder / "frames")
 
     @property
     def method(self) -> str:
