@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderTiny
+from PIL import Image
 
 import preprocess
 import run_tokenflow_controlnet
@@ -212,6 +214,24 @@ def test_another_frame_rate_on_demand(settings, tmp_path, fps):
     count, rate, _ = video_facts(only_result(tmp_path / "out") / "edited.mp4")
     assert count == N_FRAMES
     assert float(rate) == pytest.approx(fps, rel=1e-5)
+
+
+def test_previews_show_the_edit_come_along_and_go(settings, tmp_path, monkeypatch):
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, act_fn="relu"
+    )
+    vae.save_pretrained(tmp_path / "taesd")
+    drawn, save = [], Image.Image.save
+    monkeypatch.setattr(
+        Image.Image, "save", lambda image, path: drawn.append(image.size) or save(image, path)
+    )
+    for key in (None, str(tmp_path / "taesd")):
+        drawn.clear()
+        keys = {**settings, "output_path": str(tmp_path / f"out{key is None}"), "start": 1.0}
+        edit("sdedit", keys | {"preview_every": 2, "preview_vae": key}, tmp_path)
+        assert drawn.count((3 * WIDTH, HEIGHT)) == 5 // 2
+        folder = only_result(Path(keys["output_path"]))
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 # ---------------------------------------------------------------- mistakes

@@ -114,7 +114,7 @@ class EditConfig(PresetModel):
         description="with a mask: the source's own pixels outside of it, with a soft border; "
         "false: the decoded ones",
     )
-    # running: neither key changes a result
+    # running: no key changes a result
     checkpoint_every: int = Field(
         5, ge=1, description="save a checkpoint after every so many steps, to resume from"
     )
@@ -122,6 +122,16 @@ class EditConfig(PresetModel):
         False,
         description="compare the checksums of all files of the cache and of a finished result "
         "first; files that are read are always compared",
+    )
+    preview_every: CountOrNull = Field(
+        None,
+        description="draw three frames as they are expected to become after every so many steps, "
+        "in <result>-preview.png; null: do not",
+    )
+    preview_vae: str | None = Field(
+        None,
+        description="hub id or local folder of an AutoencoderTiny that decodes previews faster "
+        "(madebyollin/taesd); null: the model's VAE",
     )
     # sampling
     seed: Seed = Field(1, description="seed of Gaussian noise, where a technique draws any")

@@ -93,6 +93,7 @@ class EditSession:
             has none and the plan computes none.
         image_forwards: of the last edit, UNet evaluations (images x branches).
         source_features: of the last edit, "cached" or "live".
+        preview: is called after each step with its number and the predicted clean latents.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class EditSession:
         self.group, self.work = inputs.group, work
         self.image_forwards = 0
         self.source_features = "live"
+        self.preview: Callable[[int, Tensor], None] | None = None
         self.watch = watch or Stopwatch(inputs.device)
         self.chunk_size = self.config.chunk_size or self.config.keyframe_interval
         reset_peak_memory(inputs.device)
@@ -238,6 +240,8 @@ class EditSession:
         if smooth:
             clean = smooth_along_flow(schedule.predict_clean(x, eps, t), self.flow)
             eps = schedule.predict_noise(x, clean, t)
+        if self.preview is not None:
+            self.preview(i, schedule.predict_clean(x, eps, t))
         x = sampler.step(x, eps, i)
         if self.inputs.masks is not None:  # outside, the source's latents at that timestep
             t = sampler.levels[i + 1]

@@ -47,6 +47,7 @@ PLACES = ("output_path", "latents_path", "data_path")
 FIND_THE_CACHE = ("n_inversion_steps", "frame_start", "frame_stride")
 CHANGES_NO_RESULT = (
     "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
+    "preview_every", "preview_vae",
 )  # fmt: skip
 IN_THE_CACHE = ("architecture_key",)  # keys that its identity covers
 RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")

@@ -16,6 +16,7 @@ from tokenflow.diffusion.models import Loader, load_stable_diffusion
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import EditInputs, open_edit_inputs
 from tokenflow.editing.loop import EditSession
+from tokenflow.editing.preview import Preview
 from tokenflow.editing.results import (
     RUN_FILE,
     TECHNIQUES,
@@ -71,9 +72,15 @@ def edit(
             session = EditSession(inputs, watch=watch, load=load, work=work)
             with session.watch("edit"):  # warped noise takes a while
                 plan = technique.plan(session)
+            every, picture = config.preview_every, folder.with_name(f"{folder.name}-preview.png")
+            if every is not None and group.is_main:
+                log.info("previews: %s, every %d steps", picture, every)
+                session.preview = Preview(picture, every, session.models, config.preview_vae)
             latents = session.edit_latents(plan)
             frames = session.composite(session.decode(latents))
             save_result(technique.name, session, frames, latents)
+            if session.preview is not None:
+                picture.unlink(missing_ok=True)
     return folder
 
 
