@@ -210,9 +210,14 @@ def load_unet_skeleton(folder: Path) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(config)
 
 
-def for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def for_inference(
+    model: torch.nn.Module,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> torch.nn.Module:
     """Moves a model to a device, in evaluation mode and without gradients."""
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device, memory_format=memory_format)
+    return model.eval().requires_grad_(False)
 
 
 def _find(

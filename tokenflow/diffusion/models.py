@@ -131,21 +131,20 @@ def load_stable_diffusion(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
-    def load(cls: type[nn.Module], part: str) -> nn.Module:
+    def load(
+        cls: type[nn.Module], part: str, memory_format: torch.memory_format = torch.preserve_format
+    ) -> nn.Module:
         model = load_model(cls, folder / part, allow_pickle, torch_dtype=dtype)
-        return for_inference(model, device)
+        return for_inference(model, device, memory_format)
 
     # channels_last makes the VAE's convolutions faster on every device, and is recommended for the
     # UNet's in half precision on GPUs (not measured here). It gains nothing for a UNet on the CPU.
-    vae = load(AutoencoderKL, "vae").to(memory_format=torch.channels_last)
-    unet = load(UNet2DConditionModel, "unet")
-    if device.type == "cuda":
-        unet = unet.to(memory_format=torch.channels_last)
+    on_gpu = torch.channels_last if device.type == "cuda" else torch.preserve_format
     return StableDiffusion(
         tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
         text_encoder=load(CLIPTextModel, "text_encoder"),
-        vae=vae,
-        unet=unet,
+        vae=load(AutoencoderKL, "vae", torch.channels_last),
+        unet=load(UNet2DConditionModel, "unet", on_gpu),
         schedule=NoiseSchedule.of_checkpoint(folder),
         device=device,
         dtype=dtype,
