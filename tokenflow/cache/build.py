@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenflow.cache.inputs import PreprocessInputs, check_disk, open_preprocess_inputs
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.cache.source_cache import (
+    AUDIO_FILE,
     CLEAN_LATENTS,
     DEPTH_FILE,
     FEATURES,
@@ -38,8 +39,9 @@ from tokenflow.diffusion.vae import SquaredError, decode_latents, encode_frames
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch, versions
 from tokenflow.ops.progress import Progress
+from tokenflow.storage.audio import cut_audio
 from tokenflow.storage.images import save_frames
-from tokenflow.storage.video import save_video
+from tokenflow.storage.video import resolve_clip, save_video
 from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
 from tokenflow.storage.yaml_files import save_yaml
 from util import UserError, atomic_file, load_tensors, save_tensors
@@ -211,6 +213,8 @@ def _add_inversion(inputs: PreprocessInputs, models: StableDiffusion, progress: 
     depends_on = {"format": FORMAT, **identity(inputs.manifest)}
     if inputs.options.reconstruction != "full":
         depends_on["reconstruction"] = inputs.options.reconstruction
+    if not inputs.options.audio:
+        depends_on["audio"] = False
     with resumable_dir(inputs.folder, depends_on, inputs.group) as work:
         manifest = _Inversion(inputs, models, work, progress).run()
     if inputs.group.is_main:
@@ -295,7 +299,7 @@ class _Inversion:
         return manifest
 
     def _encode(self) -> tuple[Tensor, Tensor | None]:
-        """Writes frames, clean latents and depth; returns the latents, and the depth if any."""
+        """Writes frames, sound, clean latents and depth; returns the latents and any depth."""
         depth, folder, manifest = None, self.work.folder, self.manifest
         if manifest.depth_model is not None:
             with self.watch("depth"):
@@ -306,6 +310,9 @@ class _Inversion:
                 )
         if self.work.writes:
             save_frames(folder / "frames", self.frames)
+            if self.inputs.options.audio:
+                source = resolve_clip(self.inputs.options.data_path)
+                cut_audio(source, folder / AUDIO_FILE, self.inputs.clip)
             with atomic_file(folder / "inversion_prompt.txt") as temporary:
                 temporary.write_text(manifest.inversion_prompt, encoding="utf-8")
             if depth is not None:
@@ -429,7 +436,9 @@ class _Inversion:
                 yield from found
 
         if self.work.writes and self.inputs.options.reconstruction == "full":
-            save_video(self.work.folder / "inverted.mp4", decoded(), self.inputs.clip.fps)
+            folder, audio = self.work.folder, self.work.folder / AUDIO_FILE
+            audio = audio if audio.is_file() else None
+            save_video(folder / "inverted.mp4", decoded(), self.inputs.clip.fps, audio)
         else:
             deque(decoded(), maxlen=0)  # takes part in the decoding
         return {name: round(error.psnr, 3) for name, error in pairs.items()}

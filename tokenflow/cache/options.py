@@ -86,6 +86,9 @@ class PreprocessOptions(PresetModel):
         None,
         description="frame rate, a number or a fraction (default: the clip's; 24 for images)",
     )
+    audio: bool = Field(
+        True, description="keep the clip's sound for inverted.mp4 and the edits (default)"
+    )
     sd_version: SdVersion = Field("2.1", description="Stable Diffusion version")
     model_key: str | None = Field(
         None,

@@ -5,6 +5,7 @@
         frames/00000.png ...     the resized source frames
         latents/clean.safetensors, latents/noisy_latents_<t>.safetensors
         depth.safetensors        where the model or its ControlNet wants depth
+        audio.m4a                the sound of the frames, where the clip has any
         inversion_prompt.txt
         inverted.mp4             the reconstruction; with --reconstruction full
         features/                what edits need from the source (source_features.py), added later
@@ -52,6 +53,7 @@ FORMAT = 3
 MANIFEST = "manifest.yaml"
 CLEAN_LATENTS = "clean"
 DEPTH_FILE = "depth.safetensors"
+AUDIO_FILE = "audio.m4a"
 FEATURES = "features"  # their folder in a cache
 _CACHE_NAME = re.compile("nframes_[0-9]+(-[0-9a-f]{8})?")
 
@@ -188,6 +190,13 @@ class SourceCache:
         with self._advising():
             return load_frames(self.folder / "frames", n_frames)
 
+    def audio(self) -> Path | None:
+        """The file of the frames' sound, where there is any (`storage.audio.cut_audio`)."""
+        if AUDIO_FILE not in self.manifest.files:
+            return None
+        self.check(AUDIO_FILE)
+        return self.folder / AUDIO_FILE
+
     @property
     def has_depth(self) -> bool:
         """Whether preprocess estimated depth."""
@@ -220,7 +229,8 @@ class SourceCache:
         """Compares what an edit of n_frames reads but for the features with its checksums."""
         names = [latents_file(name) for name in (CLEAN_LATENTS, *timesteps)]
         names += [f"frames/{frame_name(index)}" for index in range(n_frames)]
-        for name in [*names, DEPTH_FILE] if self.has_depth else names:
+        optional = {DEPTH_FILE, AUDIO_FILE} & self.manifest.files.keys()
+        for name in (*names, *optional):
             self.check(name)
 
     def check_unchanged(self) -> None:

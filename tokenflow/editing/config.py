@@ -71,6 +71,9 @@ class EditConfig(PresetModel):
     fps: float | None = Field(
         None, ge=0.1, le=MAX_FPS, description="frame rate of the result; null: the clip's"
     )
+    audio: bool = Field(
+        True, description="copy the clip's sound, which the cache holds, into the videos"
+    )
     # model
     sd_version: SdVersion | None = Field(
         None,

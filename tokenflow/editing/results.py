@@ -89,18 +89,20 @@ def result_folder(inputs: EditInputs, technique: str) -> Path:
 
 def result_settings(inputs: EditInputs) -> dict[str, object]:
     """What a result depends on; for its cache, the identity of that cache."""
-    own = {"dtype": str(inputs.dtype), "device": inputs.device.type}
-    settings = inputs.config.model_dump() | own | {"cache": cache_key(inputs.cache.manifest)}
+    config, own = inputs.config, {"dtype": str(inputs.dtype), "device": inputs.device.type}
+    settings = config.model_dump() | own | {"cache": cache_key(inputs.cache.manifest)}
     settings["flow_model"] = inputs.flow_model
     if settings.get("noise") is not None:  # null says the same of two of them
         start = settings["noise"]
         settings["use_ddim_noise"] = start == "ddim"
         settings["noise"] = start if start == "warped" else None
-    settings["decoder_key"] = inputs.config.temporal_decoder
+    settings["decoder_key"] = config.temporal_decoder
     settings["mask"] = settings["composite"] = None
     if inputs.masks is not None:  # what it shows counts, not where it lies
         digest = hashlib.sha256(repr(inputs.masks.shape).encode() + inputs.masks.tobytes())
-        settings |= {"mask": digest.hexdigest(), "composite": inputs.config.composite}
+        settings |= {"mask": digest.hexdigest(), "composite": config.composite}
+    if config.audio or inputs.cache.audio() is None:
+        del settings["audio"]  # results of before have the same folder
     left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT, *IN_THE_CACHE)
     return {key: value for key, value in settings.items() if key not in left_out}
 

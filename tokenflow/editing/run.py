@@ -27,6 +27,7 @@ from tokenflow.editing.results import (
 from tokenflow.editing.techniques import Technique
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch, device_name, peak_memory_bytes, versions
+from tokenflow.storage.audio import in_step
 from tokenflow.storage.images import save_frames
 from tokenflow.storage.video import MAX_FPS_DENOMINATOR, save_video
 from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
@@ -141,12 +142,13 @@ def save_result(technique: str, session: EditSession, frames: np.ndarray, latent
         return
     fps = session.config.fps
     fps = cache.fps if fps is None else Fraction(fps).limit_denominator(MAX_FPS_DENOMINATOR)
+    audio = _audio(session, len(frames), fps)
     with session.watch("write"):
         save_frames(work.folder / "frames", frames)
-        save_video(work.folder / "edited.mp4", frames, fps)
+        save_video(work.folder / "edited.mp4", frames, fps, audio)
         pairs = zip(session.frames, frames, strict=True)
         both = (np.concatenate(pair, axis=1) for pair in pairs)  # one pair of frames at a time
-        save_video(work.folder / "side_by_side.mp4", both, fps)
+        save_video(work.folder / "side_by_side.mp4", both, fps, audio)
         save_tensors(work.folder / "edited_latents.safetensors", {"latents": latents})
     save_yaml(work.folder / "config.yaml", session.config.model_dump())
     record = {
@@ -169,3 +171,11 @@ def save_result(technique: str, session: EditSession, frames: np.ndarray, latent
         "complete": True,
     }
     save_yaml(work.folder / RUN_FILE, record)
+
+
+def _audio(session: EditSession, n_frames: int, fps: Fraction) -> Path | None:
+    """The cache's sound; None if there is none, or it is not wanted or not in step."""
+    audio, seconds = session.cache.audio(), n_frames / session.cache.fps
+    if audio is None or not session.config.audio:
+        return None
+    return audio if in_step("fps", n_frames, fps, Fraction(0), seconds) else None

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from fractions import Fraction
@@ -66,13 +67,14 @@ class Clip:
     """Frames, uint8 (n, H, W, 3) RGB; frames per second; the source's (height, width) as shown.
 
     n_source is the number of frames that the source has; where a video does not say it, of those
-    that were decoded.
+    that were decoded. The frames are shown from times[0] to times[1] in the source, in seconds.
     """
 
     frames: np.ndarray
     fps: Fraction
     native_size: tuple[int, int]
     n_source: int
+    times: tuple[Fraction, Fraction]
 
 
 def clip_name(path: str | Path) -> str:
@@ -139,8 +141,7 @@ def read_clip(
     shorter than asked for gives the frames that it has, with a warning.
 
     Args:
-        path: the video file or the folder; images are taken in natural order, transparent ones
-            over white.
+        path: the video or the folder; images in natural order, transparent ones over white.
         n_frames: how many frames, at least 1; None: all.
         start: index of the first frame.
         stride: step between frames; the frame rate is divided by it.
@@ -164,11 +165,11 @@ def read_clip(
     check_kind(path)
 
     frames: list[np.ndarray] = []
-    native: list[tuple[int, int]] = []
+    seen: list[tuple[tuple[int, int], Fraction | None]] = []  # native sizes, times
 
-    def keep(image: Image.Image, there: int) -> None:
-        native.append((image.height, image.width))
-        fitted = size or (native[0] if own_size else default_size(*native[0]))
+    def keep(image: Image.Image, there: int, time: Fraction | None) -> None:
+        seen.append(((image.height, image.width), time))
+        fitted = size or (seen[0][0] if own_size else default_size(*seen[0][0]))
         # Before memory is full. A header may be wrong, so the frames read so far count too.
         check_memory(max(len(frames) + 1, min(most, there)), *fitted)
         frames.append(np.asarray(fit_frame(image, fitted, fit)))
@@ -180,7 +181,16 @@ def read_clip(
         raise UserError(f"{path}: start {start} is beyond the end: the clip has {n_source} frames")
     if n_frames is not None and len(frames) < n_frames:
         logger.warning("%s: %d frames requested, only %d available", path, n_frames, len(frames))
-    return Clip(np.stack(frames), fps or rate / stride, native[0], n_source)
+    shown = _shown([time for _, time in seen], wanted, rate)
+    return Clip(np.stack(frames), fps or rate / stride, seen[0][0], n_source, shown)
+
+
+def _shown(
+    times: list[Fraction | None], wanted: range, rate: Fraction
+) -> tuple[Fraction, Fraction]:
+    """When wanted frames begin and end, by their times or, where these are not known, numbers."""
+    first, last = (wanted[i] / rate if times[i] is None else times[i] for i in (0, len(times) - 1))
+    return first, last + wanted.step / rate
 
 
 def check_memory(n_frames: int, height: int, width: int) -> None:
@@ -196,9 +206,10 @@ def check_memory(n_frames: int, height: int, width: int) -> None:
 
 
 def _read_video(
-    path: Path, wanted: range, keep: Callable[[Image.Image, int], None]
+    path: Path, wanted: range, keep: Callable[[Image.Image, int, Fraction | None], None]
 ) -> tuple[int, Fraction]:
-    """Calls `keep` with each wanted frame, and the number of them in the video, 0 if not known.
+    """Calls `keep` with each wanted frame, the number of them in the video, 0 if not known, and
+    its time in seconds, if known.
 
     Returns (frames of the video, or decoded ones, average frame rate).
     """
@@ -229,7 +240,9 @@ def _read_video(
                     if image.size != first:
                         sizes = "is {}x{}, those before it {}x{}".format(*image.size, *first)
                         raise _bad_frame(path, n_seen, sizes)
-                    keep(image, there)
+                    # AVI has no times of display, but of decoding; its frames follow its rate.
+                    timed = frame.pts is not None and container.format.name != "avi"
+                    keep(image, there, frame.pts * frame.time_base if timed else None)
                 n_seen += 1
                 if n_seen > wanted[-1]:
                     break
@@ -266,7 +279,7 @@ def _displayed(path: Path, frame: av.VideoFrame) -> Image.Image:
 
 
 def _read_folder(
-    path: Path, wanted: range, keep: Callable[[Image.Image, int], None]
+    path: Path, wanted: range, keep: Callable[[Image.Image, int, Fraction | None], None]
 ) -> tuple[int, Fraction]:
     """As `_read_video`; the frame rate is DEFAULT_FOLDER_FPS."""
     images = folder_images(path)
@@ -279,7 +292,7 @@ def _read_folder(
         if image.size != first[0]:
             sizes = f"{first[1]} and {own}"
             raise UserError(f"{path}: images of different sizes: {sizes}, as width x height")
-        keep(image, len(chosen))
+        keep(image, len(chosen), None)
     return len(images), Fraction(DEFAULT_FOLDER_FPS)
 
 
@@ -311,13 +324,16 @@ def source_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def save_video(path: str | Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
+def save_video(
+    path: str | Path, frames: Iterable[np.ndarray], fps: Fraction, audio: Path | None = None
+) -> None:
     """Write H.264 video (yuv420p, tagged BT.709) at an exact constant frame rate.
 
     Args:
         path: the file, .mp4 or .mov; replaced only when all is written.
         frames: RGB uint8 (H, W, 3), all of one even size; at least one. May be a generator.
         fps: frames per second, above 0.
+        audio: a file of `audio.cut_audio`; its packets are copied, as long as there are frames.
 
     Raises:
         ValueError: frames or fps are not as above.
@@ -336,6 +352,7 @@ def save_video(path: str | Path, frames: Iterable[np.ndarray], fps: Fraction) ->
         options = {"crf": _CRF, "color_range": "tv", **_BT709, **_REPRODUCIBLE}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        sound = _add_audio(container, audio) if audio else deque()
         for index, array in enumerate(itertools.chain([first], iterator)):
             if array.shape != (height, width, 3) or array.dtype != np.uint8:
                 raise ValueError(
@@ -348,4 +365,22 @@ def save_video(path: str | Path, frames: Iterable[np.ndarray], fps: Fraction) ->
             )
             frame.pts, frame.time_base = index, 1 / fps
             container.mux(stream.encode(frame))
+            while sound and _middle(sound[0]) < (index + 1) / fps:
+                container.mux(sound.popleft())
         container.mux(stream.encode())
+
+
+def _middle(packet: av.Packet) -> Fraction:
+    """When half of a packet was heard, in seconds."""
+    return (packet.pts + Fraction(packet.duration or 0, 2)) * packet.time_base
+
+
+def _add_audio(container: av.container.OutputContainer, path: Path) -> deque[av.Packet]:
+    """Adds the audio stream of a file to a video that is written; returns its packets."""
+    with av.open(os.path.abspath(path), **READING) as source:
+        template = source.streams.audio[0]
+        stream = container.add_stream_from_template(template)
+        packets = deque(packet for packet in source.demux(template) if packet.size)
+    for packet in packets:
+        packet.stream = stream
+    return packets
