@@ -10,14 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenflow.evaluation.evaluator import (
-    Evaluator,
-    Protocol,
-    check_subject,
-    open_results,
-    score_all,
-)
-from tokenflow.evaluation.inputs import OtherVideo, open_video
+from tokenflow.evaluation.options import OtherVideo, Protocol
 from tokenflow.evaluation.score_table import FORMATS, Row, text_table
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
@@ -61,10 +54,14 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     setup_logging()
     args = parse_args(argv)
     protocol = from_arguments(Protocol, args)
-    if args.results:
+    other = None if args.results else from_arguments(OtherVideo, args)
+    from tokenflow.evaluation.evaluator import Evaluator, check_subject, open_results, score_all
+    from tokenflow.evaluation.inputs import open_video  # slow to import, both
+
+    if other is None:
         subjects, errors = open_results(args.results, protocol, args.source_prompt)
     else:
-        video = open_video(from_arguments(OtherVideo, args), args.source_prompt)
+        video = open_video(other, args.source_prompt)
         subjects, errors = [check_subject(video, protocol)], []
     rows, failed = score_all(subjects, Evaluator(protocol))
     errors += failed

@@ -240,9 +240,12 @@ def test_previews_show_the_edit_come_along_and_go(settings, tmp_path, monkeypatc
 def test_a_mistake_is_told_before_the_slow_imports():
     code = """
 import sys
-import preprocess, run_tokenflow_controlnet, run_tokenflow_pnp, run_tokenflow_sdedit
+import evaluate, preprocess
+import run_tokenflow_controlnet, run_tokenflow_pnp, run_tokenflow_sdedit
 from util import UserError
-for main, argv in [(preprocess.main, ["--data_path", "x", "--steps", "0"])] + [
+mistakes = [(preprocess.main, ["--data_path", "x", "--steps", "0"])]
+mistakes += [(evaluate.main, ["no/results", "--flow", "dus"])]
+for main, argv in mistakes + [
     (script.main, ["--set", "n_frames=0"])
     for script in (run_tokenflow_pnp, run_tokenflow_sdedit, run_tokenflow_controlnet)
 ]:
@@ -254,7 +257,8 @@ print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     *told, imported = ran.stdout.splitlines()
-    assert [line.partition(":")[0] for line in told] == ["--steps"] + ["--set n_frames"] * 3
+    names = ["--steps", "--flow"] + ["--set n_frames"] * 3
+    assert [line.partition(":")[0] for line in told] == names
     assert imported == "[]"
 
 

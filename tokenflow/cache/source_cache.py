@@ -28,11 +28,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import AllowInfNan, Field
-from torch import Tensor
 
 from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.storage.images import frame_name, load_frames
@@ -46,6 +45,9 @@ from tokenflow.storage.schema import Model
 from tokenflow.storage.video import frame_rate
 from tokenflow.storage.work_dir import begun_dirs, is_locked
 from util import MissingFileError, UserError, load_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("tokenflow")
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tokenflow.diffusion import optical_flow
@@ -20,53 +19,12 @@ from tokenflow.diffusion.models import resolve_device
 from tokenflow.diffusion.vae import psnr
 from tokenflow.editing.results import find_results
 from tokenflow.evaluation import inputs, metrics, motion
+from tokenflow.evaluation.options import Protocol
 from tokenflow.evaluation.score_table import Row
 from tokenflow.ops.profiling import versions
-from tokenflow.storage.schema import Model
 from util import UserError
 
 log = logging.getLogger("tokenflow")
-
-CLIP_MODEL = "openai/clip-vit-large-patch14"
-
-
-class Protocol(Model):
-    """How edited videos are measured; also the options of evaluate.py."""
-
-    flow: Literal["raft", "dis", "truth"] = Field("raft", description="optical flow of the source")
-    flow_weights: str | None = Field(
-        None,
-        description="RAFT's, a safetensors file (default: torchvision's)",
-        json_schema_extra={"metavar": "FILE"},
-    )
-    truth: str | None = Field(
-        None,
-        description="the true motion (default: next to the clip)",
-        json_schema_extra={"metavar": "FILE|FOLDER"},
-    )
-    masks: str | None = Field(
-        None,
-        description="folder of a clip's PNG masks, or of one such folder for each clip",
-        json_schema_extra={"metavar": "FOLDER"},
-    )
-    clip_model: str | None = Field(CLIP_MODEL, description="hub id, folder or none")
-    dino_model: str | None = Field(
-        None, description="a ViT: hub id, folder or none (default: none)"
-    )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-
-    @field_validator("clip_model", "dino_model")
-    @classmethod
-    def _none_is_no_model(cls, value: str | None) -> str | None:
-        return None if value == "none" else value
-
-    @model_validator(mode="after")
-    def _options_fit_the_flow(self) -> Protocol:
-        if self.flow_weights is not None and self.flow != "raft":
-            raise ValueError("--flow_weights: goes with --flow raft only")
-        if self.truth is not None and self.flow != "truth":
-            raise ValueError("--truth: goes with --flow truth only")
-        return self
 
 
 def check_subject(subject: inputs.Subject, protocol: Protocol) -> inputs.Subject:

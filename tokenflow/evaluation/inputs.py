@@ -9,17 +9,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from tokenflow.editing.results import frame_files, read_result
 from tokenflow.evaluation.motion import Motion, load_motion, resize_motion, truth_file, truth_shape
+from tokenflow.evaluation.options import OtherVideo
 from tokenflow.evaluation.score_table import Row
 from tokenflow.storage import images
 from tokenflow.storage.images import load_frames
-from tokenflow.storage.schema import Model
 from tokenflow.storage.video import Clip, clip_name, read_clip
 from util import UserError
 
@@ -108,30 +106,6 @@ def open_result(folder: Path, source_prompt: str | None = None) -> Subject:
 
 # ---------------------------------------------------------------------------------------------
 # Other programs' videos
-
-
-class OtherVideo(Model):
-    """Any program's edited video and its source; also the options of evaluate.py that name it."""
-
-    source: str = Field("", description="the clip: a video, GIF or folder of images")
-    edited: str = Field("", description="the edited video, of as many frames")
-    prompt: str | None = Field(None, description="what the edited video should show")
-    method: str | None = Field(None, description="its name (default: the edited video's)")
-    n_frames: int | None = Field(None, ge=1, description="frames to score (default: all)")
-    start: int = Field(0, ge=0, description="first frame of the source (default: 0)")
-    match: Literal["frames", "times"] | None = Field(
-        None,
-        description="where the frame rates differ: compare frames of the same number, or of the "
-        "same time (default: refuse)",
-    )
-    H: int | None = Field(None, ge=8, description="height to resize both to (default: their own)")
-    W: int | None = Field(None, ge=8, description="width to resize both to (default: their own)")
-
-    @model_validator(mode="after")
-    def _a_size_is_complete(self) -> OtherVideo:
-        if (self.H is None) != (self.W is None):
-            raise ValueError("--H and --W: give both or neither")
-        return self
 
 
 def open_video(other: OtherVideo, source_prompt: str | None = None) -> Subject:

@@ -24,15 +24,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.manifest import FileRecord
 from util import MissingFileError, UserError, save_tensors, sha256_file, sync_folder
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("tokenflow")
 
