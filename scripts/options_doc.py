@@ -24,6 +24,7 @@ HEAD = """# Options
 This page is written by `python -m scripts.options_doc` from the models that check the options; edit
 `tokenflow/cache/options.py`, `tokenflow/editing/config.py` or a run script, and run it again.
 """
+LISTS = {list[str]: "text or a list of texts", list[float]: "number or a list of numbers"}
 PREPROCESS = """
 ## preprocess.py
 
@@ -70,7 +71,8 @@ def _value(field: FieldInfo, command_line: bool) -> str:
     choices = schema.choices_of(field.annotation)
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
-    kind = schema.expected(field.annotation).removeprefix("a ") or "number or fraction"
+    kind = schema.expected(field.annotation).removeprefix("a ")
+    kind = kind or LISTS.get(schema.plain_type(field.annotation), "number or fraction")
     if command_line:
         kind = kind.removesuffix(" or null")
     bounds = schema.limits(field)

@@ -110,3 +110,37 @@ def _open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(new, old, name)
         found[name] = value
     return found
+
+
+# The name of a LoRA's matrices in a file, "A" for down and "B" for up, and of its layer.
+LORA_NAMES = {
+    "kohya": "{plain}.lora_{way}.weight",
+    "diffusers": "{part}.{layer}.lora_{matrix}.weight",
+    "older diffusers": "{part}.{old}_lora.{way}.weight",
+}
+
+
+def save_lora(path: Path, form: str, layers: dict[str, tuple[Tensor, Tensor]]) -> Path:
+    """Write a LoRA as kohya's trainer or diffusers do.
+
+    Args:
+        form: of LORA_NAMES.
+        layers: down (r, ...) and up (out, r, ...) by "unet.<layer>" and "text_encoder.<layer>".
+    """
+    tensors = {}
+    for name, pair in layers.items():
+        part, _, layer = name.partition(".")
+        if part == "text_encoder":
+            layer = f"text_model.{layer}"
+        plain = f"lora_{'unet' if part == 'unet' else 'te'}_{layer.replace('.', '_')}"
+        old = re.sub(r"\.(to_\w+)(\.0)?$", r".processor.\1", layer)
+        if part == "text_encoder":
+            old = re.sub(r"([qkv])_proj$", r"to_\1", layer).replace("out_proj", "to_out")
+        for matrix, way, tensor in zip("AB", ("down", "up"), pair, strict=True):
+            names = {"plain": plain, "part": part, "layer": layer, "old": old}
+            key = LORA_NAMES[form].format(**names, matrix=matrix, way=way)
+            tensors[key] = tensor.contiguous()
+        if form == "kohya":  # alpha is the rank in the others
+            tensors[f"{plain}.alpha"] = torch.tensor(float(len(pair[0])) / 2)
+    save_file(tensors, path)
+    return path

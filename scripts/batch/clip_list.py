@@ -15,7 +15,13 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 from scripts.batch.davis import sequences
-from tokenflow.cache.options import CONTROL_OPTIONS, FRAME_RANGE, PreprocessOptions, default
+from tokenflow.cache.options import (
+    ADAPTER_OPTIONS,
+    CONTROL_OPTIONS,
+    FRAME_RANGE,
+    PreprocessOptions,
+    default,
+)
 from tokenflow.diffusion.checkpoints import checkpoint_folder
 from tokenflow.diffusion.model_names import MODELS
 from tokenflow.diffusion.models import resolve_device
@@ -32,8 +38,9 @@ INVERSION = "inversion"  # the kind of a job; an edit's kind is the name of its 
 INVERSION_OPTIONS = {
     PreprocessOptions.ALIASES.get(key, key): key for key in
     ("data_path", "frame_start", "frame_stride", "n_frames", "H", "W", "sd_version", "model_key",
-     "architecture_key", "keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t", "device",
-     "dtype", "allow_pickle", "verify", "latents_path", "n_inversion_steps", "n_timesteps")
+     "architecture_key", *ADAPTER_OPTIONS, "keyframe_interval", "keyframe_seed", "pnp_attn_t",
+     "pnp_f_t", "device", "dtype", "allow_pickle", "verify", "latents_path", "n_inversion_steps",
+     "n_timesteps")
 }  # fmt: skip
 # Edits of one cache may differ in these: its features are built for the largest, or the first.
 LARGEST = ("pnp_attn_t", "pnp_f_t")
@@ -346,6 +353,8 @@ def _cache_options(edits: Sequence[_Edit]) -> dict[str, Any]:
             keys = keys | {key: key for key in (*CONTROL_OPTIONS, "depth_model")}
         for option, key in keys.items():
             value = getattr(edit.config, key, None)
+            if option in ADAPTER_OPTIONS and edit.config.lora_for == "edit":
+                value = None
             if value is None:
                 continue
             if option in LARGEST:

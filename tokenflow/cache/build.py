@@ -94,7 +94,11 @@ def build_cache(
             log.info("%s", _plan(inputs, inverted))
             with inputs.watch("load"):
                 models = (load or load_stable_diffusion)(
-                    inputs.checkpoint, inputs.device, inputs.dtype, options.allow_pickle
+                    inputs.checkpoint,
+                    inputs.device,
+                    inputs.dtype,
+                    options.allow_pickle,
+                    inputs.adapters,
                 )
             with Progress(_evaluations(inputs, inverted), group.is_main) as progress:
                 if not inverted:

@@ -12,6 +12,7 @@ import torch
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.cache.source_cache import FEATURES, Manifest, cache_folder
 from tokenflow.cache.source_features import FeatureSettings, feature_bytes
+from tokenflow.diffusion.adapters import Adapters, check_adapters_fit, find_adapters
 from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
     checkpoint_folder,
@@ -51,6 +52,7 @@ class PreprocessInputs:
     timesteps: InversionTimesteps
     device: torch.device
     dtype: torch.dtype
+    adapters: Adapters
     manifest: Manifest  # the cache's, but for the figures of its making
     folder: Path  # the cache's
     features: FeatureSettings | None  # None with --no_cache_features
@@ -80,6 +82,8 @@ def open_preprocess_inputs(
     model_key, architecture = options.model_key or known, options.architecture_key or known
     checkpoint = checkpoint_folder(model_key, options.allow_pickle, architecture)
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
+    adapters = find_adapters(options)
+    check_adapters_fit(adapters, checkpoint)
     timesteps = inversion_timesteps(
         schedule, options.steps, options.save_steps, options.recon_steps
     )
@@ -100,6 +104,7 @@ def open_preprocess_inputs(
         dtype=str(dtype).removeprefix("torch."),
         control=control,
         depth_model=depth_model,
+        adapters=adapters.digest,
     )
     recorded = options.model_dump(include=set(Manifest.model_fields))
     manifest = Manifest(**recorded | found)
@@ -111,6 +116,7 @@ def open_preprocess_inputs(
         timesteps=timesteps,
         device=device,
         dtype=dtype,
+        adapters=adapters,
         manifest=manifest,
         folder=cache_folder(options.save_dir, manifest),
         features=_feature_settings(options, manifest) if options.cache_features else None,

@@ -30,6 +30,7 @@ FAST = {"steps": 50, "save_steps": 50, "inversion_iters": 1}
 FRAME_RANGE = ("frame_start", "frame_stride")
 # What cached features depend on, here and in an edit's config.
 FEATURE_OPTIONS = ("keyframe_interval", "keyframe_seed", "pnp_attn_t", "pnp_f_t", "correspondence")
+ADAPTER_OPTIONS = ("lora", "lora_scale", "embeddings")
 CONTROL_OPTIONS = ("control", "controlnet_key", "controlnet_scale", "canny_low", "canny_high")
 
 
@@ -44,6 +45,18 @@ def _batch_size(value: Any) -> Any:
     return None if value == "auto" else value
 
 
+def _listed(value: Any) -> Any:
+    return value if value is None or isinstance(value, list) else [value]
+
+
+def _numbers(value: Any) -> Any:
+    """A list of numbers of one, or of the words of a command line."""
+    values = _listed(value)
+    return values and [float(each) if isinstance(each, (str, int)) else each for each in values]
+
+
+Texts = Annotated[list[str] | None, BeforeValidator(_listed)]
+Numbers = Annotated[list[float] | None, BeforeValidator(_numbers)]
 FrameRate = Annotated[
     Fraction, PlainValidator(lambda value: frame_rate(str(value))), PlainSerializer(str)
 ]
@@ -102,6 +115,22 @@ class PreprocessOptions(PresetModel):
     )
     allow_pickle: bool = Field(
         False, description="also load models that have pickled weights (.bin) only"
+    )
+    lora: Texts = Field(
+        None,
+        json_schema_extra={"nargs": "+", "metavar": "FILE"},
+        description="LoRAs: .safetensors files, or hub ids (owner/name or owner/name/file)",
+    )
+    lora_scale: Numbers = Field(
+        None,
+        json_schema_extra={"nargs": "+", "metavar": "X"},
+        description="how much of each LoRA is added (default: 1)",
+    )
+    embeddings: Texts = Field(
+        None,
+        json_schema_extra={"nargs": "+", "metavar": "FILE"},
+        description="textual-inversion embeddings, likewise; a file's token, or its name, in a "
+        "prompt stands for it",
     )
     inversion_prompt: str = Field("", description="what the clip shows (default: empty)")
     steps: Count = Field(500, description="inversion steps")
@@ -227,9 +256,11 @@ def arguments(options: dict[str, object]) -> list[str]:
     """Spells options as a command line; None leaves one out, "" makes it a flag without a value."""
     words = []
     for name, value in options.items():
-        if value is None:
+        if value is None or value == []:
             continue
-        if str(value).startswith("-"):  # as a word of its own it would be taken for an option
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif str(value).startswith("-"):  # as a word of its own it would be taken for an option
             words.append(f"--{name}={value}")
         else:
             words += [f"--{name}", str(value)] if value != "" else [f"--{name}"]

@@ -84,6 +84,7 @@ class Identity(Model):
     dtype: str
     control: ControlSettings | None
     depth_model: str | None
+    adapters: str = ""  # digest of LoRAs and embeddings; left out where there are none
 
 
 class Manifest(Identity):
@@ -96,6 +97,9 @@ class Manifest(Identity):
     model_key: str
     architecture_key: str | None = None  # whose configurations a single-file model_key has
     timesteps: list[int]  # the saved ones, noisiest first
+    lora: list[str] | None = None
+    lora_scale: list[float] | None = None
+    embeddings: list[str] | None = None
     # How it went.
     reconstruction: Literal["full", "sample", "none"] = "full"
     psnr: Figure = math.nan  # of the reconstruction against the frames, dB; NaN: not measured
@@ -109,12 +113,12 @@ class Manifest(Identity):
 
 
 # The fields by which caches of one clip's name lie side by side; each has a folder of its own.
-PLACE = ("source_sha256", "frame_start", "frame_stride", "model_revision")
+PLACE = ("source_sha256", "frame_start", "frame_stride", "model_revision", "adapters")
 
 
 def identity(manifest: Manifest) -> dict[str, object]:
     """The settings by which two caches are the same, as plain YAML values."""
-    return manifest.model_dump(include=set(Identity.model_fields))
+    return _without_none(manifest.model_dump(include=set(Identity.model_fields)))
 
 
 def cache_key(manifest: Manifest) -> str:
@@ -145,7 +149,12 @@ def cache_folder(save_dir: str | Path, manifest: Manifest) -> Path:
 
 
 def _place(manifest: Manifest) -> dict[str, object]:
-    return {key: getattr(manifest, key) for key in PLACE}
+    return _without_none({key: getattr(manifest, key) for key in PLACE})
+
+
+def _without_none(values: dict[str, object]) -> dict[str, object]:
+    """Without `adapters` where there are none: digests are as before there were any."""
+    return {key: value for key, value in values.items() if key != "adapters" or value}
 
 
 def _digest(values: object) -> str:
@@ -295,11 +304,12 @@ def find_cache(
         raise MissingFileError(_no_cache(clip_folder, steps, listed, remedy(None)))
     for error in damaged:
         log.warning("%s", error)
-    if len({(m.steps, *_place(m).values()) for m in fitting.values()}) > 1:
+    if len({_digest([m.steps, _place(m)]) for m in fitting.values()}) > 1:
         listed = ", ".join(_listed(fitting, clip_folder, wanted))
         raise UserError(
             f"{clip_folder}: several caches fit: {listed}; choose "
-            "by n_inversion_steps, frame_start and frame_stride, or by data_path and model_key"
+            "by n_inversion_steps, frame_start and frame_stride, or by data_path, model_key and "
+            "lora (lora: [] is none)"
         )
     lengths = {m.n_frames: folder for folder, m in fitting.items()}
     return open_cache(lengths.get(n_frames, lengths[max(lengths)]), remedy, verify)
@@ -330,6 +340,7 @@ def _listed(
         others = {
             "source_sha256": f", another clip: {manifest.source_name}",
             "model_revision": f", another model: {manifest.model_key}",
+            "adapters": f", other LoRAs or embeddings: {manifest.lora}, {manifest.embeddings}",
         }
         texts.append(
             f"{folder.relative_to(clip_folder.parent.parent)} (n_frames {manifest.n_frames}, "

@@ -94,13 +94,38 @@ def single_model_folder(key: str, option: str, allow_pickle: bool = False) -> Pa
         key: a local folder, a hub id, or a hub id's folder: owner/name/folder.
         option: the option that names it, for errors: controlnet_key, depth_model or decoder_key.
     """
-    parts = [] if key[:1] in "/.~" or os.path.exists(key) else key.split("/", 2)
-    repository, part = ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (key, "")
+    is_local = key[:1] in "/.~" or os.path.exists(key)
+    repository, part = (key, "") if is_local else _split_hub_key(key)
     folder = _find(repository, option, {part: tuple(WEIGHTS)}, allow_pickle) / part
     weights = next((name for name in WEIGHTS if _exists(folder / name)), next(iter(WEIGHTS)))
     where = f"{key}: not a model in diffusers' or transformers' format"
     _check_part(folder, "", ("config.json", weights), allow_pickle, where)
     return folder
+
+
+def weights_file(key: str, option: str, name: str) -> Path:
+    """The local safetensors file of a LoRA or an embedding, fetched from the hub if need be.
+
+    Args:
+        key: a file, a folder that holds `name`, or a hub id: owner/name or owner/name/file.
+        option: the option that names it, for errors: lora or embeddings.
+
+    Raises:
+        UserError: it is missing, damaged or pickled.
+    """
+    path = Path(os.path.expanduser(key))
+    is_file = path.suffix in (".safetensors", *PICKLED)  # owner/name/file, or of a local folder
+    if path.is_dir():
+        path = path / name
+    elif not path.exists() and key[:1] not in "/.~" and key.count("/") > is_file:
+        repository, named = _split_hub_key(key)
+        path = _download(repository, option, [named or name]) / (named or name)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{option}: {path}: expected a .safetensors file (pickles are not read)")
+    if not path.is_file():
+        raise MissingFileError(f"{option}: {path}: no such file")
+    _check_header(path)
+    return path
 
 
 def uses_safetensors(folder: Path, allow_pickle: bool = False) -> bool:
@@ -251,6 +276,13 @@ def _find(
     return folder
 
 
+def _split_hub_key(key: str) -> tuple[str, str]:
+    """The repository of owner/name or owner/name/path, and the path within it."""
+    owner, _, rest = key.partition("/")
+    name, _, path = rest.partition("/")
+    return f"{owner}/{name}" if rest else owner, path
+
+
 def _spelled(option: str) -> str:
     """An option with where it is given."""
     if option in ("clip_model", "dino_model"):  # evaluate.py's
@@ -340,11 +372,15 @@ def _check_part(
             if key is not None:
                 raise UserError(f"{path}: {key} may load code or files from elsewhere; remove it")
     for path in (folder / part).glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged ({error}); download the model again") from error
+        _check_header(path)
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); download it again") from error
 
 
 def _has_key(content: Any, key: str) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
 from tokenflow.diffusion.conditions import Control, depth_latents, draw_control
@@ -131,8 +132,10 @@ def encode_prompts(models: StableDiffusion, prompts: Sequence[str]) -> Tensor:
     the small model's are shorter.)
     """
     tokenizer = models.tokenizer
+    # An embedding of several vectors has several tokens.
+    prompts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
     most = tokenizer.model_max_length - 2
-    tokens = tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
+    tokens = tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids
     k = max(1, *(-(-len(each) // most) for each in tokens))
     parts = [each[i * most : (i + 1) * most] for each in tokens for i in range(k)]
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from tokenflow.diffusion.adapters import NO_ADAPTERS, Adapters, add_adapters
 from tokenflow.diffusion.checkpoints import (
     Model,
     for_inference,
@@ -119,13 +120,18 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_stable_diffusion(
-    folder: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> StableDiffusion:
     """Loads a checkpoint's models from a local folder for inference.
 
     Args:
         folder: returned by `checkpoint_folder`.
         allow_pickle: see `checkpoint_folder`; errors: see `load_model`.
+        adapters: LoRAs and embeddings that are added to its weights.
     """
 
     if not sys.stderr.isatty():
@@ -140,11 +146,15 @@ def load_stable_diffusion(
     # channels_last makes the VAE's convolutions faster on every device, and is recommended for the
     # UNet's in half precision on GPUs (not measured here). It gains nothing for a UNet on the CPU.
     on_gpu = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    unet = load(UNet2DConditionModel, "unet", on_gpu)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    text_encoder = load(CLIPTextModel, "text_encoder")
+    add_adapters(adapters, unet, text_encoder, tokenizer)
     return StableDiffusion(
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-        text_encoder=load(CLIPTextModel, "text_encoder"),
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
         vae=load(AutoencoderKL, "vae", torch.channels_last),
-        unet=load(UNet2DConditionModel, "unet", on_gpu),
+        unet=unet,
         schedule=NoiseSchedule.of_checkpoint(folder),
         device=device,
         dtype=dtype,
@@ -153,7 +163,7 @@ def load_stable_diffusion(
 
 
 # `load_stable_diffusion`, or a function that caches the last checkpoint.
-Loader = Callable[[Path, torch.device, torch.dtype, bool], StableDiffusion]
+Loader = Callable[[Path, torch.device, torch.dtype, bool, Adapters], StableDiffusion]
 
 
 def compile_unet(unet: UNet2DConditionModel, backend: str = "inductor") -> None:

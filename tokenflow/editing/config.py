@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from tokenflow.cache.options import Dtype, SdVersion
+from tokenflow.cache.options import Dtype, Numbers, SdVersion, Texts
 from tokenflow.diffusion.model_names import TEMPORAL_DECODER, TINY_TEMPORAL_DECODER
 from tokenflow.storage.images import MAX_SIDE
 from tokenflow.storage.schema import (
@@ -88,6 +88,25 @@ class EditConfig(PresetModel):
         None,
         description="hub id or local folder of the checkpoint whose configurations and tokenizer a "
         "single-file model_key has; null: sd_version's, or the cache's",
+    )
+    lora: Texts = Field(
+        None,
+        description="LoRAs, one or a list: .safetensors files or hub ids (owner/name or "
+        "owner/name/file); null: the cache's",
+    )
+    lora_scale: Numbers = Field(
+        None,
+        description="how much of each LoRA is added, a number or a list; null: 1, or the cache's",
+    )
+    embeddings: Texts = Field(
+        None,
+        description="textual-inversion embeddings, likewise; a file's token, or its name, in a "
+        "prompt stands for it",
+    )
+    lora_for: Literal["both", "edit"] = Field(
+        "both",
+        description="both: the cache was made with the same LoRAs and embeddings; edit: without "
+        "any, and its source pass takes none",
     )
     allow_pickle: bool = Field(
         False,

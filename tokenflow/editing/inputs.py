@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
-from tokenflow.cache.options import FEATURE_OPTIONS, default, preprocess_command
+from tokenflow.cache.options import ADAPTER_OPTIONS, FEATURE_OPTIONS, default, preprocess_command
 from tokenflow.cache.source_cache import (
     MANIFEST,
     Manifest,
@@ -21,6 +21,13 @@ from tokenflow.cache.source_cache import (
     find_cache,
 )
 from tokenflow.cache.source_features import find_features
+from tokenflow.diffusion.adapters import (
+    NO_ADAPTERS,
+    Adapters,
+    check_adapters_fit,
+    find_adapters,
+    recorded_adapters,
+)
 from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
     checkpoint_folder,
@@ -28,7 +35,13 @@ from tokenflow.diffusion.checkpoints import (
 )
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.diffusion.model_names import MODELS
-from tokenflow.diffusion.models import resolve_device, resolve_dtype
+from tokenflow.diffusion.models import (
+    Loader,
+    StableDiffusion,
+    compile_unet,
+    resolve_device,
+    resolve_dtype,
+)
 from tokenflow.diffusion.optical_flow import (
     DIS_LEAST_SIDE,
     cached_raft_weights,
@@ -50,7 +63,7 @@ MADE_WITH = (
     "steps", "frame_start", "frame_stride", "fit", "inversion_prompt", "inversion_iters",
     "inversion_tol", "dtype", "depth_model",
 )  # fmt: skip
-OF_MODEL = ("sd_version", "model_key", "architecture_key")
+OF_MODEL = ("sd_version", "model_key", "architecture_key", *ADAPTER_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -61,12 +74,26 @@ class EditInputs:
     cache: SourceCache
     n_frames: int
     checkpoint: Path
+    adapters: Adapters  # of the edit
     timesteps: list[int]  # of the sampling schedule, noisiest first
     device: torch.device
     dtype: torch.dtype
     group: ProcessGroup = SINGLE_PROCESS  # the processes that make this edit together
     flow_weights: Path | None = None  # of RAFT; None: DIS estimates the optical flow
     masks: np.ndarray | None = None  # (n, H, W) bool, where to edit; None: everywhere
+
+    @property
+    def source_adapters(self) -> Adapters:
+        """Of the inversion and the source pass."""
+        return NO_ADAPTERS if self.config.lora_for == "edit" else self.adapters
+
+    def load_models(self, load: Loader, adapters: Adapters) -> StableDiffusion:
+        """The checkpoint's models with what is added to it, compiled if the config says so."""
+        allow = self.config.allow_pickle
+        models = load(self.checkpoint, self.device, self.dtype, allow, adapters)
+        if self.config.compile:
+            compile_unet(models.unet)
+        return models
 
     @property
     def flow_model(self) -> str | None:
@@ -91,7 +118,7 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
     _check_backend(config.attention_backend, device)
     check_writable(config.output_path, "output_path")
     check_path(config.latents_path, "latents_path")
-    config, cache, checkpoint = _find_cache(config)
+    config, cache, checkpoint, adapters = _find_cache(config)
     manifest = cache.manifest
     if config.verify:
         features = find_features(cache, features_remedy(config, manifest))
@@ -116,6 +143,7 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
         cache=cache,
         n_frames=n_frames,
         checkpoint=checkpoint,
+        adapters=adapters,
         timesteps=timesteps,
         device=device,
         dtype=resolve_dtype(config.dtype, device),
@@ -159,8 +187,10 @@ def _flow_weights(config: EditConfig, cache: SourceCache) -> Path | None:
     return None
 
 
-def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path]:
-    """The cache of a config, the checkpoint, and the config with what it leaves to the cache."""
+def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path, Adapters]:
+    """The cache of a config, the checkpoint with what is added to it, and the config with what it
+    leaves to the cache.
+    """
     source, clip, revision = _source(config), clip_name(config.data_path), None
     version = config.sd_version or _version(config, clip)
     model_key = config.model_key or (config.sd_version and MODELS[version])
@@ -168,9 +198,11 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path]:
     if model_key is not None:
         checkpoint = checkpoint_folder(model_key, config.allow_pickle, architecture_key)
         revision = checkpoint_revision(checkpoint)
+    adapters, said = find_adapters(config), [config.lora, config.embeddings] != [None, None]
     wanted = {
         "source_sha256": source and source_sha256(source),
         "model_revision": revision,
+        "adapters": "" if config.lora_for == "edit" else adapters.digest if said else None,
         "steps": config.n_inversion_steps,
         "frame_start": config.frame_start,
         "frame_stride": config.frame_stride,
@@ -197,9 +229,14 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path]:
     found |= {"n_frames": manifest.n_frames}
     if model_key != MODELS[manifest.sd_version]:
         found |= {"model_key": model_key, "architecture_key": manifest.architecture_key}
-    said = {key: value for key, value in config.model_dump().items() if value is not None}
-    config = parse(type(config), config.model_dump() | found | said, str(cache.folder))
-    return config, cache, checkpoint
+    if not said and config.lora_for == "both":
+        advice = f"{remedy(config, manifest)} --overwrite"
+        adapters = recorded_adapters(manifest, manifest.adapters, cache.folder, advice)
+        found |= {key: getattr(manifest, key) for key in ADAPTER_OPTIONS}
+    check_adapters_fit(adapters, checkpoint)
+    given = {key: value for key, value in config.model_dump().items() if value is not None}
+    config = parse(type(config), config.model_dump() | found | given, str(cache.folder))
+    return config, cache, checkpoint, adapters
 
 
 def _version(config: EditConfig, clip: str) -> str:
@@ -276,6 +313,8 @@ def _made_with(manifest: Manifest) -> dict[str, object]:
 def _advice(config: EditConfig, settings: dict[str, object]) -> str:
     """Names the command for the clip, model and features of a config, with these settings."""
     of_config = {key: getattr(config, key) for key in ("data_path", *OF_MODEL)}
+    if config.lora_for == "edit":
+        of_config |= dict.fromkeys(ADAPTER_OPTIONS)
     features = {
         option: getattr(config, option)
         for option in FEATURE_OPTIONS

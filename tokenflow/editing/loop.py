@@ -35,7 +35,7 @@ from tokenflow.cache.source_pass import (
 from tokenflow.diffusion.ddim import CLEAN
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.memory import chunked_forward
-from tokenflow.diffusion.models import Loader, compile_unet, load_stable_diffusion
+from tokenflow.diffusion.models import Loader, load_stable_diffusion
 from tokenflow.diffusion.optical_flow import flow_model
 from tokenflow.diffusion.samplers import SAMPLERS, DDIMSampler
 from tokenflow.diffusion.temporal_decoder import decode_temporally, load_temporal_decoder
@@ -111,12 +111,9 @@ class EditSession:
         self.watch = watch or Stopwatch(inputs.device)
         self.chunk_size = self.config.chunk_size or self.config.keyframe_interval
         reset_peak_memory(inputs.device)
+        self._load = load or load_stable_diffusion
         with self.watch("load"):
-            self.models = (load or load_stable_diffusion)(
-                inputs.checkpoint, inputs.device, inputs.dtype, inputs.config.allow_pickle
-            )
-            if inputs.config.compile:
-                compile_unet(self.models.unet)
+            self.models = inputs.load_models(self._load, inputs.adapters)
             self.frames = self.cache.frames(inputs.n_frames)
             self.depth = self.cache.depth(inputs.n_frames)
 
@@ -350,9 +347,15 @@ class EditSession:
             return stack.enter_context(closing(source))
         if self.config.consistency == "tokenflow":
             log.info("source features: computed live (%s)", reason)
-        manifest = self.cache.manifest
+        manifest, models = self.cache.manifest, self.models
+        if self.inputs.source_adapters != self.inputs.adapters:
+            with self.watch("load"):
+                models = self.inputs.load_models(self._load, self.inputs.source_adapters)
+            stack.enter_context(
+                tokenflow_patch(models.unet, context, self.config.attention_backend)
+            )
         denoiser = make_denoiser(
-            self.models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
+            models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
         )
         live = LiveSource(denoiser, context, self.latents)
         if saves and needed is not None:

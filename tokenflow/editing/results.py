@@ -49,7 +49,8 @@ CHANGES_NO_RESULT = (
     "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
     "preview_every", "preview_vae",
 )  # fmt: skip
-IN_THE_CACHE = ("architecture_key",)  # keys that its identity covers
+# Keys of which only the files' contents count, by `adapters` and the cache's identity.
+BY_CONTENT = ("architecture_key", "lora", "lora_scale", "lora_for", "embeddings")
 RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")
 # The base techniques, and their names for people.
 TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
@@ -97,13 +98,15 @@ def result_settings(inputs: EditInputs) -> dict[str, object]:
         settings["use_ddim_noise"] = start == "ddim"
         settings["noise"] = start if start == "warped" else None
     settings["decoder_key"] = config.temporal_decoder
+    if inputs.adapters.digest:
+        settings["adapters"] = inputs.adapters.digest
     settings["mask"] = settings["composite"] = None
     if inputs.masks is not None:  # what it shows counts, not where it lies
         digest = hashlib.sha256(repr(inputs.masks.shape).encode() + inputs.masks.tobytes())
         settings |= {"mask": digest.hexdigest(), "composite": config.composite}
     if config.audio or inputs.cache.audio() is None:
         del settings["audio"]  # results of before have the same folder
-    left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT, *IN_THE_CACHE)
+    left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT, *BY_CONTENT)
     return {key: value for key, value in settings.items() if key not in left_out}
 
 
@@ -203,6 +206,7 @@ class Result:
             if config.get(key) == value and key not in skipped
         ]
         marks += ["smoothed"] if self.config.get("smooth_steps") else []
+        marks += ["LoRA"] if self.config.get("lora") else []
         marks += ["masked"] if self.config.get("mask") else []
         if consistency == "tokenflow":
             kind = "fixed keyframes" if self.config.get("keyframes") == "fixed" else "TokenFlow"

@@ -157,6 +157,7 @@ def save_result(technique: str, session: EditSession, frames: np.ndarray, latent
         "cache_sha256": cache.sha256,
         "checkpoint": str(inputs.checkpoint),
         "checkpoint_revision": cache.manifest.model_revision,
+        **inputs.adapters.record(),
         "n_frames": len(frames),
         "device": device_name(inputs.device),
         "processes": group.size,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tokenflow.cache.options import Dtype
 from tokenflow.cache.source_cache import CLEAN_LATENTS, SourceCache
 from tokenflow.cache.source_features import find_features, layer_sizes
+from tokenflow.diffusion.adapters import recorded_adapters
 from tokenflow.diffusion.checkpoints import (
     checkpoint_folder,
     checkpoint_revision,
@@ -122,7 +123,11 @@ class View:
 
     @cached_property
     def models(self) -> StableDiffusion:
-        return load_stable_diffusion(self.checkpoint, self.device, self.dtype)
+        manifest = self.manifest
+        adapters = recorded_adapters(
+            manifest, manifest.adapters, self.cache.folder, "build the cache again"
+        )
+        return load_stable_diffusion(self.checkpoint, self.device, self.dtype, False, adapters)
 
     @cached_property
     def grid(self) -> tuple[int, int]:
