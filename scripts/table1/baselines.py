@@ -55,7 +55,8 @@ def rgb_propagation(
         if work is not None:
             session = EditSession(inputs, load=load, work=work)
             middle = inputs.n_frames // 2
-            keyframe = load_frames(per_frame / "frames")[middle]
+            size = session.frames.shape[1:3]  # whatever output_size is
+            keyframe = load_frames(per_frame / "frames", middle + 1, size)[middle]
             with session.watch("edit"):
                 frames = propagate_rgb(keyframe, session.frames, middle)
             for stage in ("edit", "decode"):  # the keyframe's edit, which was of all frames

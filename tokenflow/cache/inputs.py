@@ -95,6 +95,7 @@ def open_preprocess_inputs(
         source_sha256=sha256,
         n_frames=n_frames,
         frames_asked=options.n_frames,
+        native_size=list(clip.native_size),
         height=height,
         width=width,
         fps=str(clip.fps),

@@ -93,6 +93,7 @@ class Manifest(Identity):
     clip: str
     source_name: str
     frames_asked: int  # more than n_frames if the clip is that short
+    native_size: list[int] | None = None  # (height, width) of the clip's own frames
     sd_version: str
     model_key: str
     architecture_key: str | None = None  # whose configurations a single-file model_key has

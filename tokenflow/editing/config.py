@@ -71,6 +71,11 @@ class EditConfig(PresetModel):
     fps: float | None = Field(
         None, ge=0.1, le=MAX_FPS, description="frame rate of the result; null: the clip's"
     )
+    output_size: Literal["model", "source"] = Field(
+        "model",
+        description="size of the frames and videos written; source: resized to the clip's own, "
+        "rounded down to even numbers",
+    )
     audio: bool = Field(
         True, description="copy the clip's sound, which the cache holds, into the videos"
     )

@@ -52,7 +52,7 @@ from tokenflow.editing.config import CUDA_BACKENDS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.images import find_masks, read_masks
 from tokenflow.storage.schema import parse
-from tokenflow.storage.video import clip_name, resolve_clip, source_sha256
+from tokenflow.storage.video import clip_name, read_clip, resolve_clip, source_sha256
 from util import MissingFileError, UserError, check_path, check_writable
 
 log = logging.getLogger("tokenflow")
@@ -81,6 +81,7 @@ class EditInputs:
     group: ProcessGroup = SINGLE_PROCESS  # the processes that make this edit together
     flow_weights: Path | None = None  # of RAFT; None: DIS estimates the optical flow
     masks: np.ndarray | None = None  # (n, H, W) bool, where to edit; None: everywhere
+    output_size: tuple[int, int] | None = None  # (height, width) of the result; None: the cache's
 
     @property
     def source_adapters(self) -> Adapters:
@@ -150,7 +151,34 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
         group=group,
         flow_weights=_flow_weights(config, cache),
         masks=_masks(config, manifest, n_frames),
+        output_size=_output_size(config, cache),
     )
+
+
+def _output_size(config: EditConfig, cache: SourceCache) -> tuple[int, int] | None:
+    """The clip's own (height, width) in even numbers, as H.264 needs, if the result is to have it.
+
+    A cache that an earlier version wrote does not tell it: the clip does.
+    """
+    if config.output_size == "model":
+        return None
+    if cache.manifest.fit == "crop":
+        raise UserError(
+            f"output_size: source, but {cache.folder} holds frames that were cropped (fit: crop), "
+            "which cannot be undone; use output_size: model, or preprocess.py --fit stretch"
+        )
+    native = cache.manifest.native_size
+    if native is None:
+        clip = _source(config)
+        if clip is None:
+            raise UserError(
+                f"output_size: source, but {cache.folder} does not tell the clip's size, and there "
+                f"is no clip at data_path, {config.data_path}: put it there, or use "
+                "output_size: model"
+            )
+        native = read_clip(clip, 1, start=cache.manifest.frame_start, own_size=True).native_size
+    height, width = (max(side - side % 2, 2) for side in native)
+    return height, width
 
 
 def _masks(config: EditConfig, manifest: Manifest, n_frames: int) -> np.ndarray | None:

@@ -106,6 +106,8 @@ def result_settings(inputs: EditInputs) -> dict[str, object]:
         settings |= {"mask": digest.hexdigest(), "composite": config.composite}
     if config.audio or inputs.cache.audio() is None:
         del settings["audio"]  # results of before have the same folder
+    if config.output_size == "model":
+        del settings["output_size"]  # likewise
     left_out = (*PLACES, *FIND_THE_CACHE, *CHANGES_NO_RESULT, *BY_CONTENT)
     return {key: value for key, value in settings.items() if key not in left_out}
 

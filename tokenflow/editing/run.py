@@ -28,7 +28,7 @@ from tokenflow.editing.techniques import Technique
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch, device_name, peak_memory_bytes, versions
 from tokenflow.storage.audio import in_step
-from tokenflow.storage.images import save_frames
+from tokenflow.storage.images import resized, save_frames
 from tokenflow.storage.video import MAX_FPS_DENOMINATOR, save_video
 from tokenflow.storage.work_dir import WorkDir, locked, recover, resumable_dir
 from tokenflow.storage.yaml_files import save_yaml
@@ -131,6 +131,8 @@ def open_result(
 def save_result(technique: str, session: EditSession, frames: np.ndarray, latents: Tensor) -> None:
     """Writes a session's result, run.yaml last; of several processes, the main one does.
 
+    Frames and videos are resized to the output size, if any.
+
     Args:
         frames, latents: the edited clip, (n, H, W, 3) uint8 and (n, 4, h, w) float32.
     """
@@ -144,9 +146,10 @@ def save_result(technique: str, session: EditSession, frames: np.ndarray, latent
     fps = cache.fps if fps is None else Fraction(fps).limit_denominator(MAX_FPS_DENOMINATOR)
     audio = _audio(session, len(frames), fps)
     with session.watch("write"):
-        save_frames(work.folder / "frames", frames)
-        save_video(work.folder / "edited.mp4", frames, fps, audio)
-        pairs = zip(session.frames, frames, strict=True)
+        size = inputs.output_size
+        save_frames(work.folder / "frames", resized(frames, size))
+        save_video(work.folder / "edited.mp4", resized(frames, size), fps, audio)
+        pairs = zip(resized(session.frames, size), resized(frames, size), strict=True)
         both = (np.concatenate(pair, axis=1) for pair in pairs)  # one pair of frames at a time
         save_video(work.folder / "side_by_side.mp4", both, fps, audio)
         save_tensors(work.folder / "edited_latents.safetensors", {"latents": latents})

@@ -101,7 +101,7 @@ class Evaluator:
                 "flow": protocol.flow,
                 "flow_weights": self._weights_name,
                 "occlusion": "ground truth" if protocol.flow == "truth" else tested,
-                "resolution": f"{row.height}x{row.width}",
+                "resolution": f"{row.height}x{row.width}{subject.resized}",
                 "mask": inputs.MASK_RULE if protocol.masks else None,
                 "clip_model": protocol.clip_model,
                 "dino_model": protocol.dino_model,

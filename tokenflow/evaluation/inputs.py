@@ -44,6 +44,7 @@ class Subject:
     row: Row  # without measures and protocol
     source: Source
     read: Callable[[], np.ndarray]  # the edited frames, (n, H, W, 3) uint8
+    resized: str = ""  # to add to their resolution, if they were resized to the source's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -52,6 +53,8 @@ class Subject:
 
 def open_result(folder: Path, source_prompt: str | None = None) -> Subject:
     """Read a result's records and check that its frames fit its source's; decodes one frame.
+
+    Those of a result with output_size: source are resized to the source's as they are read.
 
     Args:
         source_prompt: what the source shows, where the inversion prompt does not say it.
@@ -67,13 +70,15 @@ def open_result(folder: Path, source_prompt: str | None = None) -> Subject:
         raise type(error)(f"{error}; {instead}") from error
     manifest = cache.manifest
     n_frames = len(frame_files(folder))
-    height, width = load_frames(folder / "frames", 1).shape[1:3]
+    size = height, width = manifest.height, manifest.width
+    found = load_frames(folder / "frames", 1).shape[1:3]
+    is_resized = found != size and result.config.get("output_size") == "source"
     if result.n_frames != n_frames:
         raise UserError(f"{folder}: {n_frames} frames, but run.yaml says {result.n_frames}")
-    if n_frames > manifest.n_frames or (height, width) != (manifest.height, manifest.width):
+    if n_frames > manifest.n_frames or (found != size and not is_resized):
         raise UserError(
-            f"{folder}: {n_frames} frames of {height}x{width} (HxW), but its source {cache.folder} "
-            f"has {manifest.n_frames} of {manifest.height}x{manifest.width}"
+            f"{folder}: {n_frames} frames of {found[0]}x{found[1]} (HxW), but its source "
+            f"{cache.folder} has {manifest.n_frames} of {height}x{width}"
         )
     inversion, peak = manifest.seconds.get("inversion"), result.run.get("peak_memory_bytes")
     source = Source(
@@ -101,7 +106,8 @@ def open_result(folder: Path, source_prompt: str | None = None) -> Subject:
         inversion_seconds_per_frame=inversion and inversion / manifest.n_frames,
         peak_memory_bytes=peak and int(peak),
     )
-    return Subject(row, source, partial(load_frames, folder / "frames", n_frames))
+    resized = f" (edit resized from {found[0]}x{found[1]})" if is_resized else ""
+    return Subject(row, source, partial(load_frames, folder / "frames", n_frames, size), resized)
 
 
 # ---------------------------------------------------------------------------------------------

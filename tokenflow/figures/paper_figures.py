@@ -56,7 +56,7 @@ def draw_features(options: FeatureOptions) -> list[Path]:
     if not 0 <= y < height:
         raise UserError(f"--row: {y}, expected 0 to {height - 1}: frames are {height} high")
     videos = [cache.frames(n_frames)]
-    videos += [load_frames(edit.folder / "frames", n_frames) for edit in edits]
+    videos += [load_frames(edit.folder / "frames", n_frames, size) for edit in edits]
     view, out = features.View(options, cache), Path(options.out)
 
     tokens = [view.source_tokens(range(n_frames))]

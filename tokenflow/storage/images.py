@@ -215,8 +215,19 @@ def save_frames(folder: str | Path, frames: Iterable[np.ndarray]) -> None:
             Image.fromarray(array).save(temporary)
 
 
-def load_frames(folder: str | Path, n_frames: int | None = None) -> np.ndarray:
+def resized(frames: Iterable[np.ndarray], size: tuple[int, int] | None) -> Iterator[np.ndarray]:
+    """RGB uint8 (H, W, 3) frames, one by one at a size (height, width), by Lanczos; None: as is."""
+    for frame in frames:
+        image = Image.fromarray(frame)
+        yield frame if size is None else np.asarray(fit_frame(image, size, "stretch"))
+
+
+def load_frames(
+    folder: str | Path, n_frames: int | None = None, size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Read what `save_frames` wrote: the first n_frames (None: all), uint8 (n, H, W, 3) RGB.
+
+    Each is `resized` to a size (height, width), if any.
 
     Raises:
         MissingFileError: a frame is not there; names it.
@@ -228,7 +239,7 @@ def load_frames(folder: str | Path, n_frames: int | None = None) -> np.ndarray:
     for path in (folder / frame_name(index) for index in range(count)):
         if not path.is_file():
             raise MissingFileError(f"{path}: no such frame")
-        frames.append(np.asarray(read_image(path)))
+        frames.extend(resized([np.asarray(read_image(path))], size))
         if frames[-1].shape != frames[0].shape:
             raise UserError(f"{path}: differs in size from the frames before it")
     return np.stack(frames)
