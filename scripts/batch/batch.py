@@ -62,6 +62,7 @@ def summary_of(
     return {
         "run": run,
         "command": shlex.join(command),
+        "results": str(batch.output_path),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "status": min(len(failed), MAX_STATUS),
         "failed_clips": failed,
@@ -89,6 +90,8 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
                 f"  {job.get('title', job['kind'])}: {job['reason']}",
                 f"    alone: {job['alone']}",
             ]
+    if any(job["state"] != FAILED for job in edits) and "results" in summary:
+        lines += [f"all on a page: {shlex.join(['python', 'report.py', summary['results']])}"]
     return lines
 
 

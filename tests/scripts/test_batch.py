@@ -71,6 +71,7 @@ def test_a_broken_clip_costs_no_other_its_edits_and_finished_work_is_kept(
     assert "4 made, 4 failed of 8 edits; something failed of 2 of 4 clips:" in out
     assert "  bad: inversion: bad.mp4: not a video that can be read" in out
     assert "    alone: python -m scripts.batch.batch list.yaml --only " in out
+    assert out.endswith("all on a page: python report.py tokenflow-results\n")
     assert f"  {gone}: inversion: {gone}: no such video or folder" in out
     ends = {"a": MADE, "bad": FAILED, "b": MADE, gone: FAILED}
     assert states() == {clip: [state] * 3 for clip, state in ends.items()}
