@@ -35,7 +35,8 @@ class ControlNetConfig(NoiseConfig):
     canny_high: int = Field(200, ge=0, le=255, description="upper Canny threshold")
     depth_model: str = Field(
         DEPTH_ESTIMATOR,
-        description="DPT model for control: depth, where the cache holds no depth",
+        description="depth estimator for control: depth, where the cache holds no depth: a hub id "
+        "or local folder, or checkpoint: the checkpoint's own",
     )
 
     @model_validator(mode="after")
@@ -59,9 +60,9 @@ def plan(session: EditSession) -> EditPlan:
     if config.control == "depth" and session.depth is None:
         from tokenflow.diffusion.conditions import estimate_depth
 
-        device, allow = session.models.device, config.allow_pickle
+        checkpoint, device = session.inputs.checkpoint, session.models.device
         session.depth = estimate_depth(
-            session.frames, config.depth_model, device, allow_pickle=allow
+            session.frames, config.depth_model, checkpoint, device, allow_pickle=config.allow_pickle
         )
     return EditPlan(
         timesteps,
@@ -72,11 +73,11 @@ def plan(session: EditSession) -> EditPlan:
 
 def check(config: ControlNetConfig, checkpoint: Path, has_depth: bool) -> None:
     """Refuses a ControlNet or depth estimator that is missing or does not fit."""
-    from tokenflow.diffusion.checkpoints import check_controlnet_fits, single_model_folder
+    from tokenflow.diffusion.checkpoints import check_controlnet_fits, depth_estimator_folders
 
     check_controlnet_fits(checkpoint, control_settings(config).key, config.allow_pickle)
     if config.control == "depth" and not has_depth:
-        single_model_folder(config.depth_model, "depth_model", config.allow_pickle)
+        depth_estimator_folders(config.depth_model, checkpoint, config.allow_pickle)
 
 
 TECHNIQUE = Technique(

@@ -379,14 +379,19 @@ def _check_models(edits: Sequence[_Edit]) -> None:
     for edit in edits:
         config, technique = edit.config, edit.variant.section
         model = _model_key(config)
-        control = (getattr(config, key, None) for key in ("control", "controlnet_key"))
+        control = (
+            getattr(config, key, None) for key in ("control", "controlnet_key", "depth_model")
+        )
         what = technique, model, config.architecture_key, config.device, config.allow_pickle
         what += tuple(control)
         if what not in seen:
             try:
                 resolve_device(config.device)
                 checkpoint = checkpoint_folder(
-                    model, config.allow_pickle, config.architecture_key or _known(config)
+                    model,
+                    config.allow_pickle,
+                    config.architecture_key or _known(config),
+                    getattr(config, "depth_model", None),
                 )
                 load_technique(technique).check(config, checkpoint, has_depth=True)
             except UserError as error:

@@ -87,7 +87,7 @@ def load_part(model, part, allow_pickle=False):
         return replace(load(model), allow_pickle=allow_pickle).controlnet(str(model / part))
     if part == "depth_estimator":
         frames = np.zeros((1, 32, 32, 3), np.uint8)
-        return estimate_depth(frames, str(model / part), CPU, allow_pickle=allow_pickle)
+        return estimate_depth(frames, str(model / part), model, CPU, allow_pickle=allow_pickle)
     return getattr(load(model, allow_pickle), part)
 
 

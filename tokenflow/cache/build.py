@@ -309,8 +309,9 @@ class _Inversion:
             with self.watch("depth"):
                 batch = min(self.batch_size or DEPTH_BATCH, DEPTH_BATCH)
                 allow = self.inputs.options.allow_pickle
+                key, checkpoint = manifest.depth_model, self.inputs.checkpoint
                 depth = estimate_depth(
-                    self.frames, manifest.depth_model, self.inputs.device, batch, allow
+                    self.frames, key, checkpoint, self.inputs.device, batch, allow
                 )
         if self.work.writes:
             save_frames(folder / "frames", self.frames)

@@ -17,8 +17,8 @@ from tokenflow.diffusion.checkpoints import (
     check_controlnet_fits,
     checkpoint_folder,
     checkpoint_revision,
+    depth_estimator_folders,
     load_unet_skeleton,
-    single_model_folder,
 )
 from tokenflow.diffusion.ddim import NoiseSchedule
 from tokenflow.diffusion.inversion import InversionTimesteps, inversion_timesteps
@@ -80,7 +80,9 @@ def open_preprocess_inputs(
         source, sha256, clip = _read(options)
     known = MODELS[options.sd_version]
     model_key, architecture = options.model_key or known, options.architecture_key or known
-    checkpoint = checkpoint_folder(model_key, options.allow_pickle, architecture)
+    checkpoint = checkpoint_folder(
+        model_key, options.allow_pickle, architecture, options.depth_model
+    )
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
     adapters = find_adapters(options)
     check_adapters_fit(adapters, checkpoint)
@@ -178,7 +180,7 @@ def _conditions(
         control = control_settings(options)
         check_controlnet_fits(checkpoint, control.key, options.allow_pickle)
     if in_channels == 5 or (control is not None and control.kind == "depth"):
-        single_model_folder(options.depth_model, "depth_model", options.allow_pickle)
+        depth_estimator_folders(options.depth_model, checkpoint, options.allow_pickle)
         return control, options.depth_model
     return control, None
 

@@ -192,7 +192,10 @@ class PreprocessOptions(PresetModel):
     controlnet_scale: float = Field(1.0, ge=0, description="weight of that ControlNet")
     canny_low: int = Field(100, ge=0, le=255, description="lower Canny threshold")
     canny_high: int = Field(200, ge=0, le=255, description="upper Canny threshold")
-    depth_model: str = Field(DEPTH_ESTIMATOR, description="DPT model that estimates depth")
+    depth_model: str = Field(
+        DEPTH_ESTIMATOR,
+        description="depth estimator: hub id or local folder, or checkpoint: the checkpoint's own",
+    )
     seed: int = Field(1, description="ignored, for released command lines: nothing is random here")
     overwrite: bool = Field(False, description="replace a cache made with other settings")
     verify: bool = Field(

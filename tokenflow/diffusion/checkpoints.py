@@ -32,6 +32,12 @@ PIPELINE_FILES = {
     "tokenizer": ("tokenizer_config.json",),
     "scheduler": ("scheduler_config.json",),
 }
+# The depth estimator of a checkpoint that is conditioned on depth (`depth_model: checkpoint`).
+OWN_DEPTH = "checkpoint"
+DEPTH_FILES = {
+    "depth_estimator": ("config.json", "model.safetensors"),
+    "feature_extractor": ("preprocessor_config.json",),
+}
 INDEX = ".index.json"  # suffix of the index of weights in several files
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 # Keys of a model's config.json by which transformers and diffusers would load other files than its
@@ -47,7 +53,10 @@ LOADS_OTHERS = (
 
 
 def checkpoint_folder(
-    key: str, allow_pickle: bool = False, architecture_key: str | None = None
+    key: str,
+    allow_pickle: bool = False,
+    architecture_key: str | None = None,
+    depth_model: str | None = None,
 ) -> Path:
     """The local folder of a whole Stable Diffusion checkpoint, fetched from the hub if need be.
 
@@ -56,6 +65,7 @@ def checkpoint_folder(
             layout, which is converted to a folder once (`single_file.converted_folder`).
         allow_pickle: use a part's pickled weights if it has no safetensors.
         architecture_key: for a file: the folder or hub id whose configurations it has.
+        depth_model: "checkpoint" if its own depth estimator is needed, else anything.
 
     Raises:
         MissingFileError: if the folder or one of its files is missing, or the hub has no such
@@ -63,15 +73,16 @@ def checkpoint_folder(
         UserError: if one of its files is damaged, or a part's weights are pickled only.
     """
     path = Path(os.path.expanduser(key))
+    wanted = PIPELINE_FILES | (DEPTH_FILES if depth_model == OWN_DEPTH else {})
     if architecture_key is None or not path.is_file():
-        return _pipeline_folder(key, "model_key", PIPELINE_FILES, allow_pickle)
+        return _pipeline_folder(key, "model_key", wanted, allow_pickle)
     files = {
         part: tuple(name for name in names if name not in WEIGHTS)
         for part, names in PIPELINE_FILES.items()
     }
     configs = _pipeline_folder(architecture_key, "architecture_key", files, allow_pickle=True)
     folder = converted_folder(path, configs, architecture_key)
-    return _pipeline_folder(str(folder), "model_key", PIPELINE_FILES, allow_pickle)
+    return _pipeline_folder(str(folder), "model_key", wanted, allow_pickle)
 
 
 def _pipeline_folder(
@@ -81,6 +92,8 @@ def _pipeline_folder(
     folder = _find(key, option, files, allow_pickle, ["model_index.json", "tokenizer/merges.txt"])
     where = f"{key}: not a whole Stable Diffusion checkpoint in diffusers' format"
     for part, names in files.items():
+        if part in DEPTH_FILES:
+            where = f"depth_model: {OWN_DEPTH}: {key} has no depth estimator of its own"
         if part == "tokenizer" and not (folder / part / "tokenizer.json").is_file():
             names = (*names, "vocab.json", "merges.txt")
         _check_part(folder, part, names, allow_pickle, where)
@@ -101,6 +114,21 @@ def single_model_folder(key: str, option: str, allow_pickle: bool = False) -> Pa
     where = f"{key}: not a model in diffusers' or transformers' format"
     _check_part(folder, "", ("config.json", weights), allow_pickle, where)
     return folder
+
+
+def depth_estimator_folders(
+    key: str, checkpoint: Path, allow_pickle: bool = False
+) -> tuple[Path, Path]:
+    """The local folders of a depth estimator and of its image processor.
+
+    Args:
+        key: as of `single_model_folder`; or "checkpoint" for the checkpoint's own, of which
+            `checkpoint_folder` has checked the files.
+    """
+    if key == OWN_DEPTH:
+        return checkpoint / "depth_estimator", checkpoint / "feature_extractor"
+    folder = single_model_folder(key, "depth_model", allow_pickle)
+    return folder, folder
 
 
 def weights_file(key: str, option: str, name: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
 from torch import Tensor
-from transformers import DPTForDepthEstimation, DPTImageProcessor
+from transformers import AutoImageProcessor, AutoModelForDepthEstimation, DPTImageProcessor
 
-from tokenflow.diffusion.checkpoints import for_inference, load_model, single_model_folder
+from tokenflow.diffusion.checkpoints import depth_estimator_folders, for_inference, load_model
 from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import StableDiffusion
+
+METRIC_DEPTH = ("depth_pro", "glpn", "zoedepth")  # kinds of models that predict depth in metres
 
 
 @dataclass(frozen=True)
@@ -55,30 +59,39 @@ def canny_edges(frames: np.ndarray, low: int, high: int) -> Tensor:
 def estimate_depth(
     frames: np.ndarray,
     key: str,
+    checkpoint: Path,
     device: torch.device,
     batch_size: int = 8,
     allow_pickle: bool = False,
 ) -> Tensor:
-    """Inverse depth of a clip by a DPT model, normalised over the clip.
+    """Inverse depth of a clip, normalised over the clip.
 
     Normalised per frame, the depth of a still background would jump whenever something near
     enters or leaves the picture, and the edit would flicker.
 
     Args:
         frames: (n, H, W, 3) uint8 RGB.
-        key: hub id or local folder of a transformers DPT model.
+        key, checkpoint: a depth estimator of transformers; see `depth_estimator_folders`.
         allow_pickle: see `checkpoint_folder`, for errors too.
 
     Returns:
         (n, 1, H, W) float32 in [0, 1]; 1 is nearest.
     """
-    folder = single_model_folder(key, "depth_model", allow_pickle)
-    processor = DPTImageProcessor.from_pretrained(folder)
-    model = for_inference(load_model(DPTForDepthEstimation, folder, allow_pickle), device)
+    folder, processor_folder = depth_estimator_folders(key, checkpoint, allow_pickle)
+    load = partial(load_model, AutoModelForDepthEstimation, trust_remote_code=False)
+    model = for_inference(load(folder, allow_pickle), device)
+    is_dpt = model.config.model_type == "dpt"
+    metric = getattr(model.config, "depth_estimation_type", None) == "metric"
+    metric = metric or model.config.model_type in METRIC_DEPTH
+    processor = (DPTImageProcessor if is_dpt else AutoImageProcessor).from_pretrained(
+        processor_folder, trust_remote_code=False
+    )
     depth = []
     for start in range(0, len(frames), batch_size):
         inputs = processor(images=list(frames[start : start + batch_size]), return_tensors="pt")
         predicted = model(inputs.pixel_values.to(device)).predicted_depth[:, None].float()
+        if metric:
+            predicted = 1 / predicted.clamp_min(1e-3)
         resized = F.interpolate(predicted, frames.shape[1:3], mode="bicubic", align_corners=False)
         depth.append(resized.cpu())
     depth = torch.cat(depth)

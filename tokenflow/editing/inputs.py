@@ -223,8 +223,10 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path, Adap
     version = config.sd_version or _version(config, clip)
     model_key = config.model_key or (config.sd_version and MODELS[version])
     architecture_key = config.architecture_key or MODELS[version]
+    depth_model = getattr(config, "depth_model", None)
+    find = partial(checkpoint_folder, allow_pickle=config.allow_pickle, depth_model=depth_model)
     if model_key is not None:
-        checkpoint = checkpoint_folder(model_key, config.allow_pickle, architecture_key)
+        checkpoint = find(model_key, architecture_key=architecture_key)
         revision = checkpoint_revision(checkpoint)
     adapters, said = find_adapters(config), [config.lora, config.embeddings] != [None, None]
     wanted = {
@@ -241,7 +243,7 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path, Adap
     if model_key is None:
         model_key = manifest.model_key
         architecture_key = manifest.architecture_key or architecture_key
-        checkpoint = checkpoint_folder(model_key, config.allow_pickle, architecture_key)
+        checkpoint = find(model_key, architecture_key=architecture_key)
         if checkpoint_revision(checkpoint) != manifest.model_revision:
             raise UserError(
                 f"{cache.folder}: made with another version of {model_key} than is there now; name "
