@@ -90,17 +90,8 @@ def open_preprocess_inputs(
         schedule, options.steps, options.save_steps, options.recon_steps
     )
     control, depth_model = _conditions(options, checkpoint)
-    n_frames, height, width, _ = clip.frames.shape
-    found = dict(
-        clip=clip_name(source),
-        source_name=source.name,
-        source_sha256=sha256,
-        n_frames=n_frames,
+    found = _clip_facts(source, sha256, clip) | dict(
         frames_asked=options.n_frames,
-        native_size=list(clip.native_size),
-        height=height,
-        width=width,
-        fps=str(clip.fps),
         model_key=model_key,
         model_revision=checkpoint_revision(checkpoint),
         timesteps=timesteps.saved,
@@ -149,6 +140,21 @@ def _read(options: PreprocessOptions) -> tuple[Path, str, Clip]:
             "the rate of the inversion and its edits: --fps 30"
         )
     return source, sha256, clip
+
+
+def _clip_facts(source: Path, sha256: str, clip: Clip) -> dict[str, object]:
+    """What the manifest says of the clip."""
+    n_frames, height, width, _ = clip.frames.shape
+    return dict(
+        clip=clip_name(source),
+        source_name=source.name,
+        source_sha256=sha256,
+        n_frames=n_frames,
+        native_size=list(clip.native_size),
+        height=height,
+        width=width,
+        fps=str(clip.fps),
+    )
 
 
 def _feature_settings(options: PreprocessOptions, manifest: Manifest) -> FeatureSettings:
