@@ -80,8 +80,9 @@ def open_preprocess_inputs(
         source, sha256, clip = _read(options)
     known = MODELS[options.sd_version]
     model_key, architecture = options.model_key or known, options.architecture_key or known
+    half = dtype is torch.float16
     checkpoint = checkpoint_folder(
-        model_key, options.allow_pickle, architecture, options.depth_model
+        model_key, options.allow_pickle, architecture, options.depth_model, half
     )
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
     adapters = find_adapters(options)
@@ -93,7 +94,7 @@ def open_preprocess_inputs(
     found = _clip_facts(source, sha256, clip) | dict(
         frames_asked=options.n_frames,
         model_key=model_key,
-        model_revision=checkpoint_revision(checkpoint),
+        model_revision=checkpoint_revision(checkpoint, half),
         timesteps=timesteps.saved,
         dtype=str(dtype).removeprefix("torch."),
         control=control,

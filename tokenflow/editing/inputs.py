@@ -119,7 +119,8 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
     _check_backend(config.attention_backend, device)
     check_writable(config.output_path, "output_path")
     check_path(config.latents_path, "latents_path")
-    config, cache, checkpoint, adapters = _find_cache(config)
+    dtype = resolve_dtype(config.dtype, device)
+    config, cache, checkpoint, adapters = _find_cache(config, dtype is torch.float16)
     manifest = cache.manifest
     if config.verify:
         features = find_features(cache, features_remedy(config, manifest))
@@ -147,7 +148,7 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
         adapters=adapters,
         timesteps=timesteps,
         device=device,
-        dtype=resolve_dtype(config.dtype, device),
+        dtype=dtype,
         group=group,
         flow_weights=_flow_weights(config, cache),
         masks=_masks(config, manifest, n_frames),
@@ -215,7 +216,7 @@ def _flow_weights(config: EditConfig, cache: SourceCache) -> Path | None:
     return None
 
 
-def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path, Adapters]:
+def _find_cache(config: EditConfig, half: bool) -> tuple[EditConfig, SourceCache, Path, Adapters]:
     """The cache of a config, the checkpoint with what is added to it, and the config with what it
     leaves to the cache.
     """
@@ -224,10 +225,15 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path, Adap
     model_key = config.model_key or (config.sd_version and MODELS[version])
     architecture_key = config.architecture_key or MODELS[version]
     depth_model = getattr(config, "depth_model", None)
-    find = partial(checkpoint_folder, allow_pickle=config.allow_pickle, depth_model=depth_model)
+    find = partial(
+        checkpoint_folder,
+        allow_pickle=config.allow_pickle,
+        depth_model=depth_model,
+        half=half,
+    )
     if model_key is not None:
         checkpoint = find(model_key, architecture_key=architecture_key)
-        revision = checkpoint_revision(checkpoint)
+        revision = checkpoint_revision(checkpoint, half)
     adapters, said = find_adapters(config), [config.lora, config.embeddings] != [None, None]
     wanted = {
         "source_sha256": source and source_sha256(source),
@@ -244,7 +250,7 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path, Adap
         model_key = manifest.model_key
         architecture_key = manifest.architecture_key or architecture_key
         checkpoint = find(model_key, architecture_key=architecture_key)
-        if checkpoint_revision(checkpoint) != manifest.model_revision:
+        if checkpoint_revision(checkpoint, half) != manifest.model_revision:
             raise UserError(
                 f"{cache.folder}: made with another version of {model_key} than is there now; name "
                 f"that one by model_key, or {remedy(config, manifest)} --overwrite"
