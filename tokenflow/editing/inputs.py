@@ -50,7 +50,7 @@ from tokenflow.diffusion.optical_flow import (
 from tokenflow.diffusion.temporal_decoder import check_decoder_fits
 from tokenflow.editing.config import CUDA_BACKENDS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
-from tokenflow.storage.images import find_masks, read_masks
+from tokenflow.storage.images import check_proportions, find_masks, read_masks
 from tokenflow.storage.schema import parse
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, source_sha256
 from util import MissingFileError, UserError, check_path, check_writable
@@ -189,7 +189,10 @@ def _masks(config: EditConfig, manifest: Manifest, n_frames: int) -> np.ndarray 
     start, stride = manifest.frame_start, manifest.frame_stride
     numbers = range(start, start + n_frames * stride, stride)
     files = find_masks("mask", config.mask, manifest.clip, numbers)
-    masks = read_masks(files, (manifest.height, manifest.width), manifest.fit)
+    size = manifest.height, manifest.width
+    if manifest.native_size is not None:  # of the clip, or drawn on the cache's frames
+        check_proportions("mask", files, [manifest.native_size, size])
+    masks = read_masks(files, size, manifest.fit)
     if not masks.any():
         raise UserError(
             f"mask: {config.mask}: is 0 in all of the {n_frames} frames, so nothing would be "
