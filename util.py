@@ -118,31 +118,36 @@ def command_line(main: Callable[[Sequence[str] | None], object]) -> NoReturn:
     try:
         main(None)
         sys.stdout.flush()
-    except UserError as error:
-        status, message = error.status, f"error: {error}"
     except BrokenPipeError:
         if not _close_broken_stdout():
             raise
         status = 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except (UserError, OSError, RuntimeError) as error:
+        known = as_user_error(error)
+        if known is None:
             raise
-        named = f"{error.filename}: " if error.filename else ""
-        status, message = 2, f"error: {named}{error.strerror}; once that is fixed, {_GO_ON}"
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's
-            raise
-        status = 2
-        message = (
-            "error: the GPU's memory does not suffice; lower chunk_size or n_frames in the config"
-            " of an edit, --batch_size of preprocess.py, or the frames' --H and --W"
-        )
+        status, message = known.status, f"error: {known}"
     except KeyboardInterrupt as error:
         status = 128 + (error.args[0] if isinstance(error, Interrupted) else signal.SIGINT)
         message = f"\ninterrupted; {_GO_ON}: {shlex.join(['python', *_this_command()])}"
     if message:
         print(message, file=sys.stderr)
     sys.exit(status)
+
+
+def as_user_error(error: Exception) -> UserError | None:
+    """An error that its user can mend, with a line that says how; None for a bug."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        named = f"{error.filename}: " if error.filename else ""
+        return UserError(f"{named}{error.strerror}; once that is fixed, {_GO_ON}")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        return UserError(
+            "the GPU's memory does not suffice; lower chunk_size or n_frames in the config of an "
+            "edit, --batch_size of preprocess.py, or the frames' --H and --W"
+        )
+    return None
 
 
 def _this_command() -> list[str]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tokenflow.ops import progress
-from tokenflow.ops.progress import Progress, duration
+from tokenflow.ops.progress import Progress, duration, listen
 
 
 @pytest.fixture
@@ -50,6 +50,23 @@ def test_a_terminal_gets_one_bar(monkeypatch, caplog):
     shown = terminal.getvalue()
     assert "invert:   0%" in shown and not caplog.messages
     assert shown.endswith("\r")  # and is gone at the end
+
+
+def test_a_listener_hears_of_stages_and_can_end_the_run():
+    heard = []
+
+    def listener(stage, share):
+        heard.append((stage, share))
+        if share == 0.75:
+            raise KeyError(stage)
+
+    with pytest.raises(KeyError), listen(listener), Progress(4) as bar:
+        list(Progress(4, shown=False).over(range(4), "another process"))
+        list(bar.over(range(1), "invert", done=1))
+        list(bar.over(range(2), "edit"))
+    assert heard == [("invert", 0.25), ("invert", 0.5), ("edit", 0.5), ("edit", 0.75)]
+    list(Progress(4).over(range(4), "unheard"))
+    assert len(heard) == 4
 
 
 def test_durations_are_said_as_people_say_them():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -270,19 +270,30 @@ def arguments(options: dict[str, object]) -> list[str]:
     return words
 
 
-def edit_command(options: PreprocessOptions) -> str:
-    """The command of an edit that finds the cache of these options, but for its prompt."""
-    technique = "controlnet" if options.sd_version == "ControlNet" else "pnp"
+def edit_keys(options: PreprocessOptions) -> dict[str, object]:
+    """The keys of an edit that finds the cache of these options; its prompt is not among them."""
     best = PreprocessOptions.preset_values("best").items()
-    keys = {"preset": "best"} if best <= options.model_dump().items() else {}
+    best = best if best <= options.model_dump().items() else ()
+    keys = {"preset": "best"} if best else {}
     keys |= {"data_path": options.data_path, "latents_path": options.save_dir}
     if options.save_dir == default("save_dir"):
         del keys["latents_path"]
-    keys |= {"n_inversion_steps": options.steps, "prompt": "..."}
+    keys["n_inversion_steps"] = options.steps
     for name in (*(FEATURE_OPTIONS if options.cache_features else ()), *FRAME_RANGE):
         if getattr(options, name) != default(name) and (name, getattr(options, name)) not in best:
             keys[name] = getattr(options, name)
-    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    return keys
+
+
+def set_words(keys: Mapping[str, object]) -> list[str]:
+    """Spells keys of an edit as a command line: --set KEY=VALUE for each."""
+    return [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+
+
+def edit_command(options: PreprocessOptions) -> str:
+    """The command of an edit that finds the cache of these options, but for its prompt."""
+    technique = "controlnet" if options.sd_version == "ControlNet" else "pnp"
+    words = set_words(edit_keys(options) | {"prompt": "..."})
     return shlex.join(["python", f"run_tokenflow_{technique}.py", *words])
 
 

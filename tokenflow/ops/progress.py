@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import TypeVar
 
@@ -15,6 +17,18 @@ log = logging.getLogger("tokenflow")
 
 T = TypeVar("T")
 LEAST_SECONDS = 5.0  # between two lines of a log file
+Listener = Callable[[str, float], None]  # takes the stage, and the share of all work that is done
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listen(listener: Listener) -> Iterator[None]:
+    """Has a function called as the runs in this block advance; what it raises ends the run."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 class Progress:
@@ -27,6 +41,7 @@ class Progress:
 
     def __init__(self, total: float = 1.0, shown: bool = True) -> None:
         self.total, self.shown = total, shown
+        self._listener = _listener.get() if shown else None
         self._done = self._new = 0.0  # with and without what earlier runs did
         self._tenths = 0  # that a line was written of
         self._begun = self._told = time.monotonic()
@@ -57,6 +72,7 @@ class Progress:
         """
         self._bar.set_description(stage)
         self.skip(done * cost)
+        self._tell(stage)
         for item in items:
             yield item
             self._advance(stage, cost)
@@ -68,10 +84,17 @@ class Progress:
             self._bar.initial += work
             self._bar.update(work)
 
+    def _tell(self, stage: str) -> float:
+        """Tells the listener the share of the work that is done, and returns it."""
+        share = min(self._done / self.total, 1.0)
+        if self._listener:
+            self._listener(stage, share)
+        return share
+
     def _advance(self, stage: str, cost: float) -> None:
         self._done, self._new = self._done + cost, self._new + cost
         self._bar.update(cost)
-        now, share = time.monotonic(), min(self._done / self.total, 1.0)
+        now, share = time.monotonic(), self._tell(stage)
         if not (self.shown and self._bar.disable) or now - self._told < LEAST_SECONDS:
             return
         tenths = int(10 * share + 1e-6)
