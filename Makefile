@@ -1,4 +1,5 @@
 # make demo     set up, then edit a clip with the small model and say where the result is
+# make app      set up, then serve a page to edit clips on, to this machine only
 # make test     set up, then run the tests on all cores
 # make faults   set up, then the long forms: kills, damage, full disks, signals; an hour or more
 # make lint     set up, then check the style and the layers of imports
@@ -9,8 +10,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+APP_READY := $(VENV)/.ready-app
 
-.PHONY: setup demo test faults lint clean
+.PHONY: setup demo app test faults lint clean
 
 setup: $(READY)
 
@@ -20,10 +22,17 @@ $(READY): requirements.txt requirements-dev.txt
 	$(PY) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
 
+$(APP_READY): $(READY) requirements-app.txt
+	$(PY) -m pip install --quiet -r requirements-app.txt
+	touch $@
+
 demo: $(READY)
 	$(PY) -m scripts.demo
 
-test: $(READY)
+app: $(APP_READY)
+	$(PY) app.py
+
+test: $(APP_READY)
 	$(PY) -m pytest -n auto --dist worksteal -m "not slow and not browser"
 	$(PY) -m pytest -m "browser and not slow"
 

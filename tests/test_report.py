@@ -509,20 +509,6 @@ PLAYING = "[...document.querySelectorAll('video')].filter((video) => !video.paus
 LOADED = "document.querySelectorAll('video[src]').length"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """The system's Chromium; none is ever downloaded."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def visit(browser):
     """Open a report; when the test is over, nothing must have failed or left the disk."""
