@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 from scripts.batch.davis import sequences
@@ -24,7 +25,7 @@ from tokenflow.cache.options import (
 )
 from tokenflow.diffusion.checkpoints import checkpoint_folder
 from tokenflow.diffusion.model_names import MODELS
-from tokenflow.diffusion.models import resolve_device
+from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.results import TECHNIQUES
 from tokenflow.editing.techniques import load_technique
@@ -386,12 +387,13 @@ def _check_models(edits: Sequence[_Edit]) -> None:
         what += tuple(control)
         if what not in seen:
             try:
-                resolve_device(config.device)
+                dtype = resolve_dtype(config.dtype, resolve_device(config.device))
                 checkpoint = checkpoint_folder(
                     model,
                     config.allow_pickle,
                     config.architecture_key or _known(config),
                     getattr(config, "depth_model", None),
+                    half=dtype is torch.float16,
                 )
                 load_technique(technique).check(config, checkpoint, has_depth=True)
             except UserError as error:

@@ -179,7 +179,7 @@ def test_a_hub_checkpoint_s_pickles_are_fetched_only_if_allowed_and_needed(
     folder = shutil.copytree(tiny_model, tmp_path / "hub")
     asked = []
 
-    def download(key, allow_patterns):
+    def download(key, revision, allow_patterns):
         asked.append(allow_patterns)
         return str(folder)
 

@@ -18,6 +18,7 @@ from tokenflow.editing.loop import EditSession
 from tokenflow.editing.masks import FEATHER, composite, edited_cells
 from tokenflow.editing.results import read_result, result_folder
 from tokenflow.storage.images import load_frames
+from util import UserError
 
 N_FRAMES = 5
 
@@ -100,6 +101,13 @@ def test_outside_of_the_mask_the_source_is_kept(keys, script, cls, changes):
     assert np.array_equal(whole[:, 32:], session.frames[:, 32:])
     session.inputs = replace(session.inputs, masks=None)
     assert session.composite(frames) is frames
+
+
+def test_a_mask_of_other_proportions_is_refused(keys, tmp_path):
+    save_masks(tmp_path / "tall", np.ones((1, 60, 40), np.uint8))
+    mask = str(tmp_path / "tall" / "00000.png")
+    with pytest.raises(UserError, match=r"mask: .*00000.png: is of 40x60, the clip of 80x48 or"):
+        open_edit_inputs(PnPConfig(**{**keys, "mask": mask}))
 
 
 def test_a_mask_of_all_changes_nothing(keys, tmp_path):

@@ -80,8 +80,9 @@ def open_preprocess_inputs(
         source, sha256, clip = _read(options)
     known = MODELS[options.sd_version]
     model_key, architecture = options.model_key or known, options.architecture_key or known
+    half = dtype is torch.float16
     checkpoint = checkpoint_folder(
-        model_key, options.allow_pickle, architecture, options.depth_model
+        model_key, options.allow_pickle, architecture, options.depth_model, half
     )
     schedule = NoiseSchedule.of_checkpoint(checkpoint)
     adapters = find_adapters(options)
@@ -90,19 +91,10 @@ def open_preprocess_inputs(
         schedule, options.steps, options.save_steps, options.recon_steps
     )
     control, depth_model = _conditions(options, checkpoint)
-    n_frames, height, width, _ = clip.frames.shape
-    found = dict(
-        clip=clip_name(source),
-        source_name=source.name,
-        source_sha256=sha256,
-        n_frames=n_frames,
+    found = _clip_facts(source, sha256, clip) | dict(
         frames_asked=options.n_frames,
-        native_size=list(clip.native_size),
-        height=height,
-        width=width,
-        fps=str(clip.fps),
         model_key=model_key,
-        model_revision=checkpoint_revision(checkpoint),
+        model_revision=checkpoint_revision(checkpoint, half),
         timesteps=timesteps.saved,
         dtype=str(dtype).removeprefix("torch."),
         control=control,
@@ -149,6 +141,21 @@ def _read(options: PreprocessOptions) -> tuple[Path, str, Clip]:
             "the rate of the inversion and its edits: --fps 30"
         )
     return source, sha256, clip
+
+
+def _clip_facts(source: Path, sha256: str, clip: Clip) -> dict[str, object]:
+    """What the manifest says of the clip."""
+    n_frames, height, width, _ = clip.frames.shape
+    return dict(
+        clip=clip_name(source),
+        source_name=source.name,
+        source_sha256=sha256,
+        n_frames=n_frames,
+        native_size=list(clip.native_size),
+        height=height,
+        width=width,
+        fps=str(clip.fps),
+    )
 
 
 def _feature_settings(options: PreprocessOptions, manifest: Manifest) -> FeatureSettings:

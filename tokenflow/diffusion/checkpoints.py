@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
+from tokenflow.diffusion.model_names import REVISIONS
 from tokenflow.diffusion.single_file import converted_folder, source_sha256
 from util import MissingFileError, UserError
 
@@ -38,6 +39,7 @@ DEPTH_FILES = {
     "depth_estimator": ("config.json", "model.safetensors"),
     "feature_extractor": ("preprocessor_config.json",),
 }
+HALF = ".fp16.safetensors"  # suffix of weights in float16, next to others or alone
 INDEX = ".index.json"  # suffix of the index of weights in several files
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 # Keys of a model's config.json by which transformers and diffusers would load other files than its
@@ -57,15 +59,19 @@ def checkpoint_folder(
     allow_pickle: bool = False,
     architecture_key: str | None = None,
     depth_model: str | None = None,
+    half: bool = False,
 ) -> Path:
     """The local folder of a whole Stable Diffusion checkpoint, fetched from the hub if need be.
 
     Args:
-        key: a local folder in diffusers' format, a hub id, or a safetensors file in the original
-            layout, which is converted to a folder once (`single_file.converted_folder`).
+        key: a local folder in diffusers' format, a hub id (owner/name, with the revision of
+            `REVISIONS`, or owner/name@revision), or a safetensors file in the original layout,
+            which is converted to a folder once (`single_file.converted_folder`).
         allow_pickle: use a part's pickled weights if it has no safetensors.
         architecture_key: for a file: the folder or hub id whose configurations it has.
         depth_model: "checkpoint" if its own depth estimator is needed, else anything.
+        half: for a run in float16: of the hub's weights the float16 files are fetched, where there
+            are such and no others were fetched before.
 
     Raises:
         MissingFileError: if the folder or one of its files is missing, or the hub has no such
@@ -75,7 +81,7 @@ def checkpoint_folder(
     path = Path(os.path.expanduser(key))
     wanted = PIPELINE_FILES | (DEPTH_FILES if depth_model == OWN_DEPTH else {})
     if architecture_key is None or not path.is_file():
-        return _pipeline_folder(key, "model_key", wanted, allow_pickle)
+        return _pipeline_folder(key, "model_key", wanted, allow_pickle, half)
     files = {
         part: tuple(name for name in names if name not in WEIGHTS)
         for part, names in PIPELINE_FILES.items()
@@ -86,10 +92,15 @@ def checkpoint_folder(
 
 
 def _pipeline_folder(
-    key: str, option: str, files: Mapping[str, Sequence[str]], allow_pickle: bool
+    key: str,
+    option: str,
+    files: Mapping[str, Sequence[str]],
+    allow_pickle: bool,
+    half: bool = False,
 ) -> Path:
     """The checked folder of a Stable Diffusion checkpoint with these files of each part."""
-    folder = _find(key, option, files, allow_pickle, ["model_index.json", "tokenizer/merges.txt"])
+    extra = ["model_index.json", "tokenizer/merges.txt"]
+    folder = _find(key, option, files, allow_pickle, extra, half)
     where = f"{key}: not a whole Stable Diffusion checkpoint in diffusers' format"
     for part, names in files.items():
         if part in DEPTH_FILES:
@@ -104,7 +115,8 @@ def single_model_folder(key: str, option: str, allow_pickle: bool = False) -> Pa
     """The local folder of one model (a ControlNet, a depth estimator); see `checkpoint_folder`.
 
     Args:
-        key: a local folder, a hub id, or a hub id's folder: owner/name/folder.
+        key: a local folder, a hub id, or a hub id's folder (owner/name/folder), of which
+            @revision may follow.
         option: the option that names it, for errors: controlnet_key, depth_model or decoder_key.
     """
     is_local = key[:1] in "/.~" or os.path.exists(key)
@@ -202,6 +214,8 @@ def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **opt
         UserError: see `uses_safetensors`; or pickled weights hold anything but tensors.
     """
     safe = uses_safetensors(folder, allow_pickle)
+    if _reads_half(folder, options.get("torch_dtype") is torch.float16):
+        options["variant"] = "fp16"
     try:
         return cls.from_pretrained(folder, use_safetensors=safe, local_files_only=True, **options)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -232,7 +246,7 @@ def check_controlnet_fits(checkpoint: Path, key: str, allow_pickle: bool = False
             )
 
 
-def checkpoint_revision(folder: Path) -> str:
+def checkpoint_revision(folder: Path, half: bool = False) -> str:
     """A short fingerprint of a checkpoint: equal for copies of it, whatever their path.
 
     A hash of the configurations and of each weights file's first and last MiB: cheap, and different
@@ -245,7 +259,7 @@ def checkpoint_revision(folder: Path) -> str:
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         for path in sorted((folder / part).glob("*config.json")):
             digest.update(path.read_bytes())
-        for path in [] if source else _weights_files(folder / part):
+        for path in [] if source else _weights_files(folder / part, half):
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)
@@ -279,8 +293,11 @@ def _find(
     parts: Mapping[str, Sequence[str]],
     allow_pickle: bool,
     extra: Sequence[str] = (),
+    half: bool = False,
 ) -> Path:
-    """A local folder, or one of the hub's files: pickles only if allowed and needed."""
+    """A local folder, or one of the hub's files: pickles only if allowed and needed, and float16
+    weights of a Stable Diffusion's parts if asked for.
+    """
     folder = Path(os.path.expanduser(key))
     if os.path.isdir(folder):
         return folder
@@ -291,8 +308,15 @@ def _find(
         )
     weights = [(part, name) for part, names in parts.items() for name in names if name in WEIGHTS]
     patterns = [f"{part}/*.json".lstrip("/") for part in parts]
-    patterns += [*extra, *(pattern for each in weights for pattern in _patterns(*each))]
-    folder = _download(key, option, patterns)
+    patterns += extra
+    halves = [each for each in weights if half and each[0] in PIPELINE_FILES]
+    if halves := [each for each in halves if not _cached(key, *each)]:
+        patterns += [os.path.join(part, _half(name)) for part, name in halves]
+        folder = _download(key, option, patterns)
+        weights = [each for each in weights if not (folder / each[0] / _half(each[1])).is_file()]
+    patterns += [pattern for each in weights for pattern in _patterns(*each)]
+    if weights:
+        folder = _download(key, option, patterns)
     pickles = [
         pattern
         for part, name in weights
@@ -305,10 +329,23 @@ def _find(
 
 
 def _split_hub_key(key: str) -> tuple[str, str]:
-    """The repository of owner/name or owner/name/path, and the path within it."""
-    owner, _, rest = key.partition("/")
+    """The repository of owner/name or owner/name/path, with @revision, and the path within it."""
+    place, at, revision = key.partition("@")
+    owner, _, rest = place.partition("/")
     name, _, path = rest.partition("/")
-    return f"{owner}/{name}" if rest else owner, path
+    return (f"{owner}/{name}" if rest else owner) + at + revision, path
+
+
+def _pinned(key: str) -> tuple[str, str | None]:
+    """A repository and its revision: the one that is given, else the one that is known."""
+    repository, _, revision = key.partition("@")
+    return repository, revision or REVISIONS.get(repository)
+
+
+def _cached(key: str, part: str, name: str) -> bool:
+    """Whether a weights file of the hub was fetched before."""
+    repository, revision = _pinned(key)
+    return isinstance(try_to_load_from_cache(repository, f"{part}/{name}", revision=revision), str)
 
 
 def _spelled(option: str) -> str:
@@ -321,7 +358,8 @@ def _spelled(option: str) -> str:
 
 def _download(key: str, option: str, patterns: list[str]) -> Path:
     try:
-        return Path(snapshot_download(key, allow_patterns=patterns))
+        repository, revision = _pinned(key)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise MissingFileError(
             f"{key}: no such folder, and not a hub id of the form owner/name"
@@ -343,8 +381,23 @@ def _exists(path: Path) -> bool:
     return path.is_file() or path.with_name(path.name + INDEX).is_file()
 
 
-def _weights_files(folder: Path) -> list[Path]:
+def _half(name: str) -> str:
+    return name.replace(".safetensors", HALF)
+
+
+def _reads_half(folder: Path, half: bool) -> bool:
+    """Whether a model's float16 file is read: if it has no other; or of the hub's, in a run in
+    float16, so that files that are fetched later change nothing.
+    """
+    found = any((folder / _half(name)).is_file() for name in WEIGHTS)
+    others = any(_exists(folder / name) for name in WEIGHTS)
+    return found and (not others or (half and folder.parent.parent.name == "snapshots"))
+
+
+def _weights_files(folder: Path, half: bool) -> list[Path]:
     names = WEIGHTS if any(folder.glob("*.safetensors")) else WEIGHTS.values()
+    if _reads_half(folder, half):
+        names = map(_half, WEIGHTS)
     found = [folder / name for name in names if (folder / name).is_file()]
     for index in (folder / f"{name}{INDEX}" for name in names):
         if index.is_file():
@@ -380,7 +433,8 @@ def _check_part(
     """
     safe = uses_safetensors(folder / part, allow_pickle)
     for name in names:
-        if not _exists(folder / part / name) and (safe or name not in WEIGHTS):
+        found = _exists(folder / part / name) or (folder / part / _half(name)).is_file()
+        if not found and (safe or name not in WEIGHTS):
             hint = "; pickled weights of the hub are fetched with --allow_pickle only"
             hint = hint if name in WEIGHTS else ""
             raise MissingFileError(f"{where}: {os.path.join(part, name)} is missing{hint}")

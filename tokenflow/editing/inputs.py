@@ -50,7 +50,7 @@ from tokenflow.diffusion.optical_flow import (
 from tokenflow.diffusion.temporal_decoder import check_decoder_fits
 from tokenflow.editing.config import CUDA_BACKENDS, EditConfig
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
-from tokenflow.storage.images import find_masks, read_masks
+from tokenflow.storage.images import check_proportions, find_masks, read_masks
 from tokenflow.storage.schema import parse
 from tokenflow.storage.video import clip_name, read_clip, resolve_clip, source_sha256
 from util import MissingFileError, UserError, check_path, check_writable
@@ -119,7 +119,8 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
     _check_backend(config.attention_backend, device)
     check_writable(config.output_path, "output_path")
     check_path(config.latents_path, "latents_path")
-    config, cache, checkpoint, adapters = _find_cache(config)
+    dtype = resolve_dtype(config.dtype, device)
+    config, cache, checkpoint, adapters = _find_cache(config, dtype is torch.float16)
     manifest = cache.manifest
     if config.verify:
         features = find_features(cache, features_remedy(config, manifest))
@@ -147,7 +148,7 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
         adapters=adapters,
         timesteps=timesteps,
         device=device,
-        dtype=resolve_dtype(config.dtype, device),
+        dtype=dtype,
         group=group,
         flow_weights=_flow_weights(config, cache),
         masks=_masks(config, manifest, n_frames),
@@ -188,7 +189,10 @@ def _masks(config: EditConfig, manifest: Manifest, n_frames: int) -> np.ndarray 
     start, stride = manifest.frame_start, manifest.frame_stride
     numbers = range(start, start + n_frames * stride, stride)
     files = find_masks("mask", config.mask, manifest.clip, numbers)
-    masks = read_masks(files, (manifest.height, manifest.width), manifest.fit)
+    size = manifest.height, manifest.width
+    if manifest.native_size is not None:  # of the clip, or drawn on the cache's frames
+        check_proportions("mask", files, [manifest.native_size, size])
+    masks = read_masks(files, size, manifest.fit)
     if not masks.any():
         raise UserError(
             f"mask: {config.mask}: is 0 in all of the {n_frames} frames, so nothing would be "
@@ -215,7 +219,7 @@ def _flow_weights(config: EditConfig, cache: SourceCache) -> Path | None:
     return None
 
 
-def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path, Adapters]:
+def _find_cache(config: EditConfig, half: bool) -> tuple[EditConfig, SourceCache, Path, Adapters]:
     """The cache of a config, the checkpoint with what is added to it, and the config with what it
     leaves to the cache.
     """
@@ -224,10 +228,15 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path, Adap
     model_key = config.model_key or (config.sd_version and MODELS[version])
     architecture_key = config.architecture_key or MODELS[version]
     depth_model = getattr(config, "depth_model", None)
-    find = partial(checkpoint_folder, allow_pickle=config.allow_pickle, depth_model=depth_model)
+    find = partial(
+        checkpoint_folder,
+        allow_pickle=config.allow_pickle,
+        depth_model=depth_model,
+        half=half,
+    )
     if model_key is not None:
         checkpoint = find(model_key, architecture_key=architecture_key)
-        revision = checkpoint_revision(checkpoint)
+        revision = checkpoint_revision(checkpoint, half)
     adapters, said = find_adapters(config), [config.lora, config.embeddings] != [None, None]
     wanted = {
         "source_sha256": source and source_sha256(source),
@@ -244,7 +253,7 @@ def _find_cache(config: EditConfig) -> tuple[EditConfig, SourceCache, Path, Adap
         model_key = manifest.model_key
         architecture_key = manifest.architecture_key or architecture_key
         checkpoint = find(model_key, architecture_key=architecture_key)
-        if checkpoint_revision(checkpoint) != manifest.model_revision:
+        if checkpoint_revision(checkpoint, half) != manifest.model_revision:
             raise UserError(
                 f"{cache.folder}: made with another version of {model_key} than is there now; name "
                 f"that one by model_key, or {remedy(config, manifest)} --overwrite"

@@ -88,11 +88,13 @@ class View:
         self.what, self.batch_size = options.what, options.batch_size
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device)
+        half = self.dtype is torch.float16
         self.checkpoint = checkpoint_folder(
             options.model_key or self.manifest.model_key,
             architecture_key=self.manifest.architecture_key or MODELS[self.manifest.sd_version],
+            half=half,
         )
-        if checkpoint_revision(self.checkpoint) != self.manifest.model_revision:
+        if checkpoint_revision(self.checkpoint, half) != self.manifest.model_revision:
             raise UserError(
                 f"{self.checkpoint}: not the model that {cache.folder} was made with "
                 f"({self.manifest.model_key}); name that one with --model_key, or build the cache "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -182,6 +183,23 @@ def find_masks(key: str, place: str | Path, clip: str, numbers: Sequence[int]) -
             "numbered like the clip's frames"
         )
     return [files[i] for i in numbers]
+
+
+def check_proportions(key: str, files: Sequence[Path], sizes: Sequence[Sequence[int]]) -> None:
+    """Refuses masks that are wider or narrower than these sizes (height, width), by a UserError.
+
+    Args:
+        key: the option that names them.
+    """
+    for path in dict.fromkeys(files):
+        with opened_image(path, "a mask") as image:
+            own = image.width / image.height
+        if not any(math.isclose(own, width / height, rel_tol=0.02) for height, width in sizes):
+            listed = " or ".join(f"{width}x{height}" for height, width in sizes)
+            raise UserError(
+                f"{key}: {path}: is of {image.width}x{image.height}, the clip of {listed}; a mask "
+                "has the clip's proportions"
+            )
 
 
 def read_masks(files: Sequence[Path], size: tuple[int, int], fit: str) -> np.ndarray:
