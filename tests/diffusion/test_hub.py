@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.original_layout import save_single_file
 from tokenflow.diffusion import checkpoints
 from tokenflow.diffusion.checkpoints import (
     checkpoint_folder,
@@ -111,6 +112,13 @@ def test_a_float16_run_fetches_float16_files_where_there_are_any(remote, models)
     found = load_stable_diffusion(folder, CPU, torch.float32)
     for one, other in zip(found.unet.parameters(), models.unet.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_single_file_takes_configurations_from_the_hub_and_no_weights(remote, models, tmp_path):
+    path = save_single_file(tmp_path / "mine.safetensors", models, 2)
+    folder = checkpoint_folder(str(path), architecture_key=KEY, half=True)
+    assert (folder / "unet" / "config.json").is_file()
+    assert not remote
 
 
 def test_files_that_were_fetched_before_serve_a_float16_run(remote):

@@ -315,7 +315,7 @@ def _find(
         folder = _download(key, option, patterns)
         weights = [each for each in weights if not (folder / each[0] / _half(each[1])).is_file()]
     patterns += [pattern for each in weights for pattern in _patterns(*each)]
-    if weights:
+    if weights or not halves:
         folder = _download(key, option, patterns)
     pickles = [
         pattern
