@@ -134,8 +134,10 @@ def test_files_that_are_missing_pickled_or_damaged_are_refused(tmp_path, monkeyp
     ):
         with pytest.raises((UserError, MissingFileError), match=message):
             find_adapters(named([key]))
-    with pytest.raises(UserError, match="lora_scale: 2 numbers for 0 LoRAs"):
-        find_adapters(named([], [1.0, 2.0]))
+    with pytest.raises(UserError, match="lora_scale: 2 numbers for 1 LoRAs"):
+        find_adapters(named([tmp_path], [1.0, 2.0]))
+    with pytest.raises(UserError, match="lora_scale: goes with lora"):
+        find_adapters(named(None, [0.5]))
 
 
 def test_the_digest_is_of_contents(layers, tmp_path):
@@ -145,7 +147,7 @@ def test_the_digest_is_of_contents(layers, tmp_path):
     assert find_adapters(named([two], [1.0])).digest == digest
     assert find_adapters(named([two], [0.9])).digest != digest
     assert find_adapters(named([one, two])).digest != digest
-    assert find_adapters(named()).digest == find_adapters(named([], [1.0], [])).digest == ""
+    assert find_adapters(named()).digest == find_adapters(named([], None, [])).digest == ""
 
 
 @pytest.mark.parametrize("key", ["<toy>", "Toy", "emb_params"])

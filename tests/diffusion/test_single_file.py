@@ -105,6 +105,14 @@ def test_what_cannot_be_converted_is_refused(models, configs, tmp_path, change, 
     assert [each.name for each in tmp_path.iterdir()] == ["mine.safetensors"]
 
 
+def test_what_a_file_says_of_its_prediction_counts(models, configs, tiny_v_model, tmp_path):
+    path = save_single_file(tmp_path / "mine.safetensors", models, 2)
+    save_file(load_file(path), path, {"modelspec.prediction_type": "v"})
+    with pytest.raises(UserError, match=r"predicts v_prediction, but .*tiny epsilon; name a"):
+        checkpoint_folder(str(path), architecture_key=str(configs))
+    checkpoint_folder(str(path), architecture_key=str(tiny_v_model))
+
+
 def test_pickles_and_damage_are_refused_and_no_configuration_is_one_line(tmp_path):
     path = tmp_path / "v1-5.ckpt"
     for name, message in (("v1-5.ckpt", "pickled"), ("x.safetensors", "damaged")):

@@ -101,6 +101,8 @@ def find_adapters(options: Any) -> Adapters:
         UserError: a file is missing or damaged.
     """
     keys, scales = options.lora or [], options.lora_scale or [1.0]
+    if options.lora_scale and not keys:
+        raise UserError("lora_scale: goes with lora: name the LoRAs too")
     if len(scales) == 1:
         scales = scales * len(keys)
     if len(scales) != len(keys):

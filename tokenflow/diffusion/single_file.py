@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     SingleFileComponentError,
     create_diffusers_clip_model_from_ldm,
@@ -129,6 +129,7 @@ def _check(path: Path, configs: Path, config_key: str) -> torch.dtype:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             _check_whole(path, names)
+            _check_prediction(path, file.metadata() or {}, configs, config_key)
             config = UNet2DConditionModel.load_config(configs, subfolder="unet")
             for key, (name, dimension) in SIZES.items():
                 size = file.get_slice(name).get_shape()[dimension] if name in names else "missing"
@@ -141,6 +142,21 @@ def _check(path: Path, configs: Path, config_key: str) -> torch.dtype:
             return file.get_tensor(FIRST_LAYER).dtype
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}); download the model again") from error
+
+
+def _check_prediction(
+    path: Path, metadata: Mapping[str, str], configs: Path, config_key: str
+) -> None:
+    """Compares what the UNet predicts, where the file says it, with the schedule's."""
+    said = metadata.get("modelspec.prediction_type")
+    said = {"v": "v_prediction"}.get(said, said)
+    config = DDIMScheduler.load_config(configs, subfolder="scheduler")
+    known = config.get("prediction_type", "epsilon")
+    if said is not None and said != known:
+        raise UserError(
+            f"model_key: {path}: predicts {said}, but {config_key} {known}; name a checkpoint that "
+            "predicts the same with architecture_key"
+        )
 
 
 def _check_whole(path: Path, names: Sequence[str]) -> None:
