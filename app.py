@@ -9,6 +9,7 @@ on this machine only and sends nothing anywhere.
 from __future__ import annotations
 
 import html
+import logging
 import os
 import socket
 import threading
@@ -129,6 +130,7 @@ def build_server(own: str) -> FastAPI:
         return response
 
     layout = "#results iframe { width: 100%; height: 85vh; border: 0 }"
+    layout += "body:not(.dark) { --block-info-text-color: var(--neutral-500) }"  # Gradio's is faint
     options = {"css": layout, "footer_links": [], "run_history": False}
     return gradio.mount_gradio_app(
         server, build_page(), "/", allowed_paths=[os.path.abspath(RESULTS)], **options
@@ -158,8 +160,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"--port: {port}: {error.strerror}; choose another one") from error
     print(f"page: {own}", flush=True)
+    service = uvicorn.Server(config)
+    # At its end it would call a page that is still open an error.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not service.should_exit)
     try:
-        uvicorn.Server(config).run([listening])
+        service.run([listening])
     finally:
         stopping.set()
 

@@ -121,11 +121,14 @@ def address(tmp_path_factory):
     pytest.importorskip("gradio")
     words = [sys.executable, app.__file__, "--port", "0"]
     folder = tmp_path_factory.mktemp("app")
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=folder, **pipes) as process:
         line = process.stdout.readline()
         yield re.fullmatch(r"page: (http://127\.0\.0\.1:[0-9]+)\n", line)[1]
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 128 + signal.SIGINT
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in log and "stopped;" not in log
 
 
 @pytest.fixture
