@@ -45,6 +45,7 @@ from tokenflow.cache.options import parse_args
 from tokenflow.cache.source_cache import FEATURES, MANIFEST, open_cache
 from tokenflow.cache.source_features import find_features
 from tokenflow.diffusion import checkpoints
+from tokenflow.diffusion.adapters import NO_ADAPTERS
 from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
 from tokenflow.diffusion.temporal_decoder import load_temporal_decoder
 from tokenflow.editing import results
@@ -139,7 +140,8 @@ class World:
 
     def load(self, *key: object) -> StableDiffusion:
         """A loader whose models are loaded already; forks share them."""
-        assert key == (self.model, self._models.device, self._models.dtype, False)
+        expected = self.model, self._models.device, self._models.dtype, False, NO_ADAPTERS
+        assert key == expected
         return self._models
 
     def preprocess(self, **options: object) -> Path:
