@@ -5,10 +5,12 @@
     python benchmark.py --compare tokenflow per_frame --json ratio.json
     python benchmark.py --scaling 8 16 32 64 --steps 10
     python benchmark.py --profile tokenflow --steps 4
+    python benchmark.py --simulate --model sd21-random --frames 8 40 --size 512 --dtype float16
 
 Without a mode, every stage of one preprocess and one edit is timed. `--compare A B` runs two
 settings in turn, so that a machine that drifts drifts for both. `--scaling` runs each number of
-frames in fresh processes, so that their memory is their own.
+frames in fresh processes, so that their memory is their own. `--simulate` needs no GPU: it counts
+what preprocess and edits would allocate on one, for each number of frames.
 
 Settings of an edit: tokenflow, cached, live, three_branch (a plain loop to compare with),
 compiled, per_frame, extended_attention, first_frame, released, flow, attention:BACKEND, or any
@@ -27,6 +29,7 @@ from pathlib import Path
 
 from tokenflow.benchmarks.modes import PARTS, benchmark
 from tokenflow.benchmarks.runs import Options, read_setting
+from tokenflow.benchmarks.simulate import simulate
 from tokenflow.ops.profiling import versions
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
@@ -51,8 +54,15 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Options, argparse.Namespace]
     add("--scaling", nargs="+", type=at_least(1), metavar="FRAMES",
         help="time and memory for each of these numbers of frames")  # fmt: skip
     add("--profile", metavar="SETTING", help="the operators of an edit's step")
+    add("--simulate", action="store_true", help="GPU memory, on a simulated GPU")
     args = parser.parse_args(argv)
-    options = from_arguments(Options, args)
+    numbers = getattr(args, "frames", [Options.model_fields["frames"].default])
+    each = [
+        from_arguments(Options, argparse.Namespace(**{**vars(args), "frames": n})) for n in numbers
+    ]
+    options, args.frames = each[0], [one.frames for one in each]
+    if len(each) > 1 and not args.simulate:
+        raise UserError("--frames: several numbers go with --simulate; expected one")
     if len({read_setting(name)[0] for name in args.compare or ()}) > 1:
         raise UserError(
             f"--compare: {' and '.join(args.compare)} are settings of an edit and of preprocess; "
@@ -70,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Runs the script; returns the figures that --json writes."""
     setup_logging()
     options, args = parse_args(argv)
-    found, text = benchmark(options, args)
+    found, text = (simulate if args.simulate else benchmark)(options, args)
     words = ["python", "benchmark.py", *(sys.argv[1:] if argv is None else argv)]
     found |= {"command": shlex.join(words), "versions": versions()}
     write_reports(text, [(args.json, json.dumps(found, indent=1) + "\n")] if args.json else [])

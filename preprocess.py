@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("tokenflow")
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the script; returns the cache's folder."""
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    """Runs the script; returns the cache's folder, or None with --estimate."""
     options = None
     if "WORLD_SIZE" not in os.environ:  # several processes tell a mistake together, below
         setup_logging()
@@ -35,6 +35,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
             setup_logging(quiet=not group.is_main)
             with group.raise_together():
                 options = parse_args(argv)
+        if options.estimate:
+            from tokenflow.cache.simulation import estimate
+
+            needed = estimate(options, group)
+            if group.is_main:
+                print(needed)
+            return None
         folder = preprocess(options, group=group)
         if group.is_main:
             print(f"cache: {folder}", flush=True)

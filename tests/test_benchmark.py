@@ -231,6 +231,7 @@ def test_preprocess_settings_become_options(bench):
         (["--inversion", "plain6"], "does not divide"),
         (["--only", "edit", "--profile", "tokenflow"], "not allowed with argument"),
         (["--scaling", "0"], "--scaling: expected"),
+        (["--frames", "2", "3"], "--frames: several numbers go with --simulate"),
         (["--repeats", "0"], "--repeats: 0"),
         (["--size", "big"], "--H: .*big"),
         (["--size", "50"], "--H: 50, expected a multiple of 8"),
@@ -324,6 +325,18 @@ def test_scaling_has_a_row_for_each_number_of_frames(words, monkeypatch):
             assert row[f"{part} s"] > 0
             assert row[f"{part} MiB"] > row["load MiB"] / 2
     assert found["edit_ratio"] > 0.5
+
+
+def test_memory_is_simulated(words, tiny_model, tmp_path):
+    """Stages hold all weights; a ControlNet's come with its edit, live features with theirs."""
+    options = ["--simulate", "--dtype", "float16", "--work", str(tmp_path)]
+    [row] = benchmark.main([*words, *options, "--preprocess_options", "--batch_size 2"])["rows"]
+    parts = ("unet", "vae", "text_encoder")
+    files = [path for part in parts for path in (tiny_model / part).glob("*.safetensors")]
+    weights = sum(path.stat().st_size for path in files) / 2 / (1 << 30)  # they are float32
+    assert row.pop("frames") == FRAMES and weights < min(row.values()) < 2 * weights
+    assert row["pnp, cached"] < row["pnp, live"] < row["controlnet"]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize("setting", ["tokenflow", "three_branch"])

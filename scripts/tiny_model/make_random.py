@@ -44,6 +44,7 @@ def make_model(
     controlnet: bool = False,
     architecture: str = "tiny",
     dtype: torch.dtype = torch.float32,
+    weights: bool = True,
 ) -> None:
     """Write a random checkpoint in diffusers' folder format.
 
@@ -60,12 +61,18 @@ def make_model(
         architecture: "tiny", "sd21" for the layers of Stable Diffusion 2.1, or "medium" for those
             with 0.3 of its channels.
         dtype: of the written weights.
+        weights: False writes files without tensors, whose sizes a simulated GPU takes from the
+            configurations; the text encoder is then Stable Diffusion 2.1's.
     """
     vocabulary, merges = model_files.bpe_vocabulary(WORDS.split())
     prediction_type = "v_prediction" if kind == "v_prediction" else "epsilon"
     threads = 1 if architecture == "tiny" else torch.get_num_threads()
-    with _reproducible(seed, threads):
-        text = CLIPTextModel(model_files.text_config(architecture, vocabulary, MAX_TOKENS)).eval()
+    with _reproducible(seed, threads), contextlib.ExitStack() as stack:
+        text = model_files.text_config(architecture, vocabulary, MAX_TOKENS)
+        if not weights:
+            stack.enter_context(torch.device("meta"))
+            text.update({"num_hidden_layers": 23, "vocab_size": 49408})
+        text = CLIPTextModel(text).eval()
         models = {"text_encoder": text, "vae": model_files.make_vae(architecture)}
         _fit_vae(models["vae"])
         models["unet"] = model_files.make_unet(
@@ -224,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--controlnet", action="store_true", help="write OUT/controlnet too")
     add("--depth_estimator", action="store_true", help="write OUT/depth_estimator too")
     add("--architecture", choices=("tiny", "medium", "sd21"), default="tiny")
+    add("--no_weights", dest="weights", action="store_false",
+        help="write no tensors, for benchmark.py --simulate")  # fmt: skip
     add("--dtype", choices=("float32", "float16"), default="float32")
     options = vars(parser.parse_args(argv))
     setup_logging()

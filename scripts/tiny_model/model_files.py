@@ -120,6 +120,7 @@ def save_weights(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> No
     tensors = {
         prefix + name.removeprefix(prefix): tensor.to(dtype).contiguous()
         for name, tensor in model.state_dict().items()
+        if not tensor.is_meta
     }
     with atomic_file(folder / file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -18,6 +18,7 @@ from tokenflow.diffusion.ddim import CLEAN, NoiseSchedule, ddim_inversion_step, 
 from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.diffusion.models import load_stable_diffusion
 from tokenflow.diffusion.vae import decode_latents, encode_frames, psnr
+from tokenflow.ops.simulated_gpu import simulated_gpu
 from util import UserError, sha256_file
 
 CPU = torch.device("cpu")
@@ -112,6 +113,17 @@ def test_the_command_line_writes_every_part_in_half_precision(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
     return CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer")
+
+
+def test_a_model_without_weights_has_their_sizes(tmp_path):
+    make_model(tmp_path, architecture="sd21", controlnet=True, weights=False)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*")) < 1e6
+    with simulated_gpu(1 << 30) as gpu:
+        models = load_stable_diffusion(tmp_path, torch.device("cuda"), torch.float16)
+        parts = models.unet, models.vae, models.text_encoder
+        numbers = [sum(x.numel() for x in part.parameters()) for part in parts]
+        assert numbers == [865_910_724, 83_653_863, 340_387_840]
+        assert 2 * sum(numbers) < gpu.allocated < 2.001 * sum(numbers)
 
 
 def test_listed_words_are_single_tokens_and_other_text_is_spelled_out(tokenizer):

@@ -84,7 +84,12 @@ class Options(Model):
     data_path: str = Field(
         str(ROOT / "data" / "star.mp4"), description="a clip; too short, it plays back and forth"
     )
-    frames: int = Field(16, ge=1, description="frames of the clip to use")
+    frames: int = Field(
+        16,
+        ge=1,
+        json_schema_extra={"nargs": "+"},
+        description="frames of the clip to use; with --simulate any number of them",
+    )
     size: str = Field("256", description="pixels, as a number or HEIGHTxWIDTH")
     steps: int = Field(50, ge=1, description="sampling steps")
     technique: Literal["pnp", "sdedit"] = Field("pnp", description="technique of the edits")
@@ -138,20 +143,25 @@ class Bench:
     Args:
         overrides: key=value of the edit's config.
         more: further words of preprocess.py's command line.
+        weights: whether a random model that is written gets weights.
 
     Raises:
         UserError: naming the option that cannot be met.
     """
 
     def __init__(
-        self, options: Options, overrides: Sequence[str] = (), more: Sequence[str] = ()
+        self,
+        options: Options,
+        overrides: Sequence[str] = (),
+        more: Sequence[str] = (),
+        weights: bool = True,
     ) -> None:
         self.options, self.overrides, self.more = options, overrides, more
         self.work = Path(options.work)
         self.technique = load_technique(options.technique)
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device)
-        self.checkpoint = model_folder(options.model, self.work)
+        self.checkpoint = model_folder(options.model, self.work, weights)
         self.clip = clip_of(Path(options.data_path), options.frames, self.work)
         height, _, width = options.size.partition("x")
         self.height, self.width = height, width or height
@@ -271,15 +281,20 @@ def time_edit(name: str, session: EditSession, plan: EditPlan) -> tuple[Meter, T
 # What is run on
 
 
-def model_folder(name: str, work: Path) -> Path:
-    """The checkpoint of `--model`: a folder, one of the table, or a random one that is written."""
+def model_folder(name: str, work: Path, weights: bool = True) -> Path:
+    """The checkpoint of `--model`: a folder, one of the table, or a random one that is written.
+
+    Args:
+        weights: False: a random one has none, and a ControlNet in its folder.
+    """
     if name in RANDOM_MODELS:
-        folder = work / "models" / name
+        folder = work / "models" / (name if weights else f"{name}-without-weights")
         if not (folder / "model_index.json").is_file():
             log.info("writing %s to %s", name, folder)
             # In a process of its own, whose memory is not this one's.
             command = [sys.executable, "-m", "scripts.tiny_model.make_random", folder.resolve()]
-            subprocess.run([*command, *RANDOM_MODELS[name]], check=True, cwd=ROOT)
+            command += RANDOM_MODELS[name] + (() if weights else ("--no_weights", "--controlnet"))
+            subprocess.run(command, check=True, cwd=ROOT)
         return folder
     if name not in MODELS and not Path(name).is_dir():
         known = ", ".join([*RANDOM_MODELS, *MODELS])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from tokenflow.diffusion.inversion import InversionTimesteps, inversion_timestep
 from tokenflow.diffusion.model_names import MODELS, ControlSettings, control_settings
 from tokenflow.diffusion.models import resolve_device, resolve_dtype
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
-from tokenflow.ops.profiling import Stopwatch
+from tokenflow.ops.profiling import Stopwatch, free_disk
 from tokenflow.storage.video import (
     MAX_FPS,
     Clip,
@@ -73,7 +72,7 @@ def open_preprocess_inputs(
     Raises:
         UserError: naming what is missing or does not fit, and how to fix it.
     """
-    device = resolve_device(options.device, group)
+    device = resolve_device(options.device, group, must_exist=not options.estimate)
     dtype = resolve_dtype(options.dtype, device)
     watch = watch or Stopwatch(device)
     with watch("read"):
@@ -192,29 +191,36 @@ def _conditions(
     return control, None
 
 
+def needed_disk(inputs: PreprocessInputs, inverted: bool = False) -> dict[str, float]:
+    """The most bytes that will be written, by part: inversion and features.
+
+    Args:
+        inverted: whether all but the features exists.
+    """
+    manifest, unet, needed = inputs.manifest, load_unet_skeleton(inputs.checkpoint), {}
+    if not inverted:  # frames/ at most, depth, and latents of four channels; these in float32
+        depth = 4 * (manifest.depth_model is not None)
+        a_pixel = 3 + depth + 4 * 4 * (len(manifest.timesteps) + 1) / VAE_FACTOR**2
+        needed["inversion"] = manifest.n_frames * manifest.height * manifest.width * a_pixel
+    if inputs.features is not None:
+        grid = manifest.height // VAE_FACTOR, manifest.width // VAE_FACTOR
+        needed["features"] = feature_bytes(unet, grid, inputs.features)
+    return needed
+
+
 def check_disk(inputs: PreprocessInputs, inverted: bool) -> None:
     """Logs how large the cache will be; a UserError refuses to begin if the disk has no room.
 
     Args:
         inverted: whether all but the features exists.
     """
-    manifest, unet = inputs.manifest, load_unet_skeleton(inputs.checkpoint)
-    grid = manifest.height // VAE_FACTOR, manifest.width // VAE_FACTOR
-    needed = 0
-    if not inverted:  # frames/ at most, depth, and latents of four channels; these in float32
-        depth = 4 * (manifest.depth_model is not None)
-        a_pixel = 3 + depth + 4 * 4 * (len(manifest.timesteps) + 1) / VAE_FACTOR**2
-        needed = manifest.n_frames * manifest.height * manifest.width * a_pixel
-    fix_hint = "make room, or use --save_dir on another disk"
-    if inputs.features is not None:
-        features = feature_bytes(unet, grid, inputs.features)
-        log.info("source features: %.1f MB", features / 1e6)
-        needed += features
+    parts, fix_hint = needed_disk(inputs, inverted), "make room, or use --save_dir on another disk"
+    if "features" in parts:
+        log.info("source features: %.1f MB", parts["features"] / 1e6)
         fix_hint += ", or --no_cache_features"
     # What an interrupted run left is resumed, or makes room.
-    needed -= unfinished_bytes(inputs.folder) + unfinished_bytes(inputs.folder / FEATURES)
-    parents = (inputs.folder, *inputs.folder.absolute().parents)
-    free = shutil.disk_usage(next(place for place in parents if place.exists())).free
+    left = unfinished_bytes(inputs.folder) + unfinished_bytes(inputs.folder / FEATURES)
+    needed, free = sum(parts.values()) - left, free_disk(inputs.folder)
     if needed > free:
         megabytes = f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
         raise UserError(f"{inputs.folder}: {megabytes}; {fix_hint}")

@@ -201,6 +201,7 @@ class PreprocessOptions(PresetModel):
     verify: bool = Field(
         False, description="compare the checksums of all files of an existing cache"
     )
+    estimate: bool = Field(False, description="print the memory and disk that it needs, and stop")
 
     @classmethod
     def take_preset(cls, given: dict[str, Any]) -> dict[str, Any]:

@@ -114,10 +114,8 @@ def feature_bytes(
     if settings.correspondence == "nn":
         grids = [h * w for h, w, _ in sizes.values()]
         total += steps * n * sum(2 * cells * index_dtype(cells).itemsize for cells in grids)
-    convolution = dict(unet.named_modules()).get(FEATURE_LAYER)
-    if convolution is not None:
-        size = math.prod(_grid_at(unet, FEATURE_LAYER, grid)) * convolution.out_channels
-        total += settings.feature_steps * n * size * width
+    size = math.prod(injected_shape(unet, grid))
+    total += settings.feature_steps * n * size * width
     if settings.save_tokens == "all":
         total += steps * n * sum(h * w * c for h, w, c in sizes.values()) * width
     return total
@@ -134,6 +132,13 @@ def layer_sizes(
         )
         for layer in self_attention_layers(unet)
     }
+
+
+def injected_shape(unet: UNet2DConditionModel, grid: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of the features that PnP injects; (0, h, w) of a UNet without that layer."""
+    convolution = dict(unet.named_modules()).get(FEATURE_LAYER)
+    channels = 0 if convolution is None else convolution.out_channels
+    return channels, *_grid_at(unet, FEATURE_LAYER, grid)
 
 
 def _grid_at(unet: UNet2DConditionModel, module: str, grid: tuple[int, int]) -> tuple[int, int]:

@@ -246,10 +246,7 @@ def build_features(
             before = work.checkpoint.figures
             watch.add("features", before["seconds"])
         evaluated, done = denoiser.image_forwards, before["steps"]
-        with ExitStack() as stack:
-            stack.enter_context(tokenflow_patch(denoiser.models.unet, context))
-            for model in denoiser.networks:
-                stack.enter_context(chunked_forward(model, chunk_size, skip=(INJECTED_BLOCK,)))
+        with patched(denoiser, context, chunk_size):
             left, cost = range(done, len(steps), group.size), evaluations_of_a_step(settings)
             for first in progress.over(left, "features", cost, done / group.size):
                 with watch("features"):
@@ -267,6 +264,16 @@ def build_features(
                 group.barrier()  # nobody writes while the main process reads the folder
         if group.is_main:
             _write_manifest(work, identity)
+
+
+@contextmanager
+def patched(denoiser: Denoiser, context: TokenFlowContext, chunk_size: int) -> Iterator[None]:
+    """Patches the UNet for a source pass without an edit, of `chunk_size` frames at once."""
+    with ExitStack() as stack:
+        stack.enter_context(tokenflow_patch(denoiser.models.unet, context))
+        for model in denoiser.networks:
+            stack.enter_context(chunked_forward(model, chunk_size, skip=(INJECTED_BLOCK,)))
+        yield
 
 
 def evaluations_of_a_step(settings: FeatureSettings) -> int:

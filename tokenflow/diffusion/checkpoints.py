@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from tokenflow.diffusion.model_names import REVISIONS
 from tokenflow.diffusion.single_file import converted_folder, source_sha256
+from tokenflow.ops.simulated_gpu import is_simulated
 from util import MissingFileError, UserError
 
 # The names of a model's weights file, and of its pickled form.
@@ -203,7 +204,7 @@ def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **opt
     """Loads a diffusers or transformers model from its own folder; nothing in it is run as code.
 
     Pickled weights, where they are allowed, are read by these libraries with an unpickler that
-    makes tensors and plain values only.
+    makes tensors and plain values only. On a simulated GPU no weights are read.
 
     Args:
         cls: the model's class, which the folder's files do not choose.
@@ -214,6 +215,8 @@ def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **opt
         UserError: see `uses_safetensors`; or pickled weights hold anything but tensors.
     """
     safe = uses_safetensors(folder, allow_pickle)
+    if is_simulated():
+        return _without_weights(cls, folder, options.get("torch_dtype", torch.float32))
     if _reads_half(folder, options.get("torch_dtype") is torch.float16):
         options["variant"] = "fp16"
     try:
@@ -225,6 +228,17 @@ def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **opt
             f"{folder}: its pickled weights are damaged or hold more than tensors, and are not "
             f"read ({error})"[:400]
         ) from error
+
+
+def _without_weights(cls: type[Model], folder: Path, dtype: torch.dtype) -> Model:
+    """A model of a folder's config.json on the CPU, whose weights are never written or read."""
+    with torch.device("meta"):
+        if hasattr(cls, "config_class"):  # of transformers
+            model = cls(cls.config_class.from_pretrained(folder))
+        else:
+            model = cls.from_config(cls.load_config(folder))
+    # torch's `to`: diffusers' own warns of what `from_pretrained` would do.
+    return torch.nn.Module.to(model, dtype).to_empty(device="cpu")
 
 
 def check_controlnet_fits(checkpoint: Path, key: str, allow_pickle: bool = False) -> None:

@@ -76,11 +76,14 @@ class StableDiffusion:
         return self.unet.config.in_channels == self.vae.config.latent_channels + 1
 
 
-def resolve_device(name: str, group: ProcessGroup = SINGLE_PROCESS) -> torch.device:
+def resolve_device(
+    name: str, group: ProcessGroup = SINGLE_PROCESS, must_exist: bool = True
+) -> torch.device:
     """The torch device of a `device` option: auto, cpu, cuda, cuda:1, mps.
 
     Args:
         group: each of several processes takes the GPU of its local rank.
+        must_exist: False for an estimate of what would be needed.
 
     Raises:
         UserError: if torch knows no such device or this machine has none.
@@ -104,7 +107,7 @@ def resolve_device(name: str, group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
         }[device.type]
     except (RuntimeError, KeyError) as error:
         raise UserError(f"device: {name} is unknown, expected auto, cpu, cuda or cuda:N") from error
-    if (device.index or 0) >= found:
+    if (device.index or 0) >= found and must_exist:
         raise UserError(
             f"device: {name} was asked for, but torch sees {found} {device.type.upper()} devices "
             "on this machine; use --device cpu, or install a build of torch for it"

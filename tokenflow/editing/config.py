@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from tokenflow.cache.options import Dtype, Numbers, SdVersion, Texts
 from tokenflow.diffusion.model_names import TEMPORAL_DECODER, TINY_TEMPORAL_DECODER
@@ -23,13 +23,23 @@ from tokenflow.storage.schema import (
 )
 from tokenflow.storage.video import MAX_FPS
 from tokenflow.storage.yaml_files import MAX_CONFIG_BYTES, load_yaml
-from util import ArgumentParser, UserError
+from util import ArgumentParser, UserError, shown
 
 ROOT = Path(__file__).parents[2]
 # Backends that need nothing from the hub at run time.
 CPU_BACKENDS = ("native", "_native_math")
 CUDA_BACKENDS = ("xformers", "flash", "sage", "flex", "_native_flash", "_native_efficient")
 CUDA_BACKENDS += ("_native_cudnn",)
+
+
+def _chunk_size(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
+    if not whole and value not in ("auto", None):
+        raise ValueError(f"expected auto, a whole number from 1 or null, got {shown(value)}")
+    return value
+
+
+ChunkSize = Annotated[Literal["auto"] | int | None, PlainValidator(_chunk_size)]
 
 
 class EditConfig(PresetModel):
@@ -145,6 +155,11 @@ class EditConfig(PresetModel):
     checkpoint_every: int = Field(
         5, ge=1, description="save a checkpoint after every so many steps, to resume from"
     )
+    estimate: bool | None = Field(
+        None,
+        description="true: print the memory and the disk that the edit needs, and stop; null: log "
+        "the memory on CUDA before the models are loaded, which takes seconds; false: do not",
+    )
     verify: bool = Field(
         False,
         description="compare the checksums of all files of the cache and of a finished result "
@@ -187,10 +202,11 @@ class EditConfig(PresetModel):
     )
     # TokenFlow
     keyframe_interval: Count = Field(8, description="frames per keyframe")
-    chunk_size: CountOrNull = Field(
+    chunk_size: ChunkSize = Field(
         None,
         description="frames evaluated at once: lower it if memory runs out; changes no result; "
-        "null: keyframe_interval",
+        "null: keyframe_interval; auto: as many as the GPU's free memory holds, at most 32 (on the "
+        "CPU 8)",
     )
     source_features: Literal["auto", "save", "live"] = Field(
         "auto",

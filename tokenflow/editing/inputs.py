@@ -110,7 +110,7 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
     Raises:
         UserError: naming what is missing or does not fit, and the command that fixes it.
     """
-    device = resolve_device(config.device, group)
+    device = resolve_device(config.device, group, must_exist=not config.estimate)
     if config.compile and group.size > 1:
         raise UserError(
             f"compile: true, but {group.size} processes exchange tokens inside of the UNet, which "

@@ -34,7 +34,7 @@ from tokenflow.cache.source_pass import (
 )
 from tokenflow.diffusion.ddim import CLEAN
 from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
-from tokenflow.diffusion.memory import chunked_forward
+from tokenflow.diffusion.memory import MOST_VAE, chunked_forward
 from tokenflow.diffusion.models import Loader, load_stable_diffusion
 from tokenflow.diffusion.optical_flow import flow_model
 from tokenflow.diffusion.samplers import SAMPLERS, DDIMSampler
@@ -109,7 +109,8 @@ class EditSession:
         self.source_features = "live"
         self.preview: Callable[[int, Tensor], None] | None = None
         self.watch = watch or Stopwatch(inputs.device)
-        self.chunk_size = self.config.chunk_size or self.config.keyframe_interval
+        chunk_size, interval = self.config.chunk_size, self.config.keyframe_interval
+        self.chunk_size = interval if chunk_size in (None, "auto") else chunk_size
         reset_peak_memory(inputs.device)
         self._load = load or load_stable_diffusion
         with self.watch("load"):
@@ -262,7 +263,7 @@ class EditSession:
     def decode(self, latents: Tensor) -> np.ndarray:
         """The (n, H, W, 3) uint8 frames of clean latents (n, 4, h, w), deflickered if asked for."""
         models, group, key = self.models, self.group, self.config.temporal_decoder
-        decode = partial(decode_latents, models, latents, self.chunk_size, group)
+        decode = partial(decode_latents, models, latents, min(self.chunk_size, MOST_VAE), group)
         if key is not None:
             with self.watch("load"):
                 decoder = load_temporal_decoder(models, key)
@@ -347,17 +348,7 @@ class EditSession:
             return stack.enter_context(closing(source))
         if self.config.consistency == "tokenflow":
             log.info("source features: computed live (%s)", reason)
-        manifest, models = self.cache.manifest, self.models
-        if self.inputs.source_adapters != self.inputs.adapters:
-            with self.watch("load"):
-                models = self.inputs.load_models(self._load, self.inputs.source_adapters)
-            stack.enter_context(
-                tokenflow_patch(models.unet, context, self.config.attention_backend)
-            )
-        denoiser = make_denoiser(
-            models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
-        )
-        live = LiveSource(denoiser, context, self.latents)
+        live = self._live_source(stack, context)
         if saves and needed is not None:
             if len(steps) < self.config.n_timesteps:
                 log.warning("source_features: save: nothing is saved of a part of the steps")
@@ -368,6 +359,19 @@ class EditSession:
             )
             return stack.enter_context(recorded)
         return live
+
+    def _live_source(self, stack: ExitStack, context: TokenFlowContext) -> LiveSource:
+        manifest, models = self.cache.manifest, self.models
+        if self.inputs.source_adapters != self.inputs.adapters:
+            with self.watch("load"):
+                models = self.inputs.load_models(self._load, self.inputs.source_adapters)
+            stack.enter_context(
+                tokenflow_patch(models.unet, context, self.config.attention_backend)
+            )
+        denoiser = make_denoiser(
+            models, self.frames, manifest.inversion_prompt, manifest.control, self.depth
+        )
+        return LiveSource(denoiser, context, self.latents)
 
     def _needed_features(self, steps: Sequence[Step]) -> tuple[FeatureSettings | None, str]:
         """The features that serve this edit; None if no cached ones do, and why not."""

@@ -47,7 +47,7 @@ PLACES = ("output_path", "latents_path", "data_path")
 FIND_THE_CACHE = ("n_inversion_steps", "frame_start", "frame_stride")
 CHANGES_NO_RESULT = (
     "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
-    "preview_every", "preview_vae",
+    "preview_every", "preview_vae", "estimate",
 )  # fmt: skip
 # Keys of which only the files' contents count, by `adapters` and the cache's identity.
 BY_CONTENT = ("architecture_key", "lora", "lora_scale", "lora_for", "embeddings")

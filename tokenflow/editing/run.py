@@ -24,6 +24,7 @@ from tokenflow.editing.results import (
     result_folder,
     result_settings,
 )
+from tokenflow.editing.simulation import fitted
 from tokenflow.editing.techniques import Technique
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.ops.profiling import Stopwatch, device_name, peak_memory_bytes, versions
@@ -70,6 +71,7 @@ def edit(
     with open_result(technique.name, inputs, overwrite) as (folder, work):
         if work is not None:
             log.info("%s", _plan(technique, inputs))
+            inputs = fitted(technique, inputs)
             session = EditSession(inputs, watch=watch, load=load, work=work)
             with session.watch("edit"):  # warped noise takes a while
                 plan = technique.plan(session)

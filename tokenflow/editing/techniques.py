@@ -60,14 +60,14 @@ class Technique:
     # is also told whether the cache holds depth.
     check: Callable[[EditConfig, Path, bool], None] = lambda config, checkpoint, has_depth: None
 
-    def main(self, argv: Sequence[str] | None = None) -> Path:
+    def main(self, argv: Sequence[str] | None = None) -> Path | None:
         """Runs the technique's script: reads its command line, edits, prints the results' folders.
 
         Args:
             argv: the command line without the program's name; None for sys.argv's.
 
         Returns:
-            the result's folder; of several prompts, the last one's.
+            the result's folder; of several prompts, the last one's; None with `estimate: true`.
         """
         configs = overwrite = None
         if "WORLD_SIZE" not in os.environ:  # several processes tell a mistake together, below
@@ -81,6 +81,13 @@ class Technique:
                 setup_logging(quiet=not group.is_main)
                 with group.raise_together():
                     configs, overwrite = read_configs(self.config, argv, self.name, self.about)
+            if configs[0].estimate:
+                from tokenflow.editing.simulation import estimate
+
+                needed = estimate(self, configs[0], group)
+                if group.is_main:
+                    print(needed)
+                return None
             load = kept_models() if len(configs) > 1 else None
             for config in configs:
                 folder = self.edit(config, overwrite, load=load, group=group)

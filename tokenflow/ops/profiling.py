@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,6 +60,39 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still allocate; None for a GPU that is not there."""
+    if device.type != "cuda":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def memory_text(peaks: Mapping[str, int], device: torch.device) -> str:
+    """What stages need at most: "about 5.4 GB on the GPU (edit 3.7 GB, ...); 78.0 GB are free"."""
+    free = free_memory(device)
+    where = "on the GPU" if device.type == "cuda" else "of main memory, beside the program's own"
+    stages = ", ".join(f"{stage} {_size(peak)}" for stage, peak in peaks.items())
+    left = "there is no GPU here" if free is None else f"{_size(free)} are free"
+    return f"about {_size(max(peaks.values()))} {where} ({stages}); {left}"
+
+
+def disk_text(needed: float, folder: Path) -> str:
+    """The same for the disk that a folder is or will be on."""
+    return f"at most {_size(needed)} in {folder}; {_size(free_disk(folder))} are free"
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is or will be made."""
+    parents = (folder, *folder.absolute().parents)
+    return shutil.disk_usage(next(place for place in parents if place.exists())).free
 
 
 def device_name(device: torch.device) -> str:

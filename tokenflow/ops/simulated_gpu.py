@@ -35,17 +35,23 @@ class SimulatedGPU(TorchDispatchMode):
     """Runs the operators of fake tensors, and counts their bytes; `simulated_gpu` enters it.
 
     Attributes:
-        allocated, peak: bytes; the peak since `reset_peak`. They may exceed any GPU's memory.
+        allocated, peak, highest: bytes now, and the most since `reset_peak` and `next_stage`. They
+            may exceed any GPU's memory.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocated = self.peak = 0
+        self.allocated = self.peak = self.highest = 0
         self.fake = FakeTensorMode()
         self._storages: dict[int, weakref.ref] = {}
 
     def reset_peak(self) -> None:
         self.peak = self.allocated
+
+    def next_stage(self) -> int:
+        """The most bytes since the last call."""
+        highest, self.highest = self.highest, self.allocated
+        return highest
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -94,6 +100,7 @@ class SimulatedGPU(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, freed)
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
+        self.highest = max(self.highest, self.allocated)
 
 
 class _Functions(TorchFunctionMode):
@@ -117,6 +124,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Ten
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, mask, False, is_causal=causal
     )[0]
+
+
+def is_simulated() -> bool:
+    """Whether a GPU is simulated now."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 @contextmanager

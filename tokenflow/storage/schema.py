@@ -36,6 +36,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -257,6 +258,12 @@ def expected(annotation: Any) -> str:
     """What a value should be, in words: "a number or null", "one of nn, flow"."""
     choices = choices_of(annotation)
     kind = plain_type(annotation)
+    if typing.get_origin(kind) in (typing.Union, UnionType):  # "auto, a whole number or null"
+        parts = [part for part in typing.get_args(kind) if part is not type(None)]
+        texts = [*map(expected, parts), *(["null"] if _optional(kind) else [])]
+        return f"{', '.join(texts[:-1])} or {texts[-1]}" if all(texts) else ""
+    if len(choices) == 1:
+        return str(choices[0])
     text = f"one of {', '.join(map(str, choices))}" if choices else _KIND_NAMES.get(kind, "")
     return f"{text} or null" if text and _optional(annotation) else text
 
