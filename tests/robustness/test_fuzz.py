@@ -271,7 +271,7 @@ def plausible(technique):
             bool: st.sampled_from(("true", "false")),
             str: st.one_of(HOSTILE, st.text(max_size=200)),
         }
-        return kinds[plain_type(field.annotation)]
+        return kinds.get(plain_type(field.annotation), kinds[str])  # of lists and chunk_size
 
     fields = CONFIGS[technique].model_fields.items()
     pairs = [st.tuples(st.just(name), value(field)).map("=".join) for name, field in fields]

@@ -15,6 +15,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from tokenflow.diffusion.model_names import REVISIONS
 from tokenflow.diffusion.single_file import converted_folder, source_sha256
@@ -233,10 +234,12 @@ def load_model(cls: type[Model], folder: Path, allow_pickle: bool = False, **opt
 def _without_weights(cls: type[Model], folder: Path, dtype: torch.dtype) -> Model:
     """A model of a folder's config.json on the CPU, whose weights are never written or read."""
     with torch.device("meta"):
-        if hasattr(cls, "config_class"):  # of transformers
-            model = cls(cls.config_class.from_pretrained(folder))
-        else:
+        if hasattr(cls, "load_config"):  # of diffusers
             model = cls.from_config(cls.load_config(folder))
+        elif hasattr(cls, "config_class"):  # of transformers
+            model = cls(cls.config_class.from_pretrained(folder))
+        else:  # one of its classes that choose another by the configuration
+            model = cls.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     # torch's `to`: diffusers' own warns of what `from_pretrained` would do.
     return torch.nn.Module.to(model, dtype).to_empty(device="cpu")
 
