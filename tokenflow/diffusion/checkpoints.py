@@ -82,7 +82,7 @@ def checkpoint_folder(
     """
     path = Path(os.path.expanduser(key))
     wanted = PIPELINE_FILES | (DEPTH_FILES if depth_model == OWN_DEPTH else {})
-    if architecture_key is None or not path.is_file():
+    if architecture_key is None or not os.path.isfile(path):
         return _pipeline_folder(key, "model_key", wanted, allow_pickle, half)
     files = {
         part: tuple(name for name in names if name not in WEIGHTS)
@@ -157,14 +157,14 @@ def weights_file(key: str, option: str, name: str) -> Path:
     """
     path = Path(os.path.expanduser(key))
     is_file = path.suffix in (".safetensors", *PICKLED)  # owner/name/file, or of a local folder
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / name
-    elif not path.exists() and key[:1] not in "/.~" and key.count("/") > is_file:
+    elif not os.path.exists(path) and key[:1] not in "/.~" and key.count("/") > is_file:
         repository, named = _split_hub_key(key)
         path = _download(repository, option, [named or name]) / (named or name)
     if path.suffix != ".safetensors":
         raise UserError(f"{option}: {path}: expected a .safetensors file (pickles are not read)")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MissingFileError(f"{option}: {path}: no such file")
     _check_header(path)
     return path
