@@ -321,7 +321,7 @@ def _jobs(edits: Sequence[_Edit]) -> Iterator[Job]:
         config = edit.config
         checkpoint = _model_key(config), config.dtype
         cache = edit.clip, config.sd_version, config.n_inversion_steps, config.n_frames
-        cache += config.frame_start, config.frame_stride
+        cache += config.frame_start, config.frame_stride, json.dumps(_adapters(config))
         caches.setdefault(checkpoint, {}).setdefault(cache, []).append(edit)
     for of_checkpoint in caches.values():
         for group in of_checkpoint.values():
@@ -334,7 +334,16 @@ def _jobs(edits: Sequence[_Edit]) -> Iterator[Job]:
             inversion = Job(group[0].clip, None, options)
             yield inversion
             for edit in group:
-                yield Job(edit.clip, edit.variant, edit.config.model_dump() | place, inversion.key)
+                keys = edit.config.model_dump() | place
+                if edit.config.lora_for == "both":
+                    keys |= {key: keys[key] or [] for key in ("lora", "embeddings")}
+                yield Job(edit.clip, edit.variant, keys, inversion.key)
+
+
+def _adapters(config: EditConfig) -> dict[str, Any]:
+    """The LoRAs and embeddings of an edit's inversion: none where the list names none."""
+    both = config.lora_for == "both"
+    return {key: getattr(config, key) if both else None for key in ADAPTER_OPTIONS}
 
 
 def _model_key(config: EditConfig) -> str:
@@ -354,8 +363,7 @@ def _cache_options(edits: Sequence[_Edit]) -> dict[str, Any]:
             keys = keys | {key: key for key in (*CONTROL_OPTIONS, "depth_model")}
         for option, key in keys.items():
             value = getattr(edit.config, key, None)
-            if option in ADAPTER_OPTIONS and edit.config.lora_for == "edit":
-                value = None
+            value = _adapters(edit.config).get(key, value)
             if value is None:
                 continue
             if option in LARGEST:

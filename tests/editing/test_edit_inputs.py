@@ -134,7 +134,7 @@ def test_a_bad_value_is_refused(place, keys, change, message):
 def test_a_bad_mask_is_refused(place, keys, mask, message):
     (place / "few").mkdir()
     for i in range(4):
-        Image.new("L", (8, 4)).save(place / "few" / f"{i}.png")
+        Image.new("L", (10, 6)).save(place / "few" / f"{i}.png")
     (place / "broken.png").write_bytes(b"no picture")
     refused(place, message, {**keys, "mask": mask})
 

@@ -38,6 +38,10 @@ def test_fast_work_is_told_less_often(clock, caplog):
     assert not caplog.messages
 
 
+def test_a_process_may_have_nothing_to_do(clock):
+    list(Progress(0).over(range(10), "invert", cost=0))
+
+
 def test_a_terminal_gets_one_bar(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     terminal = io.StringIO()

@@ -183,7 +183,7 @@ def _plan(inputs: PreprocessInputs, inverted: bool) -> str:
     last, seconds = options.frame_start + (n - 1) * stride, float(n / clip.fps)
     every = "" if stride == 1 else f" with stride {stride}"
     of_all = f"{seconds:.3g} s of {float(clip.n_source / stride / clip.fps):.3g} s"
-    more = "; --n_frames for more" if n == options.n_frames < clip.n_source else ""
+    more = "; --n_frames for more" if last + stride < clip.n_source else ""
     fitted = {"crop": "cropped to", "stretch": "resized to"}[options.fit]
     stages = {} if inverted else {"inversion": manifest.steps}
     if not inverted and manifest.reconstruction != "none":

@@ -280,7 +280,9 @@ def edit_keys(options: PreprocessOptions) -> dict[str, object]:
     if options.save_dir == default("save_dir"):
         del keys["latents_path"]
     keys["n_inversion_steps"] = options.steps
-    for name in (*(FEATURE_OPTIONS if options.cache_features else ()), *FRAME_RANGE):
+    names = (*FRAME_RANGE, "n_frames", "sd_version", "model_key", "architecture_key")
+    names += ADAPTER_OPTIONS + (FEATURE_OPTIONS if options.cache_features else ())
+    for name in names:
         if getattr(options, name) != default(name) and (name, getattr(options, name)) not in best:
             keys[name] = getattr(options, name)
     return keys

@@ -169,7 +169,9 @@ def add_adapters(
     for embedding in adapters.embeddings:
         vectors = _vectors(embedding.path)[1]
         names = [embedding.token, *(f"{embedding.token}_{i}" for i in range(1, len(vectors)))]
-        tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+        single = embedding.token[0].isalnum()  # a plain word is not found within others
+        added = [AddedToken(name, normalized=False, single_word=single) for name in names]
+        tokenizer.add_tokens(added)
         text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         table = text_encoder.get_input_embeddings().weight
         table[tokenizer.convert_tokens_to_ids(names)] = vectors.to(table)

@@ -82,6 +82,13 @@ def checkpoint_folder(
     """
     path = Path(os.path.expanduser(key))
     wanted = PIPELINE_FILES | (DEPTH_FILES if depth_model == OWN_DEPTH else {})
+    if path.suffix == ".safetensors" and not os.path.exists(path):
+        raise MissingFileError(f"model_key: {key}: no such file")
+    if os.path.isfile(path) and path.suffix != ".safetensors":
+        raise MissingFileError(
+            f"model_key: {path}: a file, expected a folder in diffusers' format, or one "
+            ".safetensors file (pickled ones can run code when they are read: convert it)"
+        )
     if architecture_key is None or not os.path.isfile(path):
         return _pipeline_folder(key, "model_key", wanted, allow_pickle, half)
     files = {
@@ -369,7 +376,7 @@ def _spelled(option: str) -> str:
     """An option with where it is given."""
     if option in ("clip_model", "dino_model"):  # evaluate.py's
         return f"--{option}"
-    flag = "" if option == "decoder_key" else f"--{option} of preprocess.py, "
+    flag = "" if option in ("decoder_key", "preview_vae") else f"--{option} of preprocess.py, "
     return f"{flag}{option} in a config"
 
 

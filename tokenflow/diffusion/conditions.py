@@ -17,7 +17,7 @@ from tokenflow.diffusion.checkpoints import depth_estimator_folders, for_inferen
 from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.diffusion.models import StableDiffusion
 
-METRIC_DEPTH = ("depth_pro", "glpn", "zoedepth")  # kinds of models that predict depth in metres
+METRIC_DEPTH = ("glpn", "zoedepth")  # kinds of models that predict depth in metres
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def estimate_depth(
     processor = (DPTImageProcessor if is_dpt else AutoImageProcessor).from_pretrained(
         processor_folder, trust_remote_code=False
     )
+    if model.config.model_type == "zoedepth":
+        processor.do_pad = False  # the prediction would be of the padded frame
     depth = []
     for start in range(0, len(frames), batch_size):
         inputs = processor(images=list(frames[start : start + batch_size]), return_tensors="pt")

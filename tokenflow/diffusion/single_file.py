@@ -26,7 +26,7 @@ from transformers import CLIPTextModel
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.work_dir import locked, resumable_dir
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
-from util import MissingFileError, UserError, check_writable, save_tensors, sha256_file
+from util import UserError, check_writable, save_tensors, sha256_file
 
 log = logging.getLogger("tokenflow")
 
@@ -120,11 +120,6 @@ def _is_current(folder: Path, path: Path) -> bool:
 
 def _check(path: Path, configs: Path, config_key: str) -> torch.dtype:
     """Refuses a file that cannot be converted; returns its UNet's dtype."""
-    if path.suffix != ".safetensors":
-        raise MissingFileError(
-            f"model_key: {path}: a file, expected a folder in diffusers' format, or one "
-            ".safetensors file (pickled ones can run code when they are read: convert it)"
-        )
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

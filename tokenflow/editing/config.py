@@ -356,9 +356,16 @@ def read_configs(
         text = f"{cls.model_fields[key].description}; the same as --set {key}={value}"
         add(f"--{key}", help=text, **options)
     add("--overwrite", action="store_true", help="replace a finished result")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].removeprefix("--").partition("=")[0]
+        hint = f"; use --set {key}=..." if key in cls.model_fields else ""
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     overrides = [f"{key}={getattr(args, key)}" for key in flags if getattr(args, key)]
-    prompts = [text for text in args.set if text.partition("=")[0].strip() == "prompt"]
+    said = [text.partition("=")[0].strip() for text in args.set]
+    prompts = [text for text, key in zip(args.set, said, strict=True) if key == "prompt"]
+    if args.config == ROOT / default and "data_path" in said and not prompts:
+        raise UserError('prompt: is missing: say what the edited video shows by --set prompt="..."')
     overrides += [text for text in args.set if text not in prompts]
     read = partial(load_config, cls, args.config)
     if prompts:

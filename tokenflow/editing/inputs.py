@@ -49,6 +49,7 @@ from tokenflow.diffusion.optical_flow import (
 )
 from tokenflow.diffusion.temporal_decoder import check_decoder_fits
 from tokenflow.editing.config import CUDA_BACKENDS, EditConfig
+from tokenflow.editing.preview import check_preview_vae
 from tokenflow.ops.distributed import SINGLE_PROCESS, ProcessGroup
 from tokenflow.storage.images import check_proportions, find_masks, read_masks
 from tokenflow.storage.schema import parse
@@ -132,6 +133,8 @@ def open_edit_inputs(config: EditConfig, group: ProcessGroup = SINGLE_PROCESS) -
         check_controlnet_fits(checkpoint, manifest.control.key, config.allow_pickle)
     if config.temporal_decoder is not None:
         check_decoder_fits(checkpoint, config.temporal_decoder, config.allow_pickle)
+    if config.preview_every is not None and config.preview_vae is not None:
+        check_preview_vae(config.preview_vae, config.allow_pickle)
     timesteps = NoiseSchedule.of_checkpoint(checkpoint).timesteps(config.n_timesteps)
     if not set(timesteps) <= set(manifest.timesteps):
         raise UserError(

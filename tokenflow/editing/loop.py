@@ -42,12 +42,7 @@ from tokenflow.diffusion.temporal_decoder import decode_temporally, load_tempora
 from tokenflow.diffusion.vae import decode_latents
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.deflicker import deflicker
-from tokenflow.editing.flow_field import (
-    ClipFlow,
-    FlowSource,
-    smooth_along_flow,
-    warped_noise,
-)
+from tokenflow.editing.flow_field import ClipFlow, FlowSource, smooth_along_flow, warped_noise
 from tokenflow.editing.inputs import EditInputs, features_remedy
 from tokenflow.editing.keyframe_windows import WindowedAttention, keyframe_windows
 from tokenflow.editing.masks import composite, edited_cells
@@ -203,6 +198,9 @@ class EditSession:
                     x = self._advance(sampler, x, eps, i, smooth=i < smooth_steps)
                     if isinstance(features, FeatureRecorder):
                         features.save_step(i)
+                if self.preview is not None:
+                    with self.watch("preview"):
+                        self.preview(i, self._expected)
                 if (i + 1) % config.checkpoint_every == 0 or i + 1 == len(steps):
                     evaluated = sum(each.image_forwards for each in denoisers)
                     self.image_forwards = before + sum(self.group.all_gather(evaluated))
@@ -239,7 +237,7 @@ class EditSession:
             clean = smooth_along_flow(schedule.predict_clean(x, eps, t), self.flow)
             eps = schedule.predict_noise(x, clean, t)
         if self.preview is not None:
-            self.preview(i, schedule.predict_clean(x, eps, t))
+            self._expected = schedule.predict_clean(x, eps, t)
         x = sampler.step(x, eps, i)
         if self.inputs.masks is not None:  # outside, the source's latents at that timestep
             t = sampler.levels[i + 1]

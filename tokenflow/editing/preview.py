@@ -11,9 +11,18 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
+from tokenflow.diffusion.checkpoints import single_model_folder
 from tokenflow.diffusion.models import StableDiffusion
 from tokenflow.diffusion.vae import decode_latents, to_frames
-from util import atomic_file
+from util import UserError, atomic_file
+
+
+def check_preview_vae(key: str, allow_pickle: bool) -> None:
+    """Refuses what is no AutoencoderTiny, by a UserError; see `single_model_folder` for others."""
+    config = AutoencoderTiny.load_config(single_model_folder(key, "preview_vae", allow_pickle))
+    if config.get("_class_name") != AutoencoderTiny.__name__:
+        kind = config.get("_class_name")
+        raise UserError(f"preview_vae: {key}: holds a model of the kind {kind}, no AutoencoderTiny")
 
 
 @dataclass(frozen=True)

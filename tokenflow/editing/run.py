@@ -77,7 +77,7 @@ def edit(
                 plan = technique.plan(session)
             every, picture = config.preview_every, folder.with_name(f"{folder.name}-preview.png")
             if every is not None and group.is_main:
-                log.info("previews: %s, every %d steps", picture, every)
+                log.info("previews until it ends: %s (every %d. step)", picture, every)
                 session.preview = Preview(picture, every, session.models, config.preview_vae)
             latents = session.edit_latents(plan)
             frames = session.composite(session.decode(latents))
@@ -181,7 +181,8 @@ def save_result(technique: str, session: EditSession, frames: np.ndarray, latent
 
 def _audio(session: EditSession, n_frames: int, fps: Fraction) -> Path | None:
     """The cache's sound; None if there is none, or it is not wanted or not in step."""
-    audio, seconds = session.cache.audio(), n_frames / session.cache.fps
+    audio = session.cache.audio()
     if audio is None or not session.config.audio:
         return None
+    seconds = n_frames / session.cache.fps
     return audio if in_step("fps", n_frames, fps, Fraction(0), seconds) else None

@@ -86,7 +86,7 @@ class Progress:
 
     def _tell(self, stage: str) -> float:
         """Tells the listener the share of the work that is done, and returns it."""
-        share = min(self._done / self.total, 1.0)
+        share = min(self._done / self.total, 1.0) if self.total else 1.0
         if self._listener:
             self._listener(stage, share)
         return share
@@ -98,7 +98,7 @@ class Progress:
         if not (self.shown and self._bar.disable) or now - self._told < LEAST_SECONDS:
             return
         tenths = int(10 * share + 1e-6)
-        if tenths > self._tenths:
+        if tenths > self._tenths and self._new:
             self._told, self._tenths = now, tenths
             left = (1 - share) * self.total / self._new * (now - self._begun)
             log.info("%s: %.0f %% done, about %s left", stage, 100 * share, duration(left))
