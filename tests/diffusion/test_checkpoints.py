@@ -158,7 +158,7 @@ def test_pickles_of_other_formats_are_refused_in_any_case(model, name):
 @pytest.mark.parametrize("name", ["v1-5.ckpt", "v1-5.safetensors"])
 def test_a_single_file_is_no_checkpoint(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(MissingFileError, match=rf"{name}: a file, but --model_key .* convert it"):
+    with pytest.raises(MissingFileError, match=rf"{name}: a file, .*convert it"):
         checkpoint_folder(str(tmp_path / name), allow_pickle=True)
 
 
