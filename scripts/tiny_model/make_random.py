@@ -74,11 +74,13 @@ def make_model(
             text.update({"num_hidden_layers": 23, "vocab_size": 49408})
         text = CLIPTextModel(text).eval()
         models = {"text_encoder": text, "vae": model_files.make_vae(architecture)}
-        _fit_vae(models["vae"])
+        if weights:
+            _fit_vae(models["vae"])
         models["unet"] = model_files.make_unet(
             architecture, in_channels=5 if kind == "depth" else 4
         )
-        _calibrate(models["unet"], predicts_noise=prediction_type == "epsilon")
+        if weights:
+            _calibrate(models["unet"], predicts_noise=prediction_type == "epsilon")
         if controlnet:
             models["controlnet"] = _controlnet(architecture, models["unet"])
     for name, model in models.items():
