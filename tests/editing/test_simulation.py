@@ -46,7 +46,11 @@ def clip(tiny_model, tmp_path_factory):
     ("script", "changes"),
     [
         (run_tokenflow_pnp, {"correspondence": "hybrid", "source_features": "live"}),
-        (run_tokenflow_controlnet, {"chunk_size": 1, "guidance_scale": 1}),
+        pytest.param(
+            run_tokenflow_controlnet,
+            {"chunk_size": 1, "guidance_scale": 1},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_edit_needs_what_was_estimated(clip, tiny_model, script, changes):

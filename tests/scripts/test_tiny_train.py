@@ -17,6 +17,8 @@ from tokenflow.diffusion.denoiser import encode_prompts
 from tokenflow.diffusion.models import load_stable_diffusion
 from util import UserError, load_tensors, save_tensors
 
+pytestmark = pytest.mark.slow  # it trains every part for some steps
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
