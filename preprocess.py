@@ -8,13 +8,14 @@ From Python: preprocess(parse_args(["--data_path", "clip.mp4"])) returns the cac
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenflow.cache.options import PreprocessOptions, edit_command, parse_args
-from util import command_line, setup_logging
+from tokenflow.ops.launch import started
+from util import command_line
 
 if TYPE_CHECKING:
     from tokenflow.diffusion.models import Loader
@@ -24,17 +25,7 @@ log = logging.getLogger("tokenflow")
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
     """Runs the script; returns the cache's folder, or None with --estimate."""
-    options = None
-    if "WORLD_SIZE" not in os.environ:  # several processes tell a mistake together, below
-        setup_logging()
-        options = parse_args(argv)
-    from tokenflow.ops.distributed import start_process_group  # slow to import
-
-    with start_process_group() as group:
-        if options is None:
-            setup_logging(quiet=not group.is_main)
-            with group.raise_together():
-                options = parse_args(argv)
+    with started(partial(parse_args, argv)) as (group, options):
         if options.estimate:
             from tokenflow.cache.simulation import estimate
 

@@ -111,9 +111,9 @@ def edit(form: Form) -> tuple[str, str]:
     inversion, edits, _ = (words[2:] for words in form.commands())
     technique = load_technique(form.technique)
     configs, overwrite = read_configs(technique.config, edits, technique.name, technique.about)
-    from tokenflow.editing.run import kept_models  # slow to import
+    from tokenflow.diffusion.models import KeptModels  # slow to import
 
-    load = kept_models()
+    load = KeptModels()
     preprocess(parse_args(inversion), load)
     folders = [str(technique.edit(config, overwrite, load)) for config in configs]
     report.main(form.commands()[2][2:])

@@ -29,7 +29,7 @@ import torch
 from preprocess import preprocess
 from scripts.batch.clip_list import Job
 from tokenflow.cache.options import PreprocessOptions
-from tokenflow.diffusion.models import StableDiffusion, load_stable_diffusion
+from tokenflow.diffusion.models import KeptModels
 from tokenflow.ops.progress import duration
 from util import Interrupted, UserError, setup_logging
 
@@ -53,31 +53,6 @@ class Outcome:
 
 
 # ------------------------------------------------------------------------------ in a Ray process
-
-
-class KeptModels:
-    """Loads checkpoints as `load_stable_diffusion` does, and keeps the last one in memory.
-
-    Attributes:
-        calls: how often models were asked for; a job that finds its result asks for none.
-    """
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self._kept: dict[tuple, StableDiffusion] = {}
-
-    def __call__(self, folder: Path, *settings: Any) -> StableDiffusion:
-        self.calls += 1
-        key = folder.resolve(), *settings
-        if key not in self._kept:
-            self.forget()  # never two checkpoints in memory
-            self._kept[key] = load_stable_diffusion(folder, *settings)
-        return self._kept[key]
-
-    def forget(self) -> None:
-        """Drops the models and frees their memory."""
-        self._kept.clear()
-        torch.cuda.empty_cache()
 
 
 class Worker:

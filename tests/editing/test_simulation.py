@@ -85,6 +85,15 @@ def test_estimates_load_no_model(clip, tiny_model, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "caches").exists()
 
 
+def test_the_depth_estimator_is_in_the_estimate(
+    clip, tiny_model, tiny_depth_model, tmp_path, capsys
+):
+    options = {"n_frames": N_FRAMES, "device": "cuda", "estimate": "", "sd_version": "depth"}
+    options["depth_model"] = tiny_model / "depth_estimator"
+    assert preprocess.main(preprocess_words(clip, tmp_path, tiny_depth_model, **options)) is None
+    assert "(depth " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("free", "expected"), [(10**9, 8), (130, 8), (110, 4), (55, 2), (1, 1)])
 def test_a_chunk_size_is_chosen_by_the_free_memory(monkeypatch, caplog, free, expected):
     """A chunk of m frames needs 10 + 10 m bytes; 80 % may be taken; there are 5 frames."""

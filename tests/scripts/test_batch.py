@@ -16,8 +16,9 @@ import torch
 
 from scripts.batch import batch, engine
 from scripts.batch.clip_list import VARIANTS, Job, Variant
-from scripts.batch.engine import FAILED, FOUND, MADE, KeptModels, Outcome
+from scripts.batch.engine import FAILED, FOUND, MADE, Outcome
 from tests.helpers import contents, make_clip, write_list
+from tokenflow.diffusion import models
 from tokenflow.storage.yaml_files import load_yaml
 from util import Interrupted, UserError
 
@@ -217,9 +218,9 @@ def test_the_time_left_is_estimated_from_what_was_made(caplog):
 def test_models_are_kept_until_others_are_asked_for(monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        engine, "load_stable_diffusion", lambda *key: loaded.append(key) or list(key)
+        models, "load_stable_diffusion", lambda *key: loaded.append(key) or list(key)
     )
-    load, cpu = KeptModels(), torch.device("cpu")
+    load, cpu = models.KeptModels(), torch.device("cpu")
     first = load(Path("m"), cpu, torch.float32)
     assert load(Path("./m"), cpu, torch.float32) is first
     assert load(Path("m"), cpu, torch.float16) is not first

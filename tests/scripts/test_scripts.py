@@ -33,8 +33,10 @@ from tests.helpers import (
 )
 from tokenflow.cache.options import PreprocessOptions
 from tokenflow.cache.source_cache import open_cache
+from tokenflow.diffusion import models
 from tokenflow.editing import loop as editing
 from tokenflow.editing import run as run_module
+from tokenflow.editing.config import read_configs
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.schema import PRESETS_FILE, load_config
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
@@ -237,6 +239,16 @@ def test_previews_show_the_edit_come_along_and_go(settings, tmp_path, monkeypatc
 # ---------------------------------------------------------------- mistakes
 
 
+def test_flags_win_over_set_and_an_unknown_one_is_explained():
+    words = ["--device", "cpu", "--set", "device=cuda", "--set", "data_path=x", "--set", "prompt=a"]
+    [config], overwrite = read_configs(PnPConfig, words, "pnp", "")
+    assert (config.device, overwrite) == ("cpu", False)
+    with pytest.raises(UserError, match="arguments: --prompt a; use --set prompt="):
+        read_configs(PnPConfig, ["--prompt", "a"], "pnp", "")
+    with pytest.raises(UserError, match="prompt: is missing"):  # the shipped one is an example
+        read_configs(PnPConfig, words[:-2], "pnp", "")
+
+
 def test_a_mistake_is_told_before_the_slow_imports():
     code = """
 import sys
@@ -269,9 +281,9 @@ print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
 def test_several_prompts_are_several_edits_of_one_load(
     settings, tmp_path, monkeypatch, capsys, listed
 ):
-    loads, load = [], run_module.load_stable_diffusion
+    loads, load = [], models.load_stable_diffusion
     monkeypatch.setattr(
-        run_module, "load_stable_diffusion", lambda *key: loads.append(key) or load(*key)
+        models, "load_stable_diffusion", lambda *key: loads.append(key) or load(*key)
     )
     prompts = ["a red robot", "'quoted', a: #1"]
     keys = {**settings, "output_path": str(tmp_path / "out"), "n_frames": 1, "start": 0.2}

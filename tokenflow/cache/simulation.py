@@ -52,7 +52,8 @@ def simulated_preprocess(inputs: PreprocessInputs, total: int) -> dict[str, int]
         if manifest.depth_model is not None:
             batch = min(options.batch_size or DEPTH_BATCH, DEPTH_BATCH)
             frames = cache.frames(min(n_frames, batch))
-            estimate_depth(frames, manifest.depth_model, device, batch, options.allow_pickle)
+            key, allow = manifest.depth_model, options.allow_pickle
+            estimate_depth(frames, key, inputs.checkpoint, device, batch, allow)
             peaks["depth"] = gpu.next_stage()
         vae_batch = vae_batch_size(options.batch_size, models, size)
         latents = encode_frames(models, cache.frames(min(n_frames, vae_batch)), vae_batch)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -167,6 +168,31 @@ def load_stable_diffusion(
 
 # `load_stable_diffusion`, or a function that caches the last checkpoint.
 Loader = Callable[[Path, torch.device, torch.dtype, bool, Adapters], StableDiffusion]
+
+
+class KeptModels:
+    """Loads checkpoints as `load_stable_diffusion` does, and keeps the last one in memory.
+
+    Attributes:
+        calls: how often models were asked for; a job that finds its result asks for none.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._kept: dict[tuple, StableDiffusion] = {}
+
+    def __call__(self, folder: Path, *settings: Any) -> StableDiffusion:
+        self.calls += 1
+        key = folder.resolve(), *settings
+        if key not in self._kept:
+            self.forget()  # never two checkpoints in memory
+            self._kept[key] = load_stable_diffusion(folder, *settings)
+        return self._kept[key]
+
+    def forget(self) -> None:
+        """Drops the models and frees their memory."""
+        self._kept.clear()
+        torch.cuda.empty_cache()
 
 
 def compile_unet(unet: UNet2DConditionModel, backend: str = "inductor") -> None:

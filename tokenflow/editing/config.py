@@ -102,7 +102,7 @@ class EditConfig(PresetModel):
     architecture_key: str | None = Field(
         None,
         description="hub id or local folder of the checkpoint whose configurations and tokenizer a "
-        "single-file model_key has; null: sd_version's, or the cache's",
+        "single-file model_key has; null: sd_version's; the cache's where model_key is null too",
     )
     lora: Texts = Field(
         None,
@@ -366,7 +366,7 @@ def read_configs(
     prompts = [text for text, key in zip(args.set, said, strict=True) if key == "prompt"]
     if args.config == ROOT / default and "data_path" in said and not prompts:
         raise UserError('prompt: is missing: say what the edited video shows by --set prompt="..."')
-    overrides += [text for text in args.set if text not in prompts]
+    overrides = [text for text in args.set if text not in prompts] + overrides
     read = partial(load_config, cls, args.config)
     if prompts:
         return [read([*overrides, prompt]) for prompt in prompts], args.overwrite

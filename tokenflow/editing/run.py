@@ -6,13 +6,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from tokenflow.diffusion.models import Loader, load_stable_diffusion
+from tokenflow.diffusion.models import Loader
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import EditInputs, open_edit_inputs
 from tokenflow.editing.loop import EditSession
@@ -36,11 +35,6 @@ from tokenflow.storage.yaml_files import save_yaml
 from util import save_tensors, shown
 
 log = logging.getLogger("tokenflow")
-
-
-def kept_models() -> Loader:
-    """A loader that keeps the last models, for edits one after another."""
-    return lru_cache(maxsize=1)(load_stable_diffusion)
 
 
 def edit(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from tokenflow.editing.techniques import EditPlan, Technique
 from tokenflow.ops.distributed import ProcessGroup
 from tokenflow.ops.profiling import disk_text, free_memory, memory_text
 from tokenflow.ops.simulated_gpu import is_simulated, simulated_gpu
-from tokenflow_utils import Source, TokenFlowContext
+from tokenflow_utils import TokenFlowContext
 
 log = logging.getLogger("tokenflow")
 
@@ -137,16 +138,9 @@ class _SimulatedSession(EditSession):
     def noisy_start(self, t: int, noise: str) -> Tensor:
         return self.latents(t)
 
-    def _predict(
-        self,
-        guided: Callable[[Tensor, int, Tensor], Tensor],
-        source: Source,
-        context: TokenFlowContext,
-        x: Tensor,
-        step: Step,
-        chunks: Sequence[Tensor],
-    ) -> Tensor:
-        return super()._predict(guided, source, context, x, step, chunks[:CHUNKS])
+    def _predict(self, *arguments: Any) -> Tensor:
+        *others, chunks = arguments
+        return super()._predict(*others, chunks[:CHUNKS])
 
     def _open_features(
         self, stack: ExitStack, context: TokenFlowContext, steps: Sequence[Step], done: int

@@ -10,17 +10,17 @@ torch and diffusers are imported when an edit begins: mistakes in a command line
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenflow.diffusion.model_names import ControlSettings
 from tokenflow.editing.config import EditConfig, read_configs
-from util import setup_logging
+from tokenflow.ops.launch import started
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,18 +69,10 @@ class Technique:
         Returns:
             the result's folder; of several prompts, the last one's; None with `estimate: true`.
         """
-        configs = overwrite = None
-        if "WORLD_SIZE" not in os.environ:  # several processes tell a mistake together, below
-            setup_logging()
-            configs, overwrite = read_configs(self.config, argv, self.name, self.about)
-        from tokenflow.editing.run import kept_models  # slow to import
-        from tokenflow.ops.distributed import start_process_group
+        read = partial(read_configs, self.config, argv, self.name, self.about)
+        with started(read) as (group, (configs, overwrite)):
+            from tokenflow.diffusion.models import KeptModels  # slow to import
 
-        with start_process_group() as group:
-            if configs is None:
-                setup_logging(quiet=not group.is_main)
-                with group.raise_together():
-                    configs, overwrite = read_configs(self.config, argv, self.name, self.about)
             if configs[0].estimate:
                 from tokenflow.editing.simulation import estimate
 
@@ -88,7 +80,7 @@ class Technique:
                 if group.is_main:
                     print(needed)
                 return None
-            load = kept_models() if len(configs) > 1 else None
+            load = KeptModels() if len(configs) > 1 else None
             for config in configs:
                 folder = self.edit(config, overwrite, load=load, group=group)
                 if group.is_main:
