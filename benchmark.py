@@ -27,10 +27,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenflow.benchmarks.modes import PARTS, benchmark
-from tokenflow.benchmarks.runs import Options, read_setting
-from tokenflow.benchmarks.simulate import simulate
-from tokenflow.ops.profiling import versions
+from tokenflow.benchmarks.options import PARTS, Options, read_setting
 from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
 from util import ArgumentParser, UserError, at_least, check_writable, command_line, setup_logging
@@ -80,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Runs the script; returns the figures that --json writes."""
     setup_logging()
     options, args = parse_args(argv)
+    from tokenflow.benchmarks.modes import benchmark
+    from tokenflow.benchmarks.simulate import simulate
+    from tokenflow.ops.profiling import versions  # slow to import, all three
+
     found, text = (simulate if args.simulate else benchmark)(options, args)
     words = ["python", "benchmark.py", *(sys.argv[1:] if argv is None else argv)]
     found |= {"command": shlex.join(words), "versions": versions()}

@@ -11,14 +11,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenflow.figures.report_page import (
-    PAGE,
-    check_out,
-    group_results,
-    readable_results,
-    rows_by_folder,
-    write_report,
-)
 from util import ArgumentParser, command_line, setup_logging
 
 log = logging.getLogger("tokenflow")
@@ -40,6 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script."""
     setup_logging()
     args = parse_args(argv)
+    from tokenflow.figures.report_page import (  # slow to import
+        PAGE,
+        check_out,
+        group_results,
+        readable_results,
+        rows_by_folder,
+        write_report,
+    )
+
     rows = rows_by_folder(args.metrics)
     results = readable_results(args.results)
     unmatched = len(rows.keys() - {os.path.realpath(result.folder) for result in results})

@@ -5,11 +5,13 @@ python run_tokenflow_controlnet.py --set data_path=clip.mp4 --set prompt="a marb
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
+import report
 from tokenflow.diffusion.model_names import DEPTH_ESTIMATOR, ControlKind, control_settings
 from tokenflow.editing.config import NoiseConfig
 from tokenflow.editing.techniques import EditPlan, Technique
@@ -87,7 +89,7 @@ TECHNIQUE = Technique(
     plan=plan,
     check=check,
 )
-main, edit = TECHNIQUE.main, TECHNIQUE.edit
+main, edit = partial(TECHNIQUE.main, report=report.main), TECHNIQUE.edit
 
 if __name__ == "__main__":
     command_line(main)

@@ -5,11 +5,13 @@ python run_tokenflow_pnp.py --set data_path=clip.mp4 --set prompt="a marble scul
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+import report
 from tokenflow.editing.config import EditConfig
 from tokenflow.editing.techniques import EditPlan, Technique
 from tokenflow.storage.schema import Share
@@ -68,7 +70,7 @@ TECHNIQUE = Technique(
     plan=plan,
     check=check,
 )
-main, edit = TECHNIQUE.main, TECHNIQUE.edit
+main, edit = partial(TECHNIQUE.main, report=report.main), TECHNIQUE.edit
 
 if __name__ == "__main__":
     command_line(main)

@@ -5,10 +5,12 @@ python run_tokenflow_sdedit.py --set data_path=clip.mp4 --set prompt="a marble s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+import report
 from tokenflow.editing.config import NoiseConfig
 from tokenflow.editing.techniques import EditPlan, Technique
 from util import command_line
@@ -56,7 +58,7 @@ TECHNIQUE = Technique(
     config=SDEditConfig,
     plan=plan,
 )
-main, edit = TECHNIQUE.main, TECHNIQUE.edit
+main, edit = partial(TECHNIQUE.main, report=report.main), TECHNIQUE.edit
 
 if __name__ == "__main__":
     command_line(main)

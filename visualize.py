@@ -11,25 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from pydantic import Field
 
 from run_tokenflow_sdedit import SDEditConfig, steps_from
 from tokenflow.editing.config import EditConfig
-from tokenflow.editing.loop import keyframes_of_steps
-from tokenflow.editing.results import TECHNIQUES, read_result
 from tokenflow.editing.techniques import load_technique
-from tokenflow.figures import drawing
-from tokenflow.figures import paper_figures as figures
-from tokenflow.storage.schema import Model, add_arguments, from_arguments, load_config
+from tokenflow.figures.options import CorrespondenceOptions, FeatureOptions, KeyframeOptions
+from tokenflow.storage.schema import add_arguments, from_arguments, load_config
 from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
-
-
-class KeyframeOptions(Model):
-    """Options of `draw_keyframes`."""
-
-    result: str = Field(description="the edit's folder")
-    out: str = Field(description="folder of the pictures")
 
 
 def draw_keyframes(options: KeyframeOptions) -> list[Path]:
@@ -37,6 +25,9 @@ def draw_keyframes(options: KeyframeOptions) -> list[Path]:
 
     Returns the file: keyframes.png.
     """
+    from tokenflow.editing.results import TECHNIQUES, read_result
+    from tokenflow.figures import drawing
+
     result, out = read_result(Path(options.result)), Path(options.out)
     technique = result.run.get("technique")
     if technique not in TECHNIQUES:
@@ -64,18 +55,21 @@ def chosen_keyframes(config: EditConfig, n_frames: int) -> tuple[np.ndarray, int
         (steps, n) bool; and the number of the first of these steps in the schedule, from 1.
         SDEdit takes the schedule's last steps.
     """
+    from tokenflow.editing.loop import keyframes_of_steps
+
     taken = list(range(config.n_timesteps))
     if isinstance(config, SDEditConfig):
         taken = steps_from(taken, config.start, config.propagation)
     keyframes = keyframes_of_steps(config, n_frames, len(taken))
-    chosen = torch.zeros(len(taken), n_frames, dtype=torch.bool).scatter_(1, keyframes, True)
-    return chosen.numpy(), taken[0] + 1
+    chosen = np.zeros((len(taken), n_frames), bool)
+    np.put_along_axis(chosen, keyframes.numpy(), True, axis=1)
+    return chosen, taken[0] + 1
 
 
 COMMANDS = {
-    "features": (figures.draw_features, figures.FeatureOptions),
-    "correspondence": (figures.draw_correspondence, figures.CorrespondenceOptions),
-    "keyframes": (draw_keyframes, KeyframeOptions),
+    "features": FeatureOptions,
+    "correspondence": CorrespondenceOptions,
+    "keyframes": KeyframeOptions,
 }
 
 
@@ -84,13 +78,15 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     setup_logging()
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, (draw, options) in COMMANDS.items():
-        text = draw.__doc__.splitlines()[0]
-        add_arguments(commands.add_parser(name, help=text), options)
+    for name, options in COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=options.__doc__), options)
     args = parser.parse_args(argv)
     check_writable(args.out, "--out")
-    draw, options = COMMANDS[args.command]
-    written = draw(from_arguments(options, args))
+    options = from_arguments(COMMANDS[args.command], args)
+    from tokenflow.figures.paper_figures import draw_correspondence, draw_features  # slow to import
+
+    draw = {"features": draw_features, "correspondence": draw_correspondence}
+    written = draw.get(args.command, draw_keyframes)(options)
     for path in written:
         print(f"wrote {path}")
     return written

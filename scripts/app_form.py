@@ -111,12 +111,13 @@ def edit(form: Form) -> tuple[str, str]:
     inversion, edits, _ = (words[2:] for words in form.commands())
     technique = load_technique(form.technique)
     configs, overwrite = read_configs(technique.config, edits, technique.name, technique.about)
-    from tokenflow.diffusion.models import KeptModels  # slow to import
+    from tokenflow.diffusion.models import KeptModels  # slow to import, both
+    from tokenflow.figures.report_page import PAGE
 
     load = KeptModels()
     preprocess(parse_args(inversion), load)
     folders = [str(technique.edit(config, overwrite, load)) for config in configs]
     report.main(form.commands()[2][2:])
-    page = quote(os.path.abspath(RESULTS / "report" / report.PAGE))
+    page = quote(os.path.abspath(RESULTS / "report" / PAGE))
     address = f"gradio_api/file={page}?{time.time_ns()}"  # a new one: it was replaced
     return f"edited: {', '.join(folders)}", f'<iframe title="Results" src="{address}"></iframe>'

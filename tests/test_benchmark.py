@@ -14,13 +14,8 @@ import benchmark
 from tests.helpers import make_clip, shapes_frames
 from tokenflow.benchmarks import modes, three_branch
 from tokenflow.benchmarks.meters import TOTAL, Meter
-from tokenflow.benchmarks.runs import (
-    EDIT_SETTINGS,
-    Bench,
-    clip_of,
-    read_setting,
-    time_edit,
-)
+from tokenflow.benchmarks.options import EDIT_SETTINGS, read_setting
+from tokenflow.benchmarks.runs import Bench, clip_of, time_edit
 from tokenflow.editing.techniques import load_technique
 from tokenflow.storage.schema import load_config
 from tokenflow.storage.video import read_clip

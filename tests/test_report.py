@@ -490,7 +490,8 @@ def test_an_empty_folder_and_an_unmatched_row_are_no_errors(place, caplog):
 
 
 def test_no_model_library_is_imported():
-    code = "import sys, report; print({'diffusers', 'transformers'} & set(sys.modules))"
+    code = "import sys, tokenflow.figures.report_page\n"
+    code += "print({'diffusers', 'transformers'} & set(sys.modules))"
     root = Path(report.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "set()\n"

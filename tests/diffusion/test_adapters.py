@@ -183,6 +183,14 @@ def test_an_embedding_that_does_not_fit_is_refused(tiny_model, tmp_path, tensors
         )
 
 
+def test_two_embeddings_of_one_token_are_refused(tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path in paths:
+        save_file({"<toy>": randn(1, 32)}, path)
+    with pytest.raises(UserError, match=r"embeddings: .*a\.safetensors: <toy> is another file's"):
+        find_adapters(named(embeddings=paths))
+
+
 def edited(result):
     return load_tensors(result / "edited_latents.safetensors")["latents"]
 

@@ -53,6 +53,9 @@ def test_it_is_converted_once_and_its_revision_is_that_of_its_bytes(
     monkeypatch.setattr(single_file, "_convert", no_model_may_load)
     path.touch()
     assert checkpoint_folder(str(path), architecture_key=str(configs)) == folder
+    with monkeypatch.context() as context:  # its contents were compared, once
+        context.setattr(single_file, "sha256_file", no_model_may_load)
+        assert checkpoint_folder(str(path), architecture_key=str(configs)) == folder
     monkeypatch.undo()
     tensors = load_file(path)
     tensors["model.diffusion_model.out.2.bias"] += 1

@@ -252,11 +252,13 @@ def test_flags_win_over_set_and_an_unknown_one_is_explained():
 def test_a_mistake_is_told_before_the_slow_imports():
     code = """
 import sys
-import evaluate, preprocess
+import benchmark, evaluate, preprocess, report, visualize
 import run_tokenflow_controlnet, run_tokenflow_pnp, run_tokenflow_sdedit
 from util import UserError
 mistakes = [(preprocess.main, ["--data_path", "x", "--steps", "0"])]
 mistakes += [(evaluate.main, ["no/results", "--flow", "dus"])]
+mistakes += [(report.main, ["x", "--metrik"]), (benchmark.main, ["--steps", "0"])]
+mistakes += [(visualize.main, ["correspondence", "--frame", "1", "--keyframe", "2", "--out", "x"])]
 for main, argv in mistakes + [
     (script.main, ["--set", "n_frames=0"])
     for script in (run_tokenflow_pnp, run_tokenflow_sdedit, run_tokenflow_controlnet)
@@ -269,7 +271,8 @@ print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     *told, imported = ran.stdout.splitlines()
-    names = ["--steps", "--flow"] + ["--set n_frames"] * 3
+    names = ["--steps", "--flow", "unrecognized arguments", "--steps", "--cache and --result"]
+    names += ["--set n_frames"] * 3
     assert [line.partition(":")[0] for line in told] == names
     assert imported == "[]"
 
@@ -290,9 +293,13 @@ def test_several_prompts_are_several_edits_of_one_load(
     save_yaml(tmp_path / "config.yaml", keys | ({"prompt": prompts} if listed else {}))
     words = [] if listed else [word for text in prompts for word in ("--set", f"prompt={text}")]
     run_tokenflow_sdedit.main(["--config", str(tmp_path / "config.yaml"), *words])
-    printed = [line.partition("result: ")[2] for line in capsys.readouterr().out.splitlines()]
+    *lines, page = capsys.readouterr().out.splitlines()
+    printed = [line.partition("result: ")[2] for line in lines]
     assert [load_config(SDEditConfig, f"{p}/config.yaml").prompt for p in printed] == prompts
     assert len(loads) == 1
+    shown = tmp_path / "out" / "sdedit" / "star" / "report" / "report.html"
+    assert page == f"report: {shown} (2 results of 1 clips)"
+    assert all(Path(folder).name in shown.read_text() for folder in printed)
     save_yaml(tmp_path / "config.yaml", keys | {"prompt": []})
     with pytest.raises(UserError, match=r"prompt: expected a text or a list of texts, got \[\]"):
         run_tokenflow_sdedit.main(["--config", str(tmp_path / "config.yaml")])

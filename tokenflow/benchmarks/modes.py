@@ -21,14 +21,14 @@ from torch.profiler import profile as torch_profile
 from torch.profiler import schedule
 
 from tokenflow.benchmarks.meters import TOTAL, Meter, matrix_rate
-from tokenflow.benchmarks.runs import Bench, Options, read_setting, time_edit
+from tokenflow.benchmarks.options import PARTS, Options, read_setting
+from tokenflow.benchmarks.runs import Bench, time_edit
 from tokenflow.cache.source_cache import open_cache
 from tokenflow.ops.profiling import device_name
 from util import UserError, setup_logging
 
 log = logging.getLogger("tokenflow")
 
-PARTS = ("preprocess", "edit")
 MIB = 1 << 20
 
 

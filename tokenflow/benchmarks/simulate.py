@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from tokenflow.benchmarks.modes import table
-from tokenflow.benchmarks.runs import Bench, Options
+from tokenflow.benchmarks.options import Options
+from tokenflow.benchmarks.runs import Bench
 from tokenflow.cache.inputs import PreprocessInputs, open_preprocess_inputs
 from tokenflow.cache.simulation import SimulatedCache, simulated_preprocess
 from tokenflow.diffusion.adapters import NO_ADAPTERS

@@ -337,16 +337,18 @@ def _listed(
 ) -> list[str]:
     """Caches by their folders, with what tells one from another."""
     texts = []
+    with_adapters = any(manifest.adapters for manifest in found.values())
     for folder, manifest in found.items():
+        adapters = [*(manifest.lora or []), *(manifest.embeddings or [])]
         others = {
             "source_sha256": f", another clip: {manifest.source_name}",
             "model_revision": f", another model: {manifest.model_key}",
-            "adapters": f", other LoRAs or embeddings: {manifest.lora}, {manifest.embeddings}",
         }
+        told = f", lora and embeddings {adapters or 'none'}" if with_adapters else ""
         texts.append(
             f"{folder.relative_to(clip_folder.parent.parent)} (n_frames {manifest.n_frames}, "
             f"frame_start {manifest.frame_start}, frame_stride {manifest.frame_stride}, "
-            f"n_inversion_steps {manifest.steps}"
+            f"n_inversion_steps {manifest.steps}{told}"
             f"{''.join(others.get(key, '') for key in _mismatches(manifest, wanted))})"
         )
     return texts

@@ -109,10 +109,16 @@ def find_adapters(options: Any) -> Adapters:
         raise UserError(f"lora_scale: {len(scales)} numbers for {len(keys)} LoRAs; give as many")
     paths = [weights_file(key, "lora", LORA_FILE) for key in keys]
     others = [weights_file(key, "embeddings", EMBEDDING_FILE) for key in options.embeddings or []]
-    return Adapters(
-        tuple(Lora(p, float(s), sha256_file(p)) for p, s in zip(paths, scales, strict=True)),
-        tuple(Embedding(path, _vectors(path)[0], sha256_file(path)) for path in others),
-    )
+    embeddings = [Embedding(path, _vectors(path)[0], sha256_file(path)) for path in others]
+    tokens = [embedding.token for embedding in embeddings]
+    for embedding in embeddings:
+        if tokens.count(embedding.token) > 1:
+            raise UserError(
+                f"embeddings: {embedding.path}: {embedding.token} is another file's token too; "
+                "rename one of the files, or leave it out"
+            )
+    loras = (Lora(p, float(s), sha256_file(p)) for p, s in zip(paths, scales, strict=True))
+    return Adapters(tuple(loras), tuple(embeddings))
 
 
 def recorded_adapters(record: Any, digest: str, folder: Path, advice: str) -> Adapters:
@@ -192,7 +198,10 @@ def _updates(
         matrix = _MATRIX.search(name)
         key, kind = (name[: matrix.start()], matrix[1]) if matrix else name.rpartition(".")[::2]
         if kind not in ("down", "up", "A", "B", "alpha"):
-            raise UserError(f"lora: {path}: {name}: not of a LoRA (DoRA, LoHa, LoKr are not read)")
+            raise UserError(
+                f"lora: {path}: {name}: not of a LoRA (a checkpoint is given by model_key; DoRA, "
+                "LoHa, LoKr are not read)"
+            )
         layers.setdefault(key, {})[{"A": "down", "B": "up"}.get(kind, kind)] = tensor
     alphas, updates = _peft_alphas(path), []
     for key, found in layers.items():

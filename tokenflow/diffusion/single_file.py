@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,13 +79,7 @@ def converted_folder(path: Path, configs: Path, config_key: str) -> Path:
     with locked(folder):
         if not _is_current(folder, path):  # another process may just have converted it
             log.info("%s: converting it to diffusers' format, once, in %s", path, folder)
-            stat = path.stat()
-            source = Source(
-                name=path.name,
-                bytes=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
-                sha256=sha256_file(path),
-            )
+            source = _source(path)
             with resumable_dir(folder, {}) as work:
                 _convert(path, texts, work.folder, dtype, config_key)
                 save_yaml(work.folder / RECORD, source.model_dump())
@@ -115,7 +110,18 @@ def _is_current(folder: Path, path: Path) -> bool:
     source, stat = parse(Source, load_yaml(folder / RECORD), str(folder / RECORD)), path.stat()
     if (source.bytes, source.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
         return True
-    return source.bytes == stat.st_size and source.sha256 == sha256_file(path)
+    if source.bytes != stat.st_size or source.sha256 != (now := _source(path)).sha256:
+        return False
+    if os.access(folder, os.W_OK):  # touched or copied only: the next run need not read it whole
+        save_yaml(folder / RECORD, now.model_dump())
+    return True
+
+
+def _source(path: Path) -> Source:
+    stat = path.stat()
+    return Source(
+        name=path.name, bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256_file(path)
+    )
 
 
 def _check(path: Path, configs: Path, config_key: str) -> torch.dtype:

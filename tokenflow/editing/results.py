@@ -98,6 +98,7 @@ def result_settings(inputs: EditInputs) -> dict[str, object]:
         settings["use_ddim_noise"] = start == "ddim"
         settings["noise"] = start if start == "warped" else None
     settings["decoder_key"] = config.temporal_decoder
+    settings["model_key"] = None  # however it is spelled: the cache's identity has its contents
     if inputs.adapters.digest:
         settings["adapters"] = inputs.adapters.digest
     settings["mask"] = settings["composite"] = None

@@ -60,11 +60,16 @@ class Technique:
     # is also told whether the cache holds depth.
     check: Callable[[EditConfig, Path, bool], None] = lambda config, checkpoint, has_depth: None
 
-    def main(self, argv: Sequence[str] | None = None) -> Path | None:
+    def main(
+        self,
+        argv: Sequence[str] | None = None,
+        report: Callable[[Sequence[str]], None] | None = None,
+    ) -> Path | None:
         """Runs the technique's script: reads its command line, edits, prints the results' folders.
 
         Args:
             argv: the command line without the program's name; None for sys.argv's.
+            report: report.py's main, which makes a page of the results of several prompts.
 
         Returns:
             the result's folder; of several prompts, the last one's; None with `estimate: true`.
@@ -81,12 +86,16 @@ class Technique:
                     print(needed)
                 return None
             load = KeptModels() if len(configs) > 1 else None
+            folders = []
             for config in configs:
                 folder = self.edit(config, overwrite, load=load, group=group)
+                folders.append(str(folder))
                 if group.is_main:
                     print(f"result: {folder}", flush=True)
                     log.info("its video: %s", folder / "edited.mp4")
             if group.is_main:
+                if report is not None and len(configs) > 1:
+                    report([*folders, "--out", str(folder.with_name("report"))])
                 page = shlex.join(["python", "report.py", configs[0].output_path])
                 log.info("all results on a page: %s", page)
         return folder

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tokenflow.cache.options import Dtype
 from tokenflow.cache.source_cache import CLEAN_LATENTS, SourceCache
 from tokenflow.cache.source_features import find_features, layer_sizes
 from tokenflow.diffusion.adapters import recorded_adapters
@@ -37,7 +34,7 @@ from tokenflow.diffusion.models import (
     resolve_dtype,
 )
 from tokenflow.diffusion.vae import encode_frames
-from tokenflow.storage.schema import Model
+from tokenflow.figures.options import ViewOptions
 from tokenflow_utils import (
     Neighbours,
     Pass,
@@ -47,26 +44,7 @@ from tokenflow_utils import (
 )
 from util import UserError
 
-LAYER = "up_blocks.2.attentions.1"  # the default: in the middle of the decoder
 _LAYER_SUFFIX = ".transformer_blocks.0.attn1.processor"
-
-
-class ViewOptions(Model):
-    """The options of visualize.py that say how features are taken."""
-
-    layer: str = Field(LAYER, description="a self-attention layer")
-    timestep: int | None = Field(
-        None, description="of the inversion's (default: the middle of sampling)"
-    )
-    what: Literal["input", "output"] = Field(
-        "input", description="the self-attention's input tokens or its output"
-    )
-    model_key: str | None = Field(
-        None, description="the checkpoint, if it is not where the cache says"
-    )
-    batch_size: int = Field(8, ge=1, description="frames evaluated at once")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Dtype = Field("auto", description="auto is float16 on CUDA, float32 elsewhere")
 
 
 class View:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from pydantic import Field, model_validator
 
 from tokenflow.cache.source_cache import SourceCache, open_cache
 from tokenflow.diffusion.inversion import reconstruct
 from tokenflow.diffusion.vae import decode_latents, psnr
 from tokenflow.editing.results import Result, read_result
 from tokenflow.figures import drawing, features
+from tokenflow.figures.options import CorrespondenceOptions, FeatureOptions
 from tokenflow.ops.nearest import nearest_tokens
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.video import save_video
@@ -22,17 +22,6 @@ from util import UserError
 
 # ---------------------------------------------------------------------------------------------
 # Figure 2
-
-
-class FeatureOptions(features.ViewOptions):
-    """Options of `draw_features`."""
-
-    result: str = Field(description="the edit's folder")
-    per_frame: str | None = Field(None, description="folder of an edit with consistency: none")
-    row: int | None = Field(None, description="image row of the x-t slices (default: the middle)")
-    n_frames: int | None = Field(None, ge=1, description="use the first N frames (default: all)")
-    columns: int = Field(6, ge=1, description="frames that features.png shows")
-    out: str = Field(description="folder of the pictures")
 
 
 def draw_features(options: FeatureOptions) -> list[Path]:
@@ -122,22 +111,6 @@ def _check_same_clip(edit: Result, cache: SourceCache) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Figure 3
-
-
-class CorrespondenceOptions(features.ViewOptions):
-    """Options of `draw_correspondence`."""
-
-    cache: str | None = Field(None, description="the clip's cache, as preprocess.py prints it")
-    result: str | None = Field(None, description="an edit's folder: its cache")
-    frame: int = Field(description="the frame to rebuild, from 0")
-    keyframe: int = Field(description="the frame to rebuild it from")
-    out: str = Field(description="folder of the pictures")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> CorrespondenceOptions:
-        if (self.cache is None) == (self.result is None):
-            raise ValueError("--cache and --result: give one of them")
-        return self
 
 
 def draw_correspondence(options: CorrespondenceOptions) -> list[Path]:
