@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class Recipe(Model):
     no other change.
     """
 
+    BETAS: ClassVar = (0.9, 0.99)  # of AdamW
+
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: float
@@ -45,6 +48,13 @@ class Recipe(Model):
         """Of step 0, 1, ... `steps` - 1."""
         rise = min((step + 1) / self.warmup, 1.0)
         return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def share_of_newest(self, n: int) -> float:
+        """The weight of the weights after step n in their moving average.
+
+        The average's window grows with the run: it is about the last tenth of its steps.
+        """
+        return 10 / (10 + n)
 
 
 class Budget(Model):

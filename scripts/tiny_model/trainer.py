@@ -33,19 +33,49 @@ def train(
     sheet: Sheet,
     inputs: Mapping[str, str],
 ) -> nn.Module:
-    """Train one part of the small model, or resume an interrupted run.
-
-    Step k draws its batch from a generator seeded with (seed, k), so that a run in several pieces
-    sees what a run in one piece sees. The part's folder in the work folder gets state.safetensors,
-    recipe.yaml, log.csv and the sheets.
+    """Train one part of the small model in its folder of the work folder: `train_in`.
 
     Args:
         name: of the part, whose recipe is the budget's.
+    """
+    return train_in(
+        training.work / name,
+        training.budget.recipes[name],
+        model,
+        loss,
+        sheet,
+        inputs,
+        seed=training.seed,
+        autocast=training.autocast,
+        sheet_every=training.sheet_every,
+    )
+
+
+def train_in(
+    folder: Path,
+    recipe: Recipe,
+    model: nn.Module,
+    loss: Loss,
+    sheet: Sheet,
+    inputs: Mapping[str, str],
+    *,
+    seed: int,
+    autocast: torch.autocast,
+    sheet_every: int,
+) -> nn.Module:
+    """Train a model, or resume an interrupted run.
+
+    Step k draws its batch from a generator seeded with (seed, k), so that a run in several pieces
+    sees what a run in one piece sees.
+
+    Args:
+        folder: for state.safetensors, recipe.yaml, log.csv and the sheets; its name is the part's.
         model: on its device, in float32; trained in place.
         loss: of one batch that it draws with the generator (on the CPU).
         sheet: draws a picture of what the averaged model can do, and is called every
             `sheet_every` steps and at the end.
         inputs: hashes of what the part learns from; a state made from others is refused.
+        autocast: what the loss is computed in.
 
     Returns:
         The model with the moving average of its weights, in evaluation mode.
@@ -54,8 +84,8 @@ def train(
         UserError: the folder holds a run of another recipe, seed or inputs, or the loss is not
             finite.
     """
-    recipe, folder = training.budget.recipes[name], training.work / name
-    run = _Run(folder, recipe, training.seed, inputs, model)
+    name = folder.name
+    run = _Run(folder, recipe, seed, inputs, model)
     first = run.resume()
     if first >= recipe.steps:
         log.info("%s: %d steps are done already", name, first)
@@ -63,7 +93,7 @@ def train(
     saved = time.monotonic()
     bar = tqdm(range(first, recipe.steps), name, initial=first, total=recipe.steps, unit="step")
     for step in bar:
-        value = run.step(step, loss, training.autocast)
+        value = run.step(step, loss, autocast)
         done, last = step + 1, step + 1 == recipe.steps
         saves = time.monotonic() - saved > SAVE_SECONDS or last
         logs = done % 20 == 0 or last
@@ -78,7 +108,7 @@ def train(
         if saves:
             run.save(done)
             saved = time.monotonic()
-        if done % training.sheet_every == 0 or last:
+        if done % sheet_every == 0 or last:
             sheet(run.averaged, folder / f"sheet_{done:06d}.png")
     return run.averaged
 
@@ -98,10 +128,11 @@ class _Run:
         self.folder, self.recipe, self.seed, self.model = folder, recipe, seed, model
         self.known = {**recipe.model_dump(), "seed": seed, **inputs}
         self.losses: list[list[float]] = []
-        # The average's window grows with the run: it is about the last tenth of its steps.
         self.average = AveragedModel(
             model,
-            multi_avg_fn=lambda old, new, n: torch._foreach_lerp_(old, new, 10 / (10 + int(n))),
+            multi_avg_fn=lambda old, new, n: torch._foreach_lerp_(
+                old, new, recipe.share_of_newest(int(n))
+            ),
         )
         self.averaged = self.average.module.eval().requires_grad_(False)
         # Matrices and convolutions are decayed, biases and the scales of norms are not.
@@ -111,7 +142,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=recipe.learning_rate,
-            betas=(0.9, 0.99),
+            betas=recipe.BETAS,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
