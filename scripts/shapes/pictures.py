@@ -1,4 +1,4 @@
-"""The pictures that the small model learns from: scenes of the shapes world, rendered once."""
+"""The pictures that the small model learns from: scenes of both worlds of shapes, rendered once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.shapes.world import random_scene, render
+from scripts.shapes import world, world2
 from util import MissingFileError, atomic_file
 
 SIZE = 256  # of the pictures; their latents are 32x32
@@ -24,11 +24,16 @@ AT_ONCE = 64  # pictures that a process renders before it asks for more
 HELD_OUT = 1_000_000  # the first seed of scenes that nothing is trained on
 
 
-def picture(seed: int, size: int) -> tuple[np.ndarray, str]:
-    """The picture of a seed: a scene at a random time; (size, size, 3) uint8, and its caption."""
-    scene = random_scene(seed)
-    time = np.random.default_rng([seed, 1]).random()  # so that all of a clip's poses are seen
-    return render(scene, time, (size, size))[0], scene.caption
+def scene_of_picture(number: int) -> world.Scene:
+    """Of world.py where the number is even, of world2.py where it is odd."""
+    return (world2 if number % 2 else world).random_scene(number)
+
+
+def picture(number: int, size: int) -> tuple[np.ndarray, str]:
+    """A picture: a scene at a random time; (size, size, 3) uint8, and its caption."""
+    scene = scene_of_picture(number)
+    time = np.random.default_rng([number, 1]).random()  # so that all of a clip's poses are seen
+    return world.render(scene, time, (size, size))[0], scene.caption
 
 
 def world_version() -> str:

@@ -6,6 +6,10 @@ travel, turn and grow, and the camera pans the background. Whatever a point of t
 it keeps (light and texture move along with it), so that the ground truth is exact: object masks,
 dense optical flow between any two times, and what is occluded between them.
 
+The scenes of world2.py have more to tell places apart by: a textured background ("on blue
+bricks"), a nearer part of it, which the camera passes faster, and light that changes over time (the
+one thing that a point does not keep).
+
 Lengths are in units of a frame's short side, angles in radians, places (y, x); one seed gives one
 scene, at any size and number of frames.
 
@@ -16,12 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
+from scripts.shapes import textures
 from tokenflow.storage.images import MAX_PIXELS
 from tokenflow.storage.video import MAX_FPS, save_video
 from util import ArgumentParser, UserError, at_least, check_writable, command_line
@@ -44,6 +49,7 @@ MUTED = 0.55  # how far towards its grey a background's colour is
 TWO_OBJECTS = 0.15  # share of scenes with two
 N_WAVES = 6  # of a background's texture
 REACH = 1.03  # of the farthest point of a shape, a square's corner, in radii
+NEAR = 255  # the number of the nearer background among the layers; its mask is 0
 
 # The clips in data/, SAMPLE_FRAMES of 256x256 each: seed and number of objects of their scenes.
 SAMPLE_FRAMES = 16
@@ -72,6 +78,23 @@ class ShapeObject:
 
 
 @dataclass(frozen=True)
+class Ridge:
+    """A nearer part of a textured background: all below an uneven edge."""
+
+    top: float  # of the edge in the mean, from the frame's centre
+    waves: tuple[tuple[float, float, float], ...]  # of the edge: frequency, phase, amplitude
+    nearness: float  # its travel by that of the background behind it; and the cells' sizes
+    shade: float  # its brightness by that of the background behind it
+
+    def below(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """How far below its edge places of its own plane are."""
+        edge = np.full_like(y, self.top)
+        for frequency, phase, amplitude in self.waves:
+            edge += amplitude * np.sin(np.float32(2 * np.pi * frequency) * x + phase)
+        return y - edge
+
+
+@dataclass(frozen=True)
 class Scene:
     """Everything about a picture or clip but its size; later objects hide earlier ones."""
 
@@ -80,24 +103,38 @@ class Scene:
     background_rgb: tuple[float, float, float]
     texture: tuple[tuple[float, ...], ...]  # waves: frequency y and x, phase, amplitude
     pan: tuple[float, float]  # travel of the background
+    surface: str = ""  # one of textures.TEXTURES; "" is the soft texture alone
+    cells: tuple[float, int, float] = (0.0, 0, 0.0)  # of the surface: size, seed, contrast
+    ridge: Ridge | None = None
+    light: tuple[float, float, float] = (0.0, 0.0, 0.0)  # over time: amplitude, frequency, phase
 
     @property
     def caption(self) -> str:
         """What is to be seen, in the words that the model is trained on."""
         things = [(thing.fill, thing.color, thing.shape) for thing in self.objects]
-        return caption_of(things, self.background)
+        return caption_of(things, self.background, self.surface)
+
+    def brightness(self, time: float) -> float:
+        """The light on everything at a time in [0, 1]; 1 is that of colours as they are named."""
+        amplitude, frequency, phase = self.light
+        return 1 + amplitude * math.sin(2 * math.pi * frequency * time + phase)
 
 
-def caption_of(things: Sequence[tuple[str, str, str]], background: str) -> str:
-    """The caption of objects, each a (fill, colour, shape), on a background."""
+def caption_of(things: Sequence[tuple[str, str, str]], background: str, surface: str = "") -> str:
+    """The caption of objects, each a (fill, colour, shape), on a background of a colour.
+
+    Args:
+        surface: what the background is made of, one of textures.TEXTURES; "" for none of them.
+    """
     names = " and ".join(f"a {' '.join(words)}" for words in things).replace("a plain ", "a ")
-    return f"{names} on a {background} background"
+    ground = f"{background} {surface}" if surface else f"a {background} background"
+    return f"{names} on {ground}"
 
 
 def recolored(scene: Scene, color: str) -> str:
-    """The caption of a scene with one object, with the object of another colour."""
+    """The caption of a scene with its first object of another colour."""
     thing = scene.objects[0]
-    return caption_of([(thing.fill, color, thing.shape)], scene.background)
+    return replace(scene, objects=(replace(thing, color=color), *scene.objects[1:])).caption
 
 
 def another_color(scene: Scene) -> str:
@@ -152,7 +189,7 @@ def random_scene(seed: int | Sequence[int], n_objects: int | None = None) -> Sce
     colors = rng.permutation(free)[: len(places)]
     sizes = (0.16, 0.20) if two else (0.22, 0.33)
     objects = tuple(
-        _random_object(rng, str(color), place, sizes)
+        random_object(rng, str(color), place, sizes)
         for color, place in zip(colors, places, strict=True)
     )
     hue = np.array(HUES.get(background, (0.5, 0.5, 0.5)))
@@ -169,7 +206,7 @@ def random_scene(seed: int | Sequence[int], n_objects: int | None = None) -> Sce
     return Scene(objects, background, tuple(rgb), tuple(map(tuple, texture.tolist())), pan)
 
 
-def _random_object(
+def random_object(
     rng: np.random.Generator, color: str, center: tuple[float, float], sizes: tuple[float, float]
 ) -> ShapeObject:
     radius = rng.uniform(*sizes)
@@ -218,8 +255,7 @@ def render(scene: Scene, time: float, size: tuple[int, int]) -> tuple[np.ndarray
         The frame (H, W, 3) uint8 RGB, and its mask (H, W) uint8 as in `ShapesClip`.
     """
     y, x = _grid(size)
-    travel = np.multiply(scene.pan, time)
-    light = 1 + _texture(scene.texture, y - travel[0], x - travel[1])
+    light = _background_light(scene, time, y, x, 1 / min(size))
     picture = light[..., None] * np.asarray(scene.background_rgb, np.float32)
     mask = np.zeros(size, np.uint8)
     for number, thing in enumerate(scene.objects, start=1):
@@ -238,7 +274,32 @@ def render(scene: Scene, time: float, size: tuple[int, int]) -> tuple[np.ndarray
         colors = _surface(thing, v, u, pixel)
         picture[window] += coverage * (colors - picture[window])
         mask[window][distance < 0] = number
+    picture *= np.float32(scene.brightness(time))
     return (picture.clip(0, 1) * 255).round().astype(np.uint8), mask
+
+
+def _background_light(
+    scene: Scene, time: float, y: np.ndarray, x: np.ndarray, pixel: float
+) -> np.ndarray:
+    """How bright the background is at places of the frame, by its colour; like y, float32."""
+    travel = np.multiply(scene.pan, time)
+    light = 1 + _texture(scene.texture, y - travel[0], x - travel[1])
+    if not scene.surface:
+        return light
+    cell, seed, contrast = scene.cells
+
+    def tone(seed: int, y: np.ndarray, x: np.ndarray, cell: float) -> np.ndarray:
+        return contrast * textures.tone(scene.surface, seed, y / cell, x / cell, pixel / cell)
+
+    light += tone(seed, y - travel[0], x - travel[1], np.float32(cell))
+    if scene.ridge:
+        y, x = y - scene.ridge.nearness * travel[0], x - scene.ridge.nearness * travel[1]
+        y, x = y.astype(np.float32), x.astype(np.float32)
+        near = 1 + _texture(scene.texture, x, y)
+        near += tone(seed + 1, y, x, np.float32(cell * math.sqrt(scene.ridge.nearness)))
+        coverage = np.clip(0.5 + scene.ridge.below(y, x) / pixel, 0, 1)
+        light += coverage * (scene.ridge.shade * near - light)
+    return light.astype(np.float32)
 
 
 def _grid(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -347,6 +408,10 @@ def optical_flow(
     layer = _layer_at(scene, start, y, x)
     travel = np.multiply(scene.pan, end - start).astype(np.float32)
     new_y, new_x = y + travel[0], x + travel[1]
+    if scene.ridge:
+        near = layer == NEAR
+        new_y[near] += (scene.ridge.nearness - 1) * travel[0]
+        new_x[near] += (scene.ridge.nearness - 1) * travel[1]
     for number, thing in enumerate(scene.objects, start=1):
         here = layer == number
         center, radius, angle = thing.pose(start)
@@ -362,8 +427,13 @@ def optical_flow(
 
 
 def _layer_at(scene: Scene, time: float, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Which object is on top at each place, 0 for the background; like y, uint8."""
+    """Which object is on top at each place, 0 for the background, NEAR for its nearer part; like
+    y, uint8.
+    """
     layer = np.zeros(y.shape, np.uint8)
+    if scene.ridge:
+        travel = scene.ridge.nearness * time * np.asarray(scene.pan, np.float32)
+        layer[scene.ridge.below(y - travel[0], x - travel[1]) > 0] = NEAR
     for number, thing in enumerate(scene.objects, start=1):
         center, radius, angle = thing.pose(time)
         v, u = _to_object(y - center[0], x - center[1], radius, angle)

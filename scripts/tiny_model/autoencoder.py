@@ -56,10 +56,13 @@ def train_vae(training: Training) -> None:
         save_sheet(path, np.concatenate([examples[:8], to_frames(decoded)[:8]]))
 
     torch.manual_seed(training.seed)
-    model = make_vae("trained")
-    with torch.no_grad():
-        model.quant_conv.weight[4:] = 0
-        model.quant_conv.bias[4:] = 2 * np.log(LATENT_NOISE)
+    if training.start:
+        model = AutoencoderKL.from_pretrained(training.start / "vae").float()
+    else:
+        model = make_vae("trained")
+        with torch.no_grad():
+            model.quant_conv.weight[4:] = 0
+            model.quant_conv.bias[4:] = 2 * np.log(LATENT_NOISE)
     model = model.to(training.device, memory_format=torch.channels_last)
     vae = train(training, "vae", model, loss, sheet, training.hashes())
     latents = _encode(vae, pictures[:1024], training)

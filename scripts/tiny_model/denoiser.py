@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    ControlNetModel,
     DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
@@ -20,10 +21,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from scripts.shapes import pictures as shapes
-from scripts.shapes.world import random_scene
 from scripts.tiny_model import model_files
 from scripts.tiny_model.autoencoder import load_vae, picture_latents
-from scripts.tiny_model.settings import Training
+from scripts.tiny_model.settings import VOCABULARY, Training
 from scripts.tiny_model.trainer import train
 from tokenflow.diffusion.conditions import canny_edges
 from tokenflow.diffusion.vae import to_frames
@@ -45,20 +45,31 @@ class TextToNoise(nn.Module):
 
     def __init__(self, training: Training) -> None:
         super().__init__()
-        self.text_encoder = CLIPTextModel(training.text_config())
-        self.unet = model_files.make_unet("trained")
+        config = training.text_config()
+        if start := training.start:
+            self.text_encoder = model_files.load_text_model(
+                CLIPTextModel, start / "text_encoder", start / "tokenizer", config, VOCABULARY
+            )
+            self.unet = UNet2DConditionModel.from_pretrained(start / "unet").float()
+        else:
+            self.text_encoder = CLIPTextModel(config)
+            self.unet = model_files.make_unet("trained")
 
     def forward(self, batch: Batch) -> Tensor:
         return self.unet(batch.noisy, batch.timesteps, self.text_encoder(batch.tokens)[0]).sample
 
 
 def train_unet(training: Training) -> None:
-    """Train the UNet and its text encoder, at half the size first, where a step is cheap."""
+    """Train the UNet and its text encoder, at half the size first, where a step is cheap (if the
+    budget has steps for it).
+    """
     torch.manual_seed(training.seed)
     model = TextToNoise(training).to(training.device)
     model.unet.to(memory_format=torch.channels_last)
     inputs = training.hashes("vae")
     for name, size in (("unet_small", shapes.SIZE // 2), ("unet", shapes.SIZE)):
+        if name not in training.budget.recipes:
+            continue
         batches = NoisyLatents(training, name, size)
         averaged = train(
             training,
@@ -149,7 +160,7 @@ def _sheet_options(training: Training) -> dict[str, Any]:
 
 def _text_sheet(training: Training, model: TextToNoise, size: int, path: Path) -> None:
     """Pictures of held-out captions, which are in the text file of the same name."""
-    captions = [random_scene(shapes.HELD_OUT + i).caption for i in range(16)]
+    captions = [shapes.scene_of_picture(shapes.HELD_OUT + i).caption for i in range(16)]
     pipe = StableDiffusionPipeline(
         vae=load_vae(training),
         text_encoder=model.text_encoder,
@@ -168,10 +179,13 @@ def _text_sheet(training: Training, model: TextToNoise, size: int, path: Path) -
 class EdgesToNoise(nn.Module):
     """A ControlNet in training next to the finished UNet, whose weights do not change."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, start: Path | None) -> None:
         super().__init__()
         edges = edges_of(np.stack([shapes.picture(n, shapes.SIZE)[0] for n in range(8)]))
         self.controlnet = model_files.make_controlnet("trained", unet, edges)
+        if start:
+            weights = ControlNetModel.from_pretrained(start / "controlnet").float().state_dict()
+            self.controlnet.load_state_dict(weights)
         self.frozen = [unet]  # in a list: no part of this module, its state or its average
 
     def forward(self, batch: Batch, text: Tensor, edges: Tensor) -> Tensor:
@@ -216,7 +230,7 @@ def train_controlnet(training: Training) -> None:
         shapes.save_sheet(path, np.concatenate([to_frames(2 * edges - 1), drawn]))
 
     torch.manual_seed(training.seed)
-    model = EdgesToNoise(unet).to(training.device)
+    model = EdgesToNoise(unet, training.start).to(training.device)
     model.controlnet.to(memory_format=torch.channels_last)
     averaged = train(
         training, "controlnet", model, loss, sheet, training.hashes("vae", "unet", "text_encoder")

@@ -14,10 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
-from scripts.shapes.pictures import held_out_pictures, save_sheet
-from scripts.shapes.world import random_scene
-from scripts.tiny_model.model_files import NETWORKS, save_weights
-from scripts.tiny_model.settings import Training
+from scripts.shapes.pictures import held_out_pictures, save_sheet, scene_of_picture
+from scripts.tiny_model.model_files import NETWORKS, load_text_model, save_weights
+from scripts.tiny_model.settings import VOCABULARY, Training
 from scripts.tiny_model.trainer import train
 
 log = logging.getLogger("tokenflow")
@@ -66,7 +65,11 @@ def train_judge(training: Training) -> None:
         vision_config=CLIPVisionConfig(**VISION).to_dict(),
         projection_dim=VISION["projection_dim"],
     )
-    model = CLIPModel(config).to(training.device)
+    if start := training.start:
+        model = load_text_model(CLIPModel, start / "judge", start / "judge", config, VOCABULARY)
+    else:
+        model = CLIPModel(config)
+    model = model.to(training.device)
     sheet = partial(_sheet, training, processor)
     judge = train(training, "judge", model, loss, sheet, training.hashes())
     save_weights(training.model / "judge", judge, torch.float16)
@@ -103,10 +106,11 @@ def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 def _look_alikes(count: int) -> list[Tensor]:
     """The numbers of the pictures that share the background and the first object's colour."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, ...], list[int]] = {}
     for number in range(count):
-        scene = random_scene(number)
-        groups.setdefault((scene.background, scene.objects[0].color), []).append(number)
+        scene = scene_of_picture(number)
+        alike = scene.background, scene.surface, scene.objects[0].color
+        groups.setdefault(alike, []).append(number)
     return [torch.tensor(group) for group in groups.values()]
 
 

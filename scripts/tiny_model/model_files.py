@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
+from transformers import CLIPTextConfig, CLIPTextModel, PretrainedConfig, PreTrainedModel
 
 from tokenflow.storage.yaml_files import load_yaml
 from util import atomic_file
@@ -77,6 +77,33 @@ def text_config(architecture: str, vocabulary: dict[str, int], max_tokens: int) 
         pad_token_id=vocabulary[END],
         **NETWORKS["all"]["text"] | NETWORKS[architecture]["text"],
     )
+
+
+def load_text_model(
+    kind: type[PreTrainedModel],
+    folder: Path,
+    tokenizer: Path,
+    config: PretrainedConfig,
+    vocabulary: dict[str, int],
+) -> PreTrainedModel:
+    """A trained CLIP model, or its text encoder, for another vocabulary.
+
+    Tokens keep their embeddings by their spelling; new ones get random rows like the others.
+
+    Args:
+        tokenizer: folder of the vocabulary that the model was trained with.
+        config: of the new model; but for the tokens' numbers that of the trained one.
+    """
+    state = kind.from_pretrained(folder).float().state_dict()
+    old = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
+    name = next(key for key in state if key.endswith("token_embedding.weight"))
+    rows = state[name]
+    new = rows.mean(0) + rows.std(0) * torch.randn(len(vocabulary), rows.shape[1])
+    known = [token for token in vocabulary if token in old]
+    new[[vocabulary[token] for token in known]] = rows[[old[token] for token in known]]
+    model = kind(config)
+    model.load_state_dict(state | {name: new})
+    return model
 
 
 def ddim_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:

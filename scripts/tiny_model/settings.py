@@ -16,15 +16,17 @@ from pydantic import Field
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from scripts.shapes.pictures import SIZE, open_pictures, world_version
-from scripts.shapes.world import BACKGROUNDS, FILLS, SHAPES, random_scene
+from scripts.shapes.pictures import SIZE, open_pictures, scene_of_picture, world_version
+from scripts.shapes.textures import TEXTURES
+from scripts.shapes.world import BACKGROUNDS, FILLS, SHAPES
 from scripts.tiny_model.model_files import bpe_vocabulary, text_config, write_tokenizer
+from tokenflow.diffusion.checkpoints import checkpoint_revision
 from tokenflow.storage.schema import Model, parse
 from tokenflow.storage.yaml_files import load_yaml
 from util import MissingFileError, sha256_file
 
 MAX_TOKENS = 32
-WORDS = ("a", "and", "on", "background", *SHAPES, *FILLS, *BACKGROUNDS)
+WORDS = ("a", "and", "on", "background", *SHAPES, *FILLS, *BACKGROUNDS, *TEXTURES)
 VOCABULARY, MERGES = bpe_vocabulary(WORDS)
 
 
@@ -83,6 +85,7 @@ class Training:
     device: torch.device
     dtype: torch.dtype
     sheet_every: int
+    start: Path | None = None  # the folder of a model whose weights the training begins with
 
     @property
     def autocast(self) -> torch.autocast:
@@ -103,7 +106,7 @@ class Training:
 
     def captions(self) -> list[str]:
         """The caption of every picture."""
-        return [random_scene(seed).caption for seed in range(self.budget.pictures)]
+        return [scene_of_picture(n).caption for n in range(self.budget.pictures)]
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -131,6 +134,13 @@ class Training:
             f"{self.model / part}: missing; run `python -m scripts.tiny_model.train {first}` first"
         )
 
-    def hashes(self, *parts: str) -> dict[str, str]:
-        """What a part learns from: the world, and the weights of the parts before it."""
-        return {"world": self.world} | {p: sha256_file(self.trained(p))[:12] for p in parts}
+    @cached_property
+    def _start_revision(self) -> str | None:
+        return checkpoint_revision(self.start) if self.start else None
+
+    def hashes(self, *parts: str) -> dict[str, str | None]:
+        """What a part learns from: the world, the model that it begins with, and the weights of the
+        parts before it.
+        """
+        weights = {part: sha256_file(self.trained(part))[:12] for part in parts}
+        return {"world": self.world, "start": self._start_revision} | weights

@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
 from scripts.shapes.metrics import warp_error
-from scripts.shapes.pictures import HELD_OUT, SIZE, save_sheet, to_pixels
-from scripts.shapes.world import SAMPLE_FRAMES, optical_flow, random_scene, render, render_clip
+from scripts.shapes.pictures import HELD_OUT, SIZE, save_sheet, scene_of_picture, to_pixels
+from scripts.shapes.world import SAMPLE_FRAMES, optical_flow, render, render_clip
 from scripts.tiny_model.autoencoder import load_vae
 from scripts.tiny_model.model_files import NETWORKS, save_weights
 from scripts.tiny_model.settings import Training
@@ -99,7 +99,7 @@ def random_piece(
         each frame but the first to the one before, and which of its pixels are seen there.
     """
     number, first, top, left, strength = torch.rand(5, generator=generator).tolist()
-    scene, size = random_scene(int(number * HELD_OUT)), (SIZE, SIZE)
+    scene, size = scene_of_picture(int(number * HELD_OUT)), (SIZE, SIZE)
     times = int(first * (SAMPLE_FRAMES - N_FRAMES + 1)) + np.arange(N_FRAMES)
     times = (times / (SAMPLE_FRAMES - 1)).tolist()
     top, left = (int(place * (SIZE - CROP + 1)) for place in (top, left))
@@ -125,7 +125,7 @@ def train_temporal_decoder(training: Training) -> None:
     """
     vae = load_vae(training)
     count = training.budget.recipes[PART].batch_size
-    held_out = [render_clip(random_scene(HELD_OUT + i), SAMPLE_FRAMES, SIZE) for i in range(2)]
+    held_out = [render_clip(scene_of_picture(HELD_OUT + i), SAMPLE_FRAMES, SIZE) for i in range(2)]
 
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
         clips = (random_piece(vae, generator, training.device) for _ in range(count))
@@ -152,6 +152,9 @@ def train_temporal_decoder(training: Training) -> None:
 
     torch.manual_seed(training.seed)
     model = make_temporal_vae(vae, NETWORKS["trained"]["temporal_widths"]).to(training.device)
+    if training.start:
+        weights = AutoencoderKLTemporalDecoder.from_pretrained(training.start / PART).decoder
+        model.decoder.load_state_dict(weights.state_dict())
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
     save_weights(

@@ -28,6 +28,7 @@ from scripts.tiny_model.denoiser import train_controlnet, train_unet
 from scripts.tiny_model.judge import train_judge
 from scripts.tiny_model.settings import BUDGETS, Training
 from scripts.tiny_model.temporal_decoder import train_temporal_decoder
+from tokenflow.diffusion.checkpoints import checkpoint_folder
 from tokenflow.diffusion.models import resolve_device
 from util import ArgumentParser, at_least, check_writable, command_line, setup_logging
 
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="bfloat16 is mixed precision; auto: that on CUDA, float32 elsewhere")  # fmt: skip
     add("--sheet_every", type=at_least(1), default=500, help="steps (default: 500)")
+    add(
+        "--start", type=Path, metavar="FOLDER", help="begin with the weights of this model's folder"
+    )
     args = parser.parse_args(argv)
     setup_logging()
     model = args.model or args.work / "model"
@@ -71,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=device,
         dtype=torch.bfloat16 if half else torch.float32,
         sheet_every=args.sheet_every,
+        start=args.start and checkpoint_folder(str(args.start)),
     )
     for part, run in TRAINERS.items():
         if args.part in ("all", part):
