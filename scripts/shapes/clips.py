@@ -1,12 +1,13 @@
 """Write clips of the shapes world with their ground truth, and the list for Table 1 on them.
 
     python -m scripts.shapes.clips latents/shapes --clips 10
+    python -m scripts.shapes.clips latents/shapes2 --kinds textured textured_crossing
     sh scripts/table1.sh latents/shapes/clips.yaml
 
 Each clip is a folder of PNG frames, with its optical flow and visibility next to it
 (`<clip>.flow.safetensors`, motion.py) and the edited object's masks in `masks/<clip>/`. The edit
-asked for is another colour of the object; `--kinds` asks for others. No scene was trained on: the
-seeds are the held-out ones.
+asked for is another colour of the object; `--kinds` asks for others, and for clips of 40 frames of
+the second world (world2.py). No scene was trained on: the seeds are the held-out ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import cv2
 import numpy as np
 
 from scripts.demo import inversion_options
+from scripts.shapes import world2
 from scripts.shapes.metrics import true_motion
 from scripts.shapes.pictures import HELD_OUT, SIZE
 from scripts.shapes.world import (
@@ -53,12 +55,17 @@ KINDS = {  # of clips: the attribute that is edited, and demo's settings of PnP 
     "crossing": ("color", "demo_pnp"),  # a second object hides the edited one for some frames
     "fill": ("fill", "demo_pnp_fill"),
     "background": ("background", "demo_pnp_background"),
+    "textured": ("color", "demo_pnp"),  # of the second world, like the next
+    "textured_crossing": ("color", "demo_pnp"),
 }
 
 
 def scene_of(kind: str, seed: int) -> Scene:
     """The held-out scene of a clip of KINDS."""
-    scene = random_scene(seed, n_objects=2 if kind == "crossing" else 1)
+    crossing = kind.endswith("crossing")
+    if kind.startswith("textured"):
+        return world2.random_scene(seed, 2 if crossing else 1, crossing, soft=False)
+    scene = random_scene(seed, n_objects=2 if crossing else 1)
     if kind == "moving":
         length = PAN / math.hypot(*scene.pan)
         return replace(scene, pan=tuple(length * along for along in scene.pan))
@@ -66,6 +73,11 @@ def scene_of(kind: str, seed: int) -> Scene:
         across = [replace(o, travel=tuple(-2 * x for x in o.center)) for o in scene.objects]
         return replace(scene, objects=tuple(across))
     return scene
+
+
+def length_of(kind: str) -> int:
+    """The number of frames of a whole clip of KINDS, from time 0 to 1."""
+    return world2.CLIP_FRAMES if kind.startswith("textured") else SAMPLE_FRAMES
 
 
 def edited_scene(kind: str, scene: Scene) -> Scene:
@@ -90,7 +102,7 @@ def edited_scene(kind: str, scene: Scene) -> Scene:
 def write_clip(folder: Path, seed: int, n_frames: int, kind: str = "shapes") -> dict:
     """Write a scene's clip with its ground truth; returns its entry in the list of clips."""
     scene = scene_of(kind, seed)
-    clip = render_clip(scene, SAMPLE_FRAMES, SIZE)
+    clip = render_clip(scene, length_of(kind), SIZE)
     path = folder / f"{kind}-{seed}"
     save_frames(path, clip.frames[:n_frames])
     save_motion(truth_file(path), true_motion(clip, n_frames))
@@ -107,7 +119,7 @@ def write_clip(folder: Path, seed: int, n_frames: int, kind: str = "shapes") -> 
     return {"data_path": str(path), **prompts, "pnp": own}
 
 
-def clips_list(clips: Sequence[dict], masks: Path) -> dict:
+def clips_list(clips: Sequence[dict], masks: Path, n_frames: int) -> dict:
     """The list for Table 1: the demo's settings, and the world's truth to measure by."""
     configs = {name: load_yaml(ROOT / "configs" / f"demo_{name}.yaml") for name in OWN}
     own = {name: {key: configs[name][key] for key in keys} for name, keys in OWN.items()}
@@ -115,7 +127,7 @@ def clips_list(clips: Sequence[dict], masks: Path) -> dict:
     return {
         "latents_path": "latents/table1",
         "output_path": "tokenflow-results/table1",
-        "settings": {key: configs["pnp"][key] for key in SHARED},
+        "settings": {key: configs["pnp"][key] for key in SHARED} | {"n_frames": n_frames},
         **own,
         "preprocess": {key: options[key] for key in ("H", "W", "inversion_iters")},
         "evaluate": {"flow": "truth", "masks": str(masks), "clip_model": "models/tiny/judge"},
@@ -123,15 +135,25 @@ def clips_list(clips: Sequence[dict], masks: Path) -> dict:
     }
 
 
-def write_clips(folder: Path, seed: int, count: int, kinds: Sequence[str]) -> Path:
-    """Write clips of these kinds in turn, of one seed after another; returns their list."""
-    n_frames = load_yaml(ROOT / "configs/demo_pnp.yaml")["n_frames"]
+def write_clips(
+    folder: Path, seed: int, count: int, kinds: Sequence[str], n_frames: int | None = None
+) -> Path:
+    """Write clips of these kinds in turn, of one seed after another; returns their list.
+
+    Args:
+        n_frames: of each clip, from its start; None: as many as the demo's, but whole clips where
+            all are of the second world.
+    """
+    if n_frames is None:
+        shortest = min(map(length_of, kinds))
+        demo = load_yaml(ROOT / "configs/demo_pnp.yaml")["n_frames"]
+        n_frames = shortest if shortest == world2.CLIP_FRAMES else demo
     with atomic_dir(folder) as partial:
         each = zip(range(count), itertools.cycle(kinds), strict=False)
         clips = [write_clip(partial, seed + i, n_frames, kind) for i, kind in each]
         for clip in clips:
             clip["data_path"] = str(folder / Path(clip["data_path"]).name)
-        save_yaml(partial / "clips.yaml", clips_list(clips, folder / "masks"))
+        save_yaml(partial / "clips.yaml", clips_list(clips, folder / "masks", n_frames))
     return folder / "clips.yaml"
 
 
@@ -144,11 +166,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["shapes"], metavar="KIND",
                         help=f"some of {', '.join(KINDS)}, in turn (default: shapes)")  # fmt: skip
+    parser.add_argument("--frames", type=at_least(2), help="of each clip, from its start (default: "
+                        "the demo's number; all where every kind is textured)")  # fmt: skip
     args = parser.parse_args(argv)
+    most = min(map(length_of, args.kinds))
+    if (args.frames or 0) > most:
+        raise UserError(f"--frames: clips of these --kinds have {most}, got {args.frames}")
     if args.folder.exists():
         raise UserError(f"{args.folder}: exists already; remove it or name another")
     check_writable(args.folder.parent, "folder")
-    path = write_clips(args.folder, args.seed, args.clips, args.kinds)
+    path = write_clips(args.folder, args.seed, args.clips, args.kinds, args.frames)
     print(f"{args.clips} clips: {path}")
 
 

@@ -18,6 +18,7 @@ from tokenflow.evaluation.motion import Motion
 
 LEAST_CHROMA = 20  # of a pixel with a hue, of 255: its distance from the grey of its brightness
 ATTRIBUTES = ("fill", "color", "shape", "background")
+LEAST_AREA = 0.01  # of an object, as a share of the frame
 RIM = 6  # pixels along a frame's edges that are background
 
 
@@ -32,13 +33,17 @@ def hue_of_object(frame: np.ndarray, mask: np.ndarray) -> str:
         frame: (H, W, 3) uint8 RGB.
         mask: (H, W) bool, not empty.
     """
+    return (*world.COLORS, "gray")[int(np.bincount(_nearest_hues(frame[mask])).argmax())]
+
+
+def _nearest_hues(pixels: np.ndarray) -> np.ndarray:
+    """The number in COLORS of the nearest hue to each of (..., 3) pixels; after the last: gray."""
     hues = np.array([world.HUES[name] for name in world.COLORS])
     hues = hues - hues.mean(axis=1, keepdims=True)
     hues /= np.linalg.norm(hues, axis=1, keepdims=True)
-    chroma = frame[mask] - frame[mask].mean(axis=1, keepdims=True)
-    is_gray = np.linalg.norm(chroma, axis=1) < LEAST_CHROMA
-    nearest = np.where(is_gray, len(world.COLORS), (chroma @ hues.T).argmax(axis=1))
-    return (*world.COLORS, "gray")[int(np.bincount(nearest).argmax())]
+    chroma = pixels - pixels.mean(axis=-1, keepdims=True)
+    is_gray = np.linalg.norm(chroma, axis=-1) < LEAST_CHROMA
+    return np.where(is_gray, len(world.COLORS), (chroma @ hues.T).argmax(axis=-1))
 
 
 def color_shape_background(frame: np.ndarray) -> tuple[str, str, str]:
@@ -53,6 +58,35 @@ def color_shape_background(frame: np.ndarray) -> tuple[str, str, str]:
         Colour, shape and background. The colour is "none" where there is no object, the shape
         where it is none of the world's or not the only one.
     """
+    background, mask = _off_background(frame)
+    shape, inside, alone = _largest(mask)
+    if inside is None:
+        return "none", "none", background
+    return hue_of_object(frame, inside > 0), shape if alone else "none", background
+
+
+def color_shapes(frame: np.ndarray) -> dict[str, str]:
+    """The objects that a picture shows, by their colours, as `color_shape_background` finds one.
+
+    Args:
+        frame: (H, W, 3) uint8 RGB.
+
+    Returns:
+        The shape of each colour but the background's that has LEAST_AREA of the frame; "none"
+        where it is no shape of the world, or there are several.
+    """
+    background, mask = _off_background(frame)
+    found = {}
+    nearest = np.where(mask, _nearest_hues(frame), -1)
+    for number, color in enumerate(world.COLORS):
+        shape, inside, alone = _largest((nearest == number).astype(np.uint8))
+        if color != background and inside is not None and inside.mean() > LEAST_AREA:
+            found[color] = shape if alone else "none"
+    return found
+
+
+def _off_background(frame: np.ndarray) -> tuple[str, np.ndarray]:
+    """The colour of a frame's rim, and where the frame is of another hue, (H, W) uint8, 0 or 1."""
     rim = np.ones(frame.shape[:2], bool)
     rim[RIM:-RIM, RIM:-RIM] = False
     ground = np.median(frame[rim], axis=0)
@@ -61,20 +95,24 @@ def color_shape_background(frame: np.ndarray) -> tuple[str, str, str]:
     unit = ground / max(np.linalg.norm(ground), 1.0)
     pixels = frame.astype(np.float32)
     off = np.linalg.norm(pixels - (pixels @ unit)[..., None] * unit, axis=-1)
-    mask = (off > max(LEAST_CHROMA, 4 * np.median(off[rim]))).astype(np.uint8)
+    return background, (off > max(LEAST_CHROMA, 4 * np.median(off[rim]))).astype(np.uint8)
+
+
+def _largest(mask: np.ndarray) -> tuple[str, np.ndarray | None, bool]:
+    """The shape of a mask's largest part, that part (None: there is none), and whether it is nearly
+    all of the mask.
+    """
     mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     contours, nesting = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if not contours:
-        return "none", "none", background
+        return "none", None, False
     areas = np.array([cv2.contourArea(contour) for contour in contours])
     parents = nesting[0, :, 3]
     outer = np.where(parents < 0, areas, 0)
     number = int(outer.argmax())
     inside = cv2.drawContours(np.zeros_like(mask), contours, number, 1, cv2.FILLED) & mask
-    color = hue_of_object(frame, inside > 0)
-    if outer.sum() > 1.2 * outer[number]:
-        return color, "none", background
-    return color, _shape(contours[number], holes=areas[parents == number].sum()), background
+    shape = _shape(contours[number], holes=areas[parents == number].sum())
+    return shape, inside, bool(outer.sum() <= 1.2 * outer[number])
 
 
 def _shape(outline: np.ndarray, holes: float) -> str:

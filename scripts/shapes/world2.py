@@ -23,7 +23,10 @@ SOFT = 0.1  # share of scenes without a texture
 
 
 def random_scene(
-    seed: int | Sequence[int], n_objects: int | None = None, crossing: bool | None = None
+    seed: int | Sequence[int],
+    n_objects: int | None = None,
+    crossing: bool | None = None,
+    soft: bool | None = None,
 ) -> world.Scene:
     """Draw a scene; the same seed gives the same scene.
 
@@ -31,6 +34,7 @@ def random_scene(
         seed: of numpy's generator, one number or several.
         n_objects: 1 or 2; None draws it too.
         crossing: whether two objects cross; None draws it too.
+        soft: whether the background has no texture; None draws it too.
     """
     # Another stream than that of world.random_scene, of which this would be a copy in part.
     rng = np.random.default_rng([2, *np.atleast_1d(seed).tolist()])
@@ -50,7 +54,8 @@ def random_scene(
         ],
         axis=1,
     )
-    surface = str(rng.choice(TEXTURES)) if rng.random() >= SOFT else ""
+    drawn_soft = rng.random() < SOFT
+    surface = "" if (drawn_soft if soft is None else soft) else str(rng.choice(TEXTURES))
     side = rng.choice((-1.0, 1.0))
     return world.Scene(
         objects,
