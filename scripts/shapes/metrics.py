@@ -5,6 +5,7 @@ and by the judge.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,7 @@ from tokenflow.evaluation import metrics
 from tokenflow.evaluation.motion import Motion
 
 LEAST_CHROMA = 20  # of a pixel with a hue, of 255: its distance from the grey of its brightness
-ATTRIBUTES = ("fill", "color", "shape", "background")
+ATTRIBUTES = ("fill", "color", "shape", "background", "surface")
 LEAST_AREA = 0.01  # of an object, as a share of the frame
 RIM = 6  # pixels along a frame's edges that are background
 
@@ -168,24 +169,29 @@ def background_psnr(
 class Judge:
     """The model's CLIP, asked which caption of a scene with one object fits a picture best.
 
+    Args:
+        surfaces: of the captions' backgrounds; world.py's have none ("").
+
     Raises:
         UserError: the folder holds no CLIP model.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, surfaces: Sequence[str] = ("",)) -> None:
         self.clip = metrics.ClipEmbedder(folder, device)
-        every = itertools.product(world.FILLS, world.COLORS, world.SHAPES, world.BACKGROUNDS)
+        every = itertools.product(
+            world.FILLS, world.COLORS, world.SHAPES, world.BACKGROUNDS, surfaces
+        )
         self.choices = [choice for choice in every if choice[1] != choice[3]]
-        captions = (world.caption_of([choice[:3]], choice[3]) for choice in self.choices)
+        captions = (world.caption_of([choice[:3]], *choice[3:]) for choice in self.choices)
         self.texts = torch.stack([self.clip.embed_text(caption) for caption in captions], dim=1)
 
-    def __call__(self, frames: np.ndarray) -> list[tuple[str, str, str, str]]:
-        """Fill, colour, shape and background of each of (n, H, W, 3) uint8 frames."""
+    def __call__(self, frames: np.ndarray) -> list[tuple[str, ...]]:
+        """The ATTRIBUTES of each of (n, H, W, 3) uint8 frames."""
         best = (self.clip.embed_frames(frames) @ self.texts).argmax(dim=1)
         return [self.choices[number] for number in best.tolist()]
 
 
-def attributes(scene: world.Scene) -> tuple[str, str, str, str]:
-    """Fill, colour, shape and background of a scene with one object."""
+def attributes(scene: world.Scene) -> tuple[str, ...]:
+    """The ATTRIBUTES of a scene's first object and its background."""
     thing = scene.objects[0]
-    return thing.fill, thing.color, thing.shape, scene.background
+    return thing.fill, thing.color, thing.shape, scene.background, scene.surface

@@ -23,10 +23,10 @@ from pydantic import Field
 
 from scripts.batch.clip_list import VARIANTS, Batch, Job
 from scripts.batch.engine import run_jobs
-from scripts.shapes.clips import KINDS, edited_scene, scene_of, write_clips
+from scripts.shapes.clips import KINDS, edited_scene, length_of, scene_of, write_clips
 from scripts.shapes.metrics import Judge, hue_of_object
 from scripts.shapes.pictures import HELD_OUT
-from scripts.shapes.world import SAMPLE_FRAMES, render_clip
+from scripts.shapes.world import render_clip
 from scripts.table1 import table1
 from tokenflow.cache.source_cache import FEATURES, MANIFEST
 from tokenflow.editing.results import read_result
@@ -177,7 +177,7 @@ def _truth(clip: str, size: tuple[int, int]) -> tuple[str, Any, np.ndarray]:
     """A clip's kind, its edited scene, and the masks (n, H, W) of its edited object."""
     kind, _, seed = clip.partition("-")
     scene = scene_of(kind, int(seed))
-    masks = render_clip(scene, SAMPLE_FRAMES, size).masks == 1
+    masks = render_clip(scene, length_of(kind), size).masks == 1
     return kind, edited_scene(kind, scene), masks
 
 

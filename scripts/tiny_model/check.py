@@ -5,9 +5,10 @@
 Every clip is inverted and edited by the project's own scripts at the demo's settings, to another
 colour, by TokenFlow and by each of the paper's ablations (its Table 1); the world's ground truth
 (masks, optical flow, occlusions) says how well. Pictures sampled from text are measured on their
-pixels (colour, shape, background) and by the model's own judge, a CLIP model (fill); the accuracy
-of both on rendered pictures is measured too. Finished edits are kept in the work folder and reused
-as long as the model, the settings and the code do not change.
+pixels (colour, shape, background) and by the model's own judge, a CLIP model (fill, texture); the
+accuracy of both on rendered pictures is measured too. So are pictures of the second world
+(world2.py), and pictures of two objects, of both worlds in turn. Finished edits are kept in the
+work folder and reused as long as the model, the settings and the code do not change.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from tqdm import tqdm
 import preprocess
 import run_tokenflow_pnp as pnp
 from scripts.demo import inversion_options
-from scripts.shapes import metrics, world
+from scripts.shapes import metrics, world, world2
 from scripts.shapes.pictures import HELD_OUT, SIZE
+from scripts.shapes.textures import TEXTURES
 from scripts.tiny_model.denoiser import draw_pictures
 from tokenflow.cache.options import arguments
 from tokenflow.cache.source_cache import Manifest, open_cache
@@ -66,32 +68,73 @@ ORDER = ("vae", *METHODS)  # of the warp errors in the paper's Table 1
 
 
 def accuracies(found: Sequence[tuple], true: Sequence[tuple]) -> dict[str, float]:
-    """The share of right answers for each attribute; `found` may lack the first, the fill."""
-    names = metrics.ATTRIBUTES[-len(found[0]) :]
-    right = np.array(found) == np.array(true)[:, -len(names) :]
-    return dict(zip((f"{name}_accuracy" for name in names), right.mean(0).tolist(), strict=True))
+    """The share of right answers for each attribute; `found` may lack the first and the last, the
+    fill and the surface.
+    """
+    first = 0 if len(found[0]) == len(metrics.ATTRIBUTES) else 1
+    part = slice(first, first + len(found[0]))
+    right = np.array(found) == np.array(true)[:, part]
+    names = (f"{name}_accuracy" for name in metrics.ATTRIBUTES[part])
+    return dict(zip(names, right.mean(0).tolist(), strict=True))
 
 
 def check_text_to_image(
+    drawn: np.ndarray, decoded: np.ndarray, scenes: Sequence[world.Scene], judge: metrics.Judge
+) -> dict:
+    """How many pictures of captions show what they should.
+
+    Args:
+        drawn, decoded: as `draw_scenes` gives them. The accuracies of the measurement and of the
+            judge themselves are those on `decoded`.
+        scenes: with one object each.
+    """
+    true = [metrics.attributes(scene) for scene in scenes]
+    by_judge = accuracies(judge(drawn), true)
+    return {
+        **accuracies(list(map(metrics.color_shape_background, drawn)), true),
+        **{f"{name}_accuracy": by_judge[f"{name}_accuracy"] for name in ("fill", "surface")},
+        "measurement": accuracies(list(map(metrics.color_shape_background, decoded)), true),
+        "judge": accuracies(judge(decoded), true),
+    }
+
+
+def check_two_objects(
+    drawn: np.ndarray, decoded: np.ndarray, scenes: Sequence[world.Scene]
+) -> dict[str, float]:
+    """How many pictures show two objects in their colours, each in its own shape, and no third.
+
+    Args:
+        drawn, decoded, scenes: as for `check_text_to_image`, but with two objects each.
+    """
+    true = [{thing.color: thing.shape for thing in scene.objects} for scene in scenes]
+    return {
+        name: float(
+            np.mean([metrics.color_shapes(f) == t for f, t in zip(frames, true, strict=True)])
+        )
+        for name, frames in (("accuracy", drawn), ("measurement", decoded))
+    }
+
+
+def draw_scenes(
     models: StableDiffusion,
     model: Path,
-    judge: metrics.Judge,
     config: Mapping[str, Any],
-    count: int,
+    scenes: Sequence[world.Scene],
+    time: float,
     seed: int,
-) -> dict:
-    """Sample pictures of unseen scenes' captions, and say how many show what they should.
-
-    The accuracies of the measurement and of the judge themselves are those on the scenes'
-    renderings, as the VAE reconstructs them.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample pictures of unseen scenes' captions.
 
     Args:
         models: of the folder `model`.
         config: of an edit; its guidance and number of steps are used.
+        time: of the scenes' renderings.
+
+    Returns:
+        The pictures, (n, SIZE, SIZE, 3) uint8, and as many of the scenes, as the VAE reconstructs
+        their renderings.
     """
-    scenes = [world.random_scene(seed + i, n_objects=1) for i in range(count)]
-    true = [metrics.attributes(scene) for scene in scenes]
-    rendered = np.stack([world.render(scene, 0.5, (SIZE, SIZE))[0] for scene in scenes])
+    rendered = np.stack([world.render(scene, time, (SIZE, SIZE))[0] for scene in scenes])
     parts = {name: getattr(models, name) for name in ("unet", "vae", "text_encoder")}
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, **parts)
     options = {
@@ -100,18 +143,31 @@ def check_text_to_image(
         "generator": torch.Generator(models.device).manual_seed(seed),
     }
     captions = [scene.caption for scene in scenes]
-    parts = [captions[first : first + 20] for first in range(0, count, 20)]
+    parts = [captions[first : first + 20] for first in range(0, len(captions), 20)]
     drawn = np.concatenate(
         [draw_pictures(pipe, part, **options) for part in tqdm(parts, "text to image")]
     )
-    decoded = decode_latents(models, encode_frames(models, rendered))
-    fill = accuracies(judge(drawn), true)["fill_accuracy"]
-    return {
-        **accuracies(list(map(metrics.color_shape_background, drawn)), true),
-        "fill_accuracy": fill,
-        "measurement": accuracies(list(map(metrics.color_shape_background, decoded)), true),
-        "judge": accuracies(judge(decoded), true),
-    }
+    return drawn, decode_latents(models, encode_frames(models, rendered))
+
+
+def check_pictures(
+    models: StableDiffusion, model: Path, config: Mapping[str, Any], count: int, seed: int
+) -> dict:
+    """What pictures show: `count` of the first world, of the second, and of two objects.
+
+    Args:
+        models, model, config: as for `draw_scenes`.
+    """
+    figures = {}
+    for name, of, surfaces in (("", world, ("",)), ("world2", world2, ("", *TEXTURES))):
+        scenes = [of.random_scene(seed + i, n_objects=1) for i in range(count)]
+        pictures = draw_scenes(models, model, config, scenes, 0.5, seed)
+        judge = metrics.Judge(model / "judge", models.device, surfaces)
+        found = check_text_to_image(*pictures, scenes, judge)
+        figures |= {name: found} if name else found
+    scenes = [(world, world2)[i % 2].random_scene(seed + i, n_objects=2) for i in range(count)]
+    pictures = draw_scenes(models, model, config, scenes, 0.0, seed)
+    return figures | {"two_objects": check_two_objects(*pictures, scenes)}
 
 
 # ------------------------------------------------------------------------------------------ clips
@@ -188,11 +244,20 @@ def table(figures: dict) -> str:
     """The figures in rows, with the required values, for the terminal."""
     frames, steps = figures["accuracy_frames"], figures["accuracy_steps"]
     vae = figures["inversion_vae_psnr"]
-    asked = {"color": ">= 95 %", "shape": ">= 90 %", "background": ">= 90 %", "fill": ""}
-    percents = [(f"text to image: {n}", figures[f"{n}_accuracy"], asked[n]) for n in asked]
-    for by in ("measurement", "judge"):
-        found = [(name.removesuffix("_accuracy"), value) for name, value in figures[by].items()]
-        percents += [(f"  the {by} on ground truth: {name}", value, "") for name, value in found]
+    asked = {"color": ">= 95 %", "shape": ">= 90 %", "background": ">= 90 %"}
+    percents = []
+    for label, found in (("", figures), (", world 2", figures["world2"])):
+        shown = [n for n in metrics.ATTRIBUTES if label or n != "surface"]
+        percents += [(f"text to image{label}: {n}", found[f"{n}_accuracy"], asked.get(n, ""))
+                     for n in shown]  # fmt: skip
+        for by in ("measurement", "judge"):
+            least = ">= 90 %" if by == "judge" else ""
+            percents += [(f"  the {by} on ground truth: {n}", found[by][f"{n}_accuracy"],
+                          least if n == "shape" else "")
+                         for n in shown if f"{n}_accuracy" in found[by]]  # fmt: skip
+    two = figures["two_objects"]
+    percents.append(("text to image: two objects, not mixed up", two["accuracy"], ">= 80 %"))
+    percents.append(("  the measurement on ground truth", two["measurement"], ""))
     percents.append(("frames in the colour asked for", figures["edit_color_success"], ">= 90 %"))
     decibels = [
         ("VAE reconstruction", figures["vae_psnr"], 30),
@@ -239,10 +304,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     models = load_stable_diffusion(folder, device, dtype)
     quick, steps, frames = (QUICK, 10, 1) if args.quick else ({}, 50, 2)
     accuracy = {"accuracy_steps": steps, "accuracy_frames": frames}
-    judge = metrics.Judge(args.model / "judge", device)
     # Like a picture from text, an edit by SDEdit has no negative prompt.
     sdedit = load_yaml(ROOT / "configs/demo_sdedit.yaml") | quick
-    figures = check_text_to_image(models, args.model, judge, sdedit, args.pictures, args.seed)
+    figures = check_pictures(models, args.model, sdedit, args.pictures, args.seed)
     # Another model's caches and edits would be refused: each model has a folder.
     work = args.work / f"{checkpoint_revision(args.model)}_{code_version()}"
     config, clips = load_yaml(ROOT / CONFIG) | quick, []

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.shapes import world, world2
 from scripts.shapes.metrics import (
     Judge,
     attributes,
     background_psnr,
     color_shape_background,
+    color_shapes,
     hue_of_object,
     warp_error,
 )
@@ -53,9 +55,20 @@ def test_rendered_pictures_are_seen_for_what_they_are():
         assert hue_of_object(frame, mask > 0) == scene.objects[0].color, scene.caption
         noisy = frame + np.random.default_rng(seed).normal(0, 4, frame.shape)
         told = color_shape_background(noisy.clip(0, 255).astype(np.uint8))
-        assert told == attributes(scene)[1:], scene.caption
+        assert told == attributes(scene)[1:4], scene.caption
         seen.add((scene.objects[0].fill, told[1]))
     assert len(seen) >= 18  # of 4 fills x 5 shapes
+
+
+def test_two_objects_are_told_by_their_colours():
+    for seed in range(40):
+        scene = (world2 if seed % 2 else world).random_scene(seed, n_objects=2)
+        frame, _ = render(scene, 0, (256, 256))
+        true = {thing.color: thing.shape for thing in scene.objects}
+        assert color_shapes(frame) == true, scene.caption
+    both = drawn(lambda f: [cv2.circle(f, (x, 128), 30, RED, -1) for x in (60, 190)])
+    assert color_shapes(both) == {"red": "none"}
+    assert color_shapes(drawn(lambda f: cv2.circle(f, (60, 60), 5, RED, -1))) == {}
 
 
 def drawn(draw):

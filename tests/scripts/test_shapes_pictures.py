@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scripts.shapes import pictures as shapes_pictures
+from scripts.shapes import world, world2
 from scripts.shapes.pictures import (
     open_pictures,
     picture,
@@ -28,11 +29,17 @@ def test_pictures_are_rendered_once_and_are_those_of_their_numbers(tmp_path):
         open_pictures(tmp_path, 6, 32)
 
 
+def test_pictures_are_of_both_worlds_in_turn():
+    captions = [picture(number, 16)[1] for number in range(40)]
+    assert captions[::2] == [world.random_scene(number).caption for number in range(0, 40, 2)]
+    assert captions[1::2] == [world2.random_scene(number).caption for number in range(1, 40, 2)]
+
+
 def test_the_world_s_version_changes_with_what_it_shows_and_says(monkeypatch):
     version = shapes_pictures.world_version()
     assert version == shapes_pictures.world_version()
     with monkeypatch.context() as context:
-        context.setattr(shapes_pictures, "random_scene", lambda seed: random_scene(seed + 1))
+        context.setattr(world, "random_scene", lambda seed: random_scene(seed + 1))
         assert shapes_pictures.world_version() != version
     monkeypatch.setattr(
         shapes_pictures, "picture", lambda seed, size: (picture(seed, size)[0], "a wolf")

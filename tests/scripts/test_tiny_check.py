@@ -8,13 +8,18 @@ from scripts.shapes.world import COLORS, another_color, random_scene, recolored
 from scripts.tiny_model import check as check_tiny
 from util import UserError
 
-FIGURES = {
+PICTURES = {
     "color_accuracy": 1.0,
     "shape_accuracy": 0.9,
     "background_accuracy": 0.95,
     "fill_accuracy": 0.5,
     "measurement": {"shape_accuracy": 0.99},
-    "judge": {"fill_accuracy": 0.98},
+    "judge": {"fill_accuracy": 0.98, "shape_accuracy": 0.97},
+}
+FIGURES = {
+    **PICTURES,
+    "world2": PICTURES | {"surface_accuracy": 0.85},
+    "two_objects": {"accuracy": 0.83, "measurement": 0.96},
     "vae_psnr": 33.0,
     "inversion_vae_psnr": 32.0,
     "inversion_psnr": 30.0,
@@ -66,7 +71,10 @@ def test_the_table_says_whether_the_papers_order_holds(errors, verdict):
     assert re.search(r"inversion, 50 steps +30.00 dB  >= 29.00 dB", table)
     assert re.search(r"the measurement on ground truth: shape +99.0 %", table)
     assert re.search(r"the judge on ground truth: fill +98.0 %", table)
+    assert re.search(r"the judge on ground truth: shape +97.0 %  >= 90 %", table)
     assert re.search(r"text to image: shape +90.0 %  >= 90 %", table)
+    assert re.search(r"text to image, world 2: surface +85.0 %", table)
+    assert re.search(r"two objects, not mixed up +83.0 %  >= 80 %", table)
 
 
 @pytest.mark.parametrize(
