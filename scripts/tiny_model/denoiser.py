@@ -60,16 +60,12 @@ class TextToNoise(nn.Module):
 
 
 def train_unet(training: Training) -> None:
-    """Train the UNet and its text encoder, at half the size first, where a step is cheap (if the
-    budget has steps for it).
-    """
+    """Train the UNet and its text encoder, at half the size first, where a step is cheap."""
     torch.manual_seed(training.seed)
     model = TextToNoise(training).to(training.device)
     model.unet.to(memory_format=torch.channels_last)
     inputs = training.hashes("vae")
     for name, size in (("unet_small", shapes.SIZE // 2), ("unet", shapes.SIZE)):
-        if name not in training.budget.recipes:
-            continue
         batches = NoisyLatents(training, name, size)
         averaged = train(
             training,

@@ -8,10 +8,12 @@ PY=${PY:-python}
 OUT=${OUT:-tokenflow-results/gpu_train}
 WORK=${WORK:-latents/tiny-training}
 BUDGET=${BUDGET:-gpu}
+START=${START:-}  # models/tiny to go on from there, with BUDGET=gpu_finetune
 CHECK=${CHECK:---clips 20 --pictures 200}
 
 mkdir -p "$OUT"
-"$PY" -m scripts.tiny_model.train all --budget "$BUDGET" --model "$WORK/model" --work "$WORK"
+"$PY" -m scripts.tiny_model.train all --budget "$BUDGET" --model "$WORK/model" --work "$WORK" \
+  ${START:+--start "$START"}
 rm -f "$OUT"/tiny.tar*
 tar -C "$WORK/model" -cf "$WORK/tiny.tar" .
 split -b 15m "$WORK/tiny.tar" "$OUT/tiny.tar."

@@ -3,14 +3,15 @@
     python -m scripts.tiny_model.train all                # a few hours on two CPU cores
     python -m scripts.tiny_model.train all --budget gpu   # larger batches; not timed yet
     python -m scripts.tiny_model.train unet               # one part; needs those before it
+    python -m scripts.tiny_model.train all --budget finetune --start models/tiny
 
 The parts, in order: `pictures` renders the training pictures; `vae` trains the AutoencoderKL,
 `vae_temporal_decoder` a decoder that sees a clip's frames together, and `unet` the UNet with its
 text encoder on the latents of the pictures, first of small ones, then of full-size ones;
 `controlnet` trains a ControlNet (Canny edges) for it and `judge` a CLIP model of its own, which
-tells what pictures show. Run the same command again to resume an interrupted part. Each part's
-state, losses and sample sheets are in the work folder; the moving average of its weights goes to
-the model's folder, in float16.
+tells what pictures show. With --start, each begins with the weights of that model. Run the same
+command again to resume an interrupted part. Each part's state, losses and sample sheets are in the
+work folder; the moving average of its weights goes to the model's folder, in float16.
 """
 
 from __future__ import annotations

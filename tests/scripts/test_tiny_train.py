@@ -8,7 +8,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from scripts.shapes.world import random_scene
+from scripts.shapes.pictures import scene_of_picture
 from scripts.tiny_model import judge, train, trainer
 from scripts.tiny_model.denoiser import NoisyLatents
 from scripts.tiny_model.settings import MAX_TOKENS
@@ -28,9 +28,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, part: str) -> None:
+def run(folder: Path, part: str, *options: str) -> None:
     folders = ["--model", str(folder / "model"), "--work", str(folder / "work")]
-    train.main([part, "--budget", "smoke", "--device", "cpu", *folders])
+    train.main([part, "--budget", "smoke", "--device", "cpu", *folders, *options])
 
 
 def test_the_model_loads_as_a_stable_diffusion_with_its_controlnet(trained):
@@ -42,7 +42,7 @@ def test_the_model_loads_as_a_stable_diffusion_with_its_controlnet(trained):
     check_controlnet_fits(model, str(model / "controlnet"))
     text = encode_prompts(
         load_stable_diffusion(model, torch.device("cpu"), torch.float32),
-        [random_scene(0).caption, ""],
+        [scene_of_picture(0).caption, ""],
     )
     assert text.shape == (2, MAX_TOKENS, 128)
 
@@ -118,6 +118,18 @@ def test_a_part_asks_for_those_before_it(tmp_path):
             run(tmp_path, part)
 
 
+def test_a_training_begins_with_the_weights_of_another_model(trained, tmp_path, monkeypatch):
+    for part in ("pictures", "vae", "unet"):
+        run(tmp_path, part, "--start", str(trained / "model"))
+    for part in ("vae", "unet", "text_encoder"):
+        first, then = (load_tensors(next((folder / "model" / part).glob("*.safetensors")))
+                       for folder in (trained, tmp_path))  # fmt: skip
+        moved = [(then[name] - value).abs().max() for name, value in first.items()]
+        assert 0 < max(moved) < 0.02, part
+    with pytest.raises(UserError, match="vae: was trained with another start; remove"):
+        run(tmp_path, "vae")
+
+
 @pytest.mark.parametrize("option", ["--seed=-1", "--sheet_every=0"])
 def test_numbers_out_of_range_are_refused(option):
     with pytest.raises(UserError, match="expected at least"):
@@ -126,8 +138,8 @@ def test_numbers_out_of_range_are_refused(option):
 
 def test_every_word_of_a_caption_is_one_token(trained):
     tokenizer = CLIPTokenizer.from_pretrained(trained / "model" / "tokenizer")
-    for seed in range(200):
-        caption = random_scene(seed).caption
+    for number in range(200):
+        caption = scene_of_picture(number).caption
         assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2
 
 
@@ -136,8 +148,8 @@ def test_a_batch_of_the_judge_is_of_few_groups_of_look_alikes():
     assert sorted(torch.cat(groups).tolist()) == list(range(300))
     drawn = judge._draw_alike(groups, 64, torch.Generator().manual_seed(0)).tolist()
     assert len(drawn) == 64
-    scenes = [random_scene(number) for number in set(drawn)]
-    pairs = {(scene.background, scene.objects[0].color) for scene in scenes}
+    scenes = [scene_of_picture(number) for number in set(drawn)]
+    pairs = {(scene.background, scene.surface, scene.objects[0].color) for scene in scenes}
     assert 1 < len(pairs) <= judge.GROUPS
     assert len({scene.objects[0].shape for scene in scenes}) == 5
 

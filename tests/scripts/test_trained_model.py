@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTextModel
 
 from scripts.shapes.metrics import warp_error
 from scripts.shapes.world import SAMPLE_FRAMES, SAMPLES, random_scene, render_clip
 from scripts.tiny_model import check as check_tiny
+from scripts.tiny_model.model_files import bpe_vocabulary, load_text_model, text_config
+from scripts.tiny_model.settings import MAX_TOKENS, WORDS
 from tokenflow.diffusion.checkpoints import check_controlnet_fits
 from tokenflow.diffusion.ddim import CLEAN, ddim_inversion_step
 from tokenflow.diffusion.denoiser import make_denoiser
@@ -59,6 +62,22 @@ def test_all_of_the_model_is_there_and_small():
     parts = {path.parent.name for path in weights}
     assert parts == {"unet", "vae", "vae_temporal_decoder", "text_encoder", "controlnet", "judge"}
     assert sum(path.stat().st_size for path in weights) <= 40e6
+
+
+def test_a_vocabulary_of_more_words_keeps_the_meaning_of_the_others():
+    vocabulary, _ = bpe_vocabulary(("marble", *WORDS))
+    old = json.loads((MODEL / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    parts = CLIPTextModel, MODEL / "text_encoder", MODEL / "tokenizer"
+    before = CLIPTextModel.from_pretrained(parts[1]).float()
+    after = load_text_model(*parts, text_config("trained", vocabulary, MAX_TOKENS), vocabulary)
+    words = ["<|startoftext|>", "a</w>", "striped</w>", "red</w>", "star</w>", "<|endoftext|>"]
+    with torch.inference_mode():
+        first, then = (model(torch.tensor([[names[word] for word in words]]))
+                       for model, names in ((before, old), (after, vocabulary)))  # fmt: skip
+    assert torch.equal(first.last_hidden_state, then.last_hidden_state)
+    assert torch.equal(first.pooler_output, then.pooler_output)
+    new = after.get_input_embeddings().weight[vocabulary["marble</w>"]].detach()
+    assert new.std() == pytest.approx(before.get_input_embeddings().weight.std().item(), rel=0.3)
 
 
 def test_the_controlnet_fits_the_unet():
