@@ -49,6 +49,24 @@ def test_frames_and_truth_are_the_world_s(place):
         assert np.array_equal(mask > 0, clip.masks[3] > 0)
 
 
+def test_clips_of_the_second_world_are_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes_clips, "SIZE", 64)
+    shapes_clips.main([str(tmp_path / "clips"), "--clips", "1", "--kinds", "textured_crossing"])
+    shapes_clips.main([str(tmp_path / "few"), "--frames", "3", "--kinds", "textured", "shapes",
+                       "--clips", "2"])  # fmt: skip
+    listed, few = (load_yaml(tmp_path / name / "clips.yaml") for name in ("clips", "few"))
+    assert [listed["settings"]["n_frames"], few["settings"]["n_frames"]] == [40, 3]
+    name = f"textured_crossing-{shapes_clips.SEED}"
+    clip = render_clip(shapes_clips.scene_of("textured_crossing", shapes_clips.SEED), 40, 64)
+    frames = load_frames(tmp_path / "clips" / name)
+    assert np.array_equal(frames, clip.frames)
+    motion = load_motion(tmp_path / "clips" / f"{name}.flow.safetensors")
+    assert np.array_equal(motion.flow[19].permute(1, 2, 0).numpy(), clip.flow(20, 19)[0])
+    mask = cv2.imread(str(tmp_path / "clips" / "masks" / name / "00020.png"), 0)
+    assert np.array_equal(mask > 0, clip.masks[20] == 1)
+    assert [len(load_frames(each["data_path"])) for each in few["clips"]] == [3, 3]
+
+
 @pytest.mark.parametrize("seed", [6_000_000, 6_000_007])
 def test_kinds_are_what_they_are_called(seed):
     scenes = {kind: shapes_clips.scene_of(kind, seed) for kind in shapes_clips.KINDS}
@@ -56,6 +74,7 @@ def test_kinds_are_what_they_are_called(seed):
     assert scenes["moving"].objects == scenes["shapes"].objects
     visible = (render_clip(scenes["crossing"], SAMPLE_FRAMES, 128).masks == 1).sum(axis=(1, 2))
     assert visible[:12].min() < 0.5 * min(visible[0], visible[11])  # hidden, and seen again
+    assert scenes["textured"].surface and scenes["textured_crossing"].surface
     for kind, scene in scenes.items():
         asked, attribute = shapes_clips.edited_scene(kind, scene), shapes_clips.KINDS[kind][0]
         differing = [
@@ -77,6 +96,10 @@ def test_kinds_are_what_they_are_called(seed):
     [
         (["--clips", "0"], "--clips: expected at least 1"),
         (["--kinds", "still"], "--kinds: invalid choice"),
+        (
+            ["--frames", "17", "--kinds", "textured", "fill"],
+            "--kinds have 16, got 17",
+        ),
         (["--seed", "5"], "--seed: expected at least 1000000"),
     ],
 )
