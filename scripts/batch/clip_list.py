@@ -53,7 +53,7 @@ class Variant:
     """A way to edit every clip."""
 
     name: str  # of a technique, or of a row of Table 1
-    section: str  # the technique whose settings in the list apply
+    section: str  # of SECTIONS: whose settings in the list apply
     config: type[EditConfig]
     edit: Callable[..., Path]  # makes the result of a configuration; returns its folder
     settings: Mapping[str, Any] = field(default_factory=dict)  # that the list cannot change
@@ -62,6 +62,9 @@ class Variant:
 VARIANTS = {
     t.name: Variant(t.name, t.name, t.config, t.edit) for t in map(load_technique, TECHNIQUES)
 }
+
+# What a list may have settings of; those of the baseline are for Table 1.
+SECTIONS = (*VARIANTS, "tune_a_video")
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class _Keys(Model):
     def sections(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """The names and contents of all sections that hold settings."""
         yield "", self.model_extra or {}
-        for name in ("settings", *VARIANTS):
+        for name in ("settings", *SECTIONS):
             yield name, getattr(self, name, {})
 
 
@@ -163,8 +166,8 @@ class _Davis(Model):
     resolution: str = "480p"
 
 
-_SECTIONS = dict.fromkeys(VARIANTS, (dict[str, Any], Field(default_factory=dict)))
-Entry = create_model("Entry", __base__=_Entry, **_SECTIONS)
+_OF_EACH = dict.fromkeys(SECTIONS, (dict[str, Any], Field(default_factory=dict)))
+Entry = create_model("Entry", __base__=_Entry, **_OF_EACH)
 
 
 class _ClipList(_Keys):
@@ -176,7 +179,7 @@ class _ClipList(_Keys):
     clips: list[Entry] = Field(default_factory=list)
 
 
-ClipList = create_model("ClipList", __base__=_ClipList, **_SECTIONS)
+ClipList = create_model("ClipList", __base__=_ClipList, **_OF_EACH)
 
 
 # ---------------------------------------------------------------------------------------- reading

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from run_tokenflow_pnp import PnPConfig
-from scripts.batch.clip_list import VARIANTS, Batch, ClipList, Variant, read_batch
+from scripts.batch.clip_list import SECTIONS, VARIANTS, Batch, ClipList, Variant, read_batch
 from scripts.batch.engine import FAILED, Outcome, log, run_jobs
-from scripts.table1 import baselines
+from scripts.table1 import baselines, tune_a_video
 from tokenflow.evaluation import score_table
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.motion import truth_file, truth_shape
@@ -35,6 +35,9 @@ TOKENFLOW = _ROWS["tokenflow"]
 
 def variant(name: str, technique: str, changes: Mapping[str, object]) -> Variant:
     """A row: its technique, and the settings in which it differs from TokenFlow."""
+    if technique == tune_a_video.NAME:
+        config = tune_a_video.TuneAVideoConfig
+        return Variant(name, technique, config, tune_a_video.edit, TOKENFLOW)
     if technique in baselines.BASELINES:
         return Variant(name, "pnp", PnPConfig, baselines.BASELINES[technique], TOKENFLOW)
     settings = changes if "preset" in changes else TOKENFLOW | changes  # they would win over it
@@ -132,7 +135,7 @@ def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:
 
 def settings_line(path: Path, given: ClipList) -> str:
     """What the list sets for all clips, in a line."""
-    sections = {"all": given.settings} | {name: getattr(given, name) for name in VARIANTS}
+    sections = {"all": given.settings} | {name: getattr(given, name) for name in SECTIONS}
     sections["preprocess"] = given.preprocess
     parts = [f"{name}: " + ", ".join(f"{key} {value}" for key, value in section.items())
             for name, section in sections.items() if section]  # fmt: skip

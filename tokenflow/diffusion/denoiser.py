@@ -54,15 +54,31 @@ class Denoiser:
     def __call__(self, x: Tensor, t: int, frames: Tensor) -> Tensor:
         """eps(x, t) of every branch.
 
+        Args and returns: as `prediction`'s.
+
+        Raises:
+            UserError: if the prediction is not finite; the message names the step.
+        """
+        models, prediction = self.models, self.prediction(x, t, frames)
+        if models.schedule.prediction_type == "v_prediction":
+            alpha, sigma = models.schedule.alpha_sigma(t)
+            prediction = alpha * prediction + sigma * x.to(models.device, torch.float32)
+        if not torch.isfinite(prediction).all():
+            raise UserError(
+                f"the UNet's prediction at timestep {t} is not finite (NaN or infinity) in "
+                f"{models.dtype_name}; try {BETTER_DTYPE}"
+            )
+        return prediction
+
+    def prediction(self, x: Tensor, t: int, frames: Tensor) -> Tensor:
+        """What the UNet predicts for every branch: eps or v.
+
         Args:
             x: (m, 4, h, w) latents of `frames` at timestep t, on any device.
             frames: (m,) the frames' indices in the clip.
 
         Returns:
             (B, m, 4, h, w) float32 on the models' device.
-
-        Raises:
-            UserError: if the prediction is not finite; the message names the step.
         """
         models, m = self.models, len(frames)
         x = x.to(models.device, torch.float32)
@@ -83,16 +99,7 @@ class Denoiser:
             model_input, timestep, encoder_hidden_states=text, return_dict=False, **residuals
         )[0]
         self.image_forwards += self.branches * m
-        prediction = prediction.float().unflatten(0, (self.branches, m))
-        if models.schedule.prediction_type == "v_prediction":
-            alpha, sigma = models.schedule.alpha_sigma(t)
-            prediction = alpha * prediction + sigma * x
-        if not torch.isfinite(prediction).all():
-            raise UserError(
-                f"the UNet's prediction at timestep {t} is not finite (NaN or infinity) in "
-                f"{models.dtype_name}; try {BETTER_DTYPE}"
-            )
-        return prediction
+        return prediction.float().unflatten(0, (self.branches, m))
 
     def _of(self, condition: Tensor, frames: Tensor) -> Tensor:
         return condition[frames].to(self.models.device, self.models.dtype)

@@ -47,14 +47,18 @@ PLACES = ("output_path", "latents_path", "data_path")
 FIND_THE_CACHE = ("n_inversion_steps", "frame_start", "frame_stride")
 CHANGES_NO_RESULT = (
     "chunk_size", "source_features", "compile", "checkpoint_every", "verify", "allow_pickle",
-    "preview_every", "preview_vae", "estimate",
+    "preview_every", "preview_vae", "estimate", "gradient_checkpointing", "sample_every",
 )  # fmt: skip
 # Keys of which only the files' contents count, by `adapters` and the cache's identity.
 BY_CONTENT = ("architecture_key", "lora", "lora_scale", "lora_for", "embeddings")
 RESULT_FILES = ("edited.mp4", "config.yaml", "run.yaml")
 # The base techniques, and their names for people.
 TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
-BASELINES = {"reconstruction": "VAE reconstruction", "rgb_propagation": "RGB propagation"}
+BASELINES = {
+    "reconstruction": "VAE reconstruction",
+    "rgb_propagation": "RGB propagation",
+    "tune_a_video": "Tune-A-Video",
+}
 CONSISTENCY = {
     "extended_attention": "extended attention",
     "none": "per frame",
@@ -223,7 +227,7 @@ class Result:
     def seconds_per_frame(self) -> float | None:
         """What the edit took without loading models; None if run.yaml does not say it."""
         seconds = self.run.get("seconds") or {}
-        stages = [seconds.get(stage) for stage in ("edit", "decode", "deflicker", "write")]
+        stages = [seconds.get(stage) for stage in ("train", "edit", "decode", "deflicker", "write")]
         known = [stage for stage in stages if stage is not None]
         return sum(known) / self.n_frames if known and self.n_frames else None
 
