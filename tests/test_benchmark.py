@@ -294,6 +294,7 @@ def test_short_clip_is_played_back_and_forth(tmp_path):
 # ---------------------------------------------------------------- scaling and profile
 
 
+@pytest.mark.slow
 def test_a_part_is_timed_in_a_process_of_its_own(words):
     options, args = benchmark.parse_args([*words, "--frames", "2"])
     found = modes.in_fresh_process(options, args, "edit")

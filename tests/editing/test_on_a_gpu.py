@@ -41,14 +41,12 @@ def clip(tiny_model, tmp_path_factory):
     ("technique", "changes"),
     [
         ("pnp", {}),  # of cached features
-        ("pnp", {"source_features": "live", "pnp_attn_t": 0}),
-        ("pnp", {"propagation": "released"}),
+        ("pnp", {"source_features": "live", "pnp_attn_t": 0, "propagation": "released"}),
         ("pnp", {"keyframes": "fixed", "max_keyframes": 2, "guidance_scale": 1}),
         ("pnp", {"consistency": "extended_attention", "sampler": "dpmpp_2m"}),
-        ("pnp", {"consistency": "first_frame", "mask": "masks"}),
+        ("pnp", {"consistency": "first_frame", "mask": "masks", "decoder": "temporal"}),
         ("pnp", {"consistency": "none", "deflicker": True, "flow_model": "dis"}),
-        ("pnp", {"correspondence": "flow", "smooth_steps": 1, "flow_model": "dis"}),
-        ("pnp", {"correspondence": "hybrid", "decoder": "temporal", "flow_model": "dis"}),
+        ("pnp", {"correspondence": "hybrid", "smooth_steps": 1, "flow_model": "dis"}),
         ("sdedit", {"noise": "warped", "correspondence": "flow", "flow_model": "dis"}),
         ("sdedit", {"noise": "shared", "source_features": "save"}),
         ("controlnet", {"mask": "masks", "chunk_size": 1}),
