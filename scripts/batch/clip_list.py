@@ -63,8 +63,8 @@ VARIANTS = {
     t.name: Variant(t.name, t.name, t.config, t.edit) for t in map(load_technique, TECHNIQUES)
 }
 
-# What a list may have settings of; those of the baseline are for Table 1.
-SECTIONS = (*VARIANTS, "tune_a_video")
+# What a list may have settings of; those of baselines are for Table 1.
+SECTIONS = (*VARIANTS, "tune_a_video", "text2video_zero_depth")
 
 
 @dataclass(frozen=True)

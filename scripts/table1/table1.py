@@ -19,7 +19,10 @@ import numpy as np
 from run_tokenflow_pnp import PnPConfig
 from scripts.batch.clip_list import SECTIONS, VARIANTS, Batch, ClipList, Variant, read_batch
 from scripts.batch.engine import FAILED, Outcome, log, run_jobs
-from scripts.table1 import baselines, tune_a_video
+from scripts.table1 import baselines, text2video_zero, tune_a_video
+from scripts.table1.text2video_zero import Text2VideoZeroConfig
+from scripts.table1.tune_a_video import TuneAVideoConfig
+from tokenflow.diffusion.model_names import CONTROLNETS
 from tokenflow.evaluation import score_table
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.motion import truth_file, truth_shape
@@ -31,15 +34,18 @@ from util import ArgumentParser, UserError, at_least, check_writable, command_li
 
 _ROWS = load_yaml(Path(__file__).with_name("rows.yaml"))
 TOKENFLOW = _ROWS["tokenflow"]
+DEPTH = "text2video_zero_depth"  # has a section of its own, for its ControlNet
+BASELINES = {name: ("pnp", PnPConfig, edit) for name, edit in baselines.BASELINES.items()} | {
+    "tune_a_video": ("tune_a_video", TuneAVideoConfig, tune_a_video.edit),
+    "text2video_zero": ("controlnet", Text2VideoZeroConfig, text2video_zero.edit),
+    DEPTH: (DEPTH, Text2VideoZeroConfig, text2video_zero.edit),
+}
 
 
 def variant(name: str, technique: str, changes: Mapping[str, object]) -> Variant:
     """A row: its technique, and the settings in which it differs from TokenFlow."""
-    if technique == tune_a_video.NAME:
-        config = tune_a_video.TuneAVideoConfig
-        return Variant(name, technique, config, tune_a_video.edit, TOKENFLOW)
-    if technique in baselines.BASELINES:
-        return Variant(name, "pnp", PnPConfig, baselines.BASELINES[technique], TOKENFLOW)
+    if technique in BASELINES:
+        return Variant(name, *BASELINES[technique], TOKENFLOW | changes)
     settings = changes if "preset" in changes else TOKENFLOW | changes  # they would win over it
     return replace(VARIANTS[technique], name=name, settings=settings)
 
@@ -63,7 +69,7 @@ def read_list(
     Raises:
         UserError: naming the key that is unknown, missing or wrong.
     """
-    batch = read_batch(path, overrides, variants=methods)
+    batch = read_batch(path, overrides, variants=available(path, methods))
     clips = enumerate(batch.given.clips, start=1)
     for where, keys in [("", batch.given), *((f"clips: number {i}: ", clip) for i, clip in clips)]:
         for place, section in keys.sections():
@@ -71,6 +77,29 @@ def read_list(
                 place = f"{place}: {key}" if place else key
                 raise UserError(f"{path}: {where}{place}: distinguishes the rows; leave it out")
     return batch, parse(Protocol, batch.given.evaluate, f"{path}: evaluate")
+
+
+def available(path: Path, methods: Sequence[Variant]) -> list[Variant]:
+    """These rows, but for that with depth where no ControlNet of depth is known; says so.
+
+    Args:
+        path: of the list of clips.
+    """
+    given = load_yaml(path)
+    sections = [given.get(name) for name in ("settings", DEPTH)]
+    settings = {}
+    for section in sections:  # what is wrong in them is told when the list is read
+        settings |= section if isinstance(section, Mapping) else {}
+    version = settings.get("sd_version")
+    if settings.get("controlnet_key") or (version, "depth") in CONTROLNETS:
+        return list(methods)
+    for method in methods:
+        if method.section == DEPTH:
+            log.warning(
+                "%s is left out: no ControlNet of depth is known for sd_version %s; name one in "
+                "%s: %s: {controlnet_key: ...}", method.name, version, path, DEPTH
+            )  # fmt: skip
+    return [method for method in methods if method.section != DEPTH]
 
 
 # ------------------------------------------------------------------------------------- the rows

@@ -24,6 +24,7 @@ LIST = {
     "evaluate": {"flow": "dis", "clip_model": "none"},
     "clips": [CLIP, {**CLIP, "data_path": "b", "seed": 7, "pnp": {"negative_prompt": "red"}}],
 }
+WITH_DEPTH = {"text2video_zero_depth": {"controlnet_key": "depth_net"}}
 
 
 def configs_of(batch):
@@ -46,17 +47,27 @@ def test_settings_come_from_the_most_special_place(tmp_path):
     assert (a.guidance_scale, a.keyframes, a.latents_path) == (2.0, "fixed", "caches")
     assert (a.seed, a.negative_prompt) == (1, "")
     assert (b.seed, b.negative_prompt) == (7, "red")
-    zero = configs["b", "Text2Video-Zero"]
+    zero = configs["b", "Text2Video-Zero (Canny)"]
     assert isinstance(zero, ControlNetConfig)
-    assert (zero.consistency, zero.use_ddim_noise, zero.canny_low) == ("first_frame", False, 50)
+    assert (zero.consistency, zero.control, zero.canny_low) == ("first_frame", "canny", 50)
     assert (zero.guidance_scale, zero.negative_prompt) == (7.5, "")  # PnP's are PnP's alone
     options = batch.jobs[0].work
     assert options | {"inversion_iters": 2, "steps": 10} == options
     assert [job.clip for job in batch.jobs if job.variant is None] == ["a", "b"]  # for all rows
 
 
+def test_the_row_with_depth_needs_a_controlnet(tmp_path, caplog):
+    batch, _ = table1.read_list(write(tmp_path))
+    assert ("a", "Text2Video-Zero (depth)") not in configs_of(batch)
+    assert "(depth) is left out: no ControlNet of depth is known for sd_version tiny" in caplog.text
+    batch, _ = table1.read_list(write(tmp_path, WITH_DEPTH))
+    config = configs_of(batch)["a", "Text2Video-Zero (depth)"]
+    assert (config.control, config.controlnet_key, config.canny_low) == ("depth", "depth_net", 100)
+    assert configs_of(batch)["a", "Text2Video-Zero (Canny)"].controlnet_key is None
+
+
 def test_every_row_differs_from_every_other(tmp_path):
-    batch, _ = table1.read_list(write(tmp_path, {"clips": [CLIP]}))
+    batch, _ = table1.read_list(write(tmp_path, {"clips": [CLIP], **WITH_DEPTH}))
     edits = {(job.variant.edit, str(job.work)) for job in batch.jobs if job.variant}
     assert len(edits) == len(table1.METHODS)
 
@@ -125,7 +136,7 @@ def test_the_verdict_on_the_paper_s_order():
 # ------------------------------------------------------------------------------------- the whole
 
 GOOD = {"data_path": "data/star.mp4", "inversion_prompt": "a red star", "prompt": "a blue star"}
-FEW = ("VAE reconstruction", "Text2Video-Zero", "PnP, TokenFlow")
+FEW = ("VAE reconstruction", "Text2Video-Zero (Canny)", "PnP, TokenFlow")
 
 
 @pytest.fixture(scope="module")

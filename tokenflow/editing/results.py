@@ -58,7 +58,9 @@ BASELINES = {
     "reconstruction": "VAE reconstruction",
     "rgb_propagation": "RGB propagation",
     "tune_a_video": "Tune-A-Video",
+    "text2video_zero": "Text2Video-Zero",
 }
+CONTROLS = {"canny": "Canny", "depth": "depth"}
 CONSISTENCY = {
     "extended_attention": "extended attention",
     "none": "per frame",
@@ -200,7 +202,8 @@ class Result:
         """What made it, as people call it: "PnP, TokenFlow (released)"."""
         technique = str(self.run.get("technique") or "unknown")
         if technique in BASELINES:
-            return BASELINES[technique]
+            control = CONTROLS.get(str(self.config.get("control")))
+            return BASELINES[technique] + (f" ({control})" if control else "")
         consistency = str(self.config.get("consistency", "tokenflow"))
         bound = self.config.get("max_keyframes")
         skipped = () if consistency == "tokenflow" else OF_PROPAGATION
