@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -37,8 +38,16 @@ from filelock import FileLock
 import preprocess
 from scripts.tiny_model.model_files import save_weights
 from scripts.tiny_model.temporal_decoder import make_temporal_vae
-from tests.helpers import HEIGHT, WIDTH, arguments, make_clip, make_image_folder, save_masks
+from tests.helpers import (
+    HEIGHT,
+    WIDTH,
+    arguments,
+    make_image_folder,
+    save_masks,
+    shapes_frames,
+)
 from tests.robustness.faults import Child, hidden, saved_figures, snapshot, visible
+from tests.storage.test_audio import make_sounding_clip
 from tokenflow.cache import build
 from tokenflow.cache import inputs as preprocess_inputs
 from tokenflow.cache.options import parse_args
@@ -117,8 +126,11 @@ class World:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
-        self.clip = make_clip(folder / "star.mp4", N_FRAMES)
-        self.other_clip = make_clip(folder / "other" / "star.mp4", N_FRAMES, seed=3)
+        self.clip, self.other_clip = folder / "star.mp4", folder / "other" / "star.mp4"
+        sound = make_sounding_clip(folder / "tone.mp4")
+        for seed, path in enumerate((self.clip, self.other_clip)):
+            frames = shapes_frames(N_FRAMES, HEIGHT, WIDTH, 3 * seed)
+            video.save_video(path, frames, Fraction(10), sound)
         self.cache = self._cache_folder(self.clip)
         self.other_cache = self._cache_folder(self.other_clip)
         self._models = load_stable_diffusion(model, torch.device("cpu"), torch.float32)
