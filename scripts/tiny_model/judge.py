@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
 from scripts.shapes.pictures import held_out_pictures, save_sheet, scene_of_picture
+from scripts.shapes.world import SHAPES
 from scripts.tiny_model.model_files import NETWORKS, load_text_model, save_weights
 from scripts.tiny_model.settings import VOCABULARY, Training
 from scripts.tiny_model.trainer import train
@@ -42,8 +43,10 @@ def train_judge(training: Training) -> None:
     parts = tqdm(parts, f"pictures at {JUDGE_SIZE}")
     pixels = torch.cat([_judge_pixels(processor, np.array(part)).half() for part in parts])
     captions = training.captions()
-    tokens = training.tokens(captions)
+    longest = max(len(caption.split()) for caption in captions) + 2  # with the start and the end
+    tokens = training.tokens(captions)[:, :longest]
     labels = torch.from_numpy(np.unique(captions, return_inverse=True)[1])
+    shapes = torch.tensor([VOCABULARY[f"{shape}</w>"] for shape in SHAPES], device=tokens.device)
     groups = _look_alikes(len(pictures))
 
     def loss(model: CLIPModel, generator: torch.Generator) -> Tensor:
@@ -52,12 +55,19 @@ def train_judge(training: Training) -> None:
         mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
         batch = _shifted(batch.flip(-1).where(mirrored, batch), generator)
         batch = batch + 0.05 * torch.randn(batch.shape, generator=generator)
-        similarity = model(
-            input_ids=tokens[numbers], pixel_values=batch.to(training.device)
+        asked, count = tokens[numbers], len(numbers)
+        others = _other_shapes(asked, shapes)
+        every = model(
+            input_ids=torch.cat([asked, others.flatten(0, 1)]),
+            pixel_values=batch.to(training.device),
         ).logits_per_image.float()
+        similarity = every[:, :count]
+        by_shape = every[:, count:].unflatten(1, (count, len(shapes))).diagonal().T
+        right = (others == asked[:, None]).all(dim=2).float().argmax(dim=1)
         same = (labels[numbers][:, None] == labels[numbers]).float().to(training.device)
         target = same / same.sum(dim=1, keepdim=True)
-        return 0.5 * (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target))
+        found = F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)
+        return 0.5 * found + F.cross_entropy(by_shape, right)
 
     torch.manual_seed(training.seed)
     config = CLIPConfig(
@@ -102,6 +112,18 @@ def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack(
         [one.roll(yx, (1, 2)) for one, yx in zip(pictures, by.tolist(), strict=True)]
     )
+
+
+def _other_shapes(tokens: Tensor, shapes: Tensor) -> Tensor:
+    """Captions with the first object in every shape: (n, MAX_TOKENS) to (n, shapes, MAX_TOKENS).
+
+    Which of them fits a picture best is asked of its own: what tells most captions apart is their
+    colours, and what tells shapes apart is seen late.
+    """
+    first = torch.isin(tokens, shapes).int().argmax(dim=1)
+    others = tokens[:, None].repeat(1, len(shapes), 1)
+    others[torch.arange(len(tokens)), :, first] = shapes
+    return others
 
 
 def _look_alikes(count: int) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, PretrainedConfig, PreTra
 
 from tokenflow.storage.yaml_files import load_yaml
 from util import atomic_file
+
+log = logging.getLogger("tokenflow")
 
 NETWORKS = load_yaml(Path(__file__).with_name("networks.yaml"))
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -88,11 +91,12 @@ def load_text_model(
 ) -> PreTrainedModel:
     """A trained CLIP model, or its text encoder, for another vocabulary.
 
-    Tokens keep their embeddings by their spelling; new ones get random rows like the others.
+    Tokens keep their embeddings by their spelling; new ones get random rows like the others. Of a
+    network of other sizes the weights that fit are taken; a line in the log tells the others.
 
     Args:
         tokenizer: folder of the vocabulary that the model was trained with.
-        config: of the new model; but for the tokens' numbers that of the trained one.
+        config: of the new model.
     """
     state = kind.from_pretrained(folder).float().state_dict()
     old = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
@@ -102,7 +106,11 @@ def load_text_model(
     known = [token for token in vocabulary if token in old]
     new[[vocabulary[token] for token in known]] = rows[[old[token] for token in known]]
     model = kind(config)
-    model.load_state_dict(state | {name: new})
+    state, anew = state | {name: new}, model.state_dict()
+    unfit = [key for key, value in anew.items() if state[key].shape != value.shape]
+    if unfit:
+        log.info("%s: begins anew with %s", folder, ", ".join(unfit))
+    model.load_state_dict(state | {key: anew[key] for key in unfit})
     return model
 
 

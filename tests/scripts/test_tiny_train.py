@@ -154,6 +154,14 @@ def test_a_batch_of_the_judge_is_of_few_groups_of_look_alikes():
     assert len({scene.objects[0].shape for scene in scenes}) == 5
 
 
+def test_the_judge_is_asked_for_the_shape_alone():
+    shapes = torch.tensor([5, 6])
+    captions = torch.tensor([[1, 3, 6, 1, 3, 5], [1, 5, 1, 6, 0, 0]])
+    others = judge._other_shapes(captions, shapes)
+    assert others[0].tolist() == [[1, 3, 5, 1, 3, 5], [1, 3, 6, 1, 3, 5]]
+    assert others[1].tolist() == [[1, 5, 1, 6, 0, 0], [1, 6, 1, 6, 0, 0]]
+
+
 def test_the_judge_s_pictures_are_moved_round():
     picture = torch.arange(judge.JUDGE_SIZE**2).view(judge.JUDGE_SIZE, -1)
     moved = judge._shifted(picture.expand(20, 3, -1, -1), torch.Generator().manual_seed(0))
