@@ -90,7 +90,7 @@ def load_vae(training: Training) -> AutoencoderKL:
 
 def picture_latents(training: Training, size: int) -> Tensor:
     """Scaled latents of all pictures, (n, 4, h, w) float16; kept under what they come from."""
-    versions = "_".join(training.hashes("vae").values())
+    versions = "_".join(filter(None, training.hashes("vae").values()))
     path = training.work / f"latents_{size}_{training.budget.pictures}_{versions}.safetensors"
     if not path.exists():
         vae = load_vae(training)

@@ -144,8 +144,8 @@ def test_every_word_of_a_caption_is_one_token(trained):
 
 
 def test_a_batch_of_the_judge_is_of_few_groups_of_look_alikes():
-    groups = judge._look_alikes(300)
-    assert sorted(torch.cat(groups).tolist()) == list(range(300))
+    groups = judge._look_alikes(2000)
+    assert sorted(torch.cat(groups).tolist()) == list(range(2000))
     drawn = judge._draw_alike(groups, 64, torch.Generator().manual_seed(0)).tolist()
     assert len(drawn) == 64
     scenes = [scene_of_picture(number) for number in set(drawn)]
