@@ -31,6 +31,8 @@ from util import sha256_file
 
 NO_TEXT = 0.1  # share of captions that are dropped, for classifier-free guidance
 
+TWO_OBJECTS = 0.5  # share of a batch: which attribute is whose is learnt last
+
 MIN_SNR = 5.0  # Hang et al. 2023: caps the weight of nearly clean latents
 
 # SD's noisiest latents still hold a trace of their picture's mean, and sampling starts from noise
@@ -92,7 +94,8 @@ def _noise_loss(batches: NoisyLatents, model: TextToNoise, generator: torch.Gene
 class NoisyLatents:
     """Draws what a noise prediction is trained on: noisy latents, their captions and the noise.
 
-    Timesteps are drawn evenly, or more of the noisier ones (as the larger of two draws is).
+    TWO_OBJECTS of the pictures show two. Timesteps are drawn evenly, or more of the noisier ones
+    (as the larger of two draws is).
     """
 
     def __init__(self, training: Training, part: str, size: int, noisier: bool = False) -> None:
@@ -101,10 +104,15 @@ class NoisyLatents:
         self.alphas_squared = model_files.ddim_scheduler().alphas_cumprod.to(training.device)
         self.batch_size = training.budget.recipes[part].batch_size
         self.noisier = noisier
+        counts = [len(shapes.scene_of_picture(n).objects) for n in range(training.budget.pictures)]
+        self.with_objects = [torch.tensor(counts).eq(k).nonzero()[:, 0] for k in (1, 2)]
 
     def draw(self, generator: torch.Generator) -> Batch:
         count, device = (self.batch_size,), self.latents.device
-        numbers = torch.randint(len(self.latents), count, generator=generator)
+        of_two = torch.rand(count, generator=generator) < TWO_OBJECTS
+        place = torch.rand(count, generator=generator)
+        one, two = (numbers[(place * len(numbers)).long()] for numbers in self.with_objects)
+        numbers = two.where(of_two, one)
         timesteps = torch.randint(len(self.alphas_squared), count, generator=generator)
         if self.noisier:
             other = torch.randint(len(self.alphas_squared), count, generator=generator)
