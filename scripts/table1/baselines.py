@@ -2,21 +2,25 @@
 
     python -m scripts.table1.baselines reconstruction --config configs/config_pnp.yaml
     python -m scripts.table1.baselines rgb_propagation --config configs/config_pnp.yaml
+    python -m scripts.table1.baselines patch_propagation --config configs/config_pnp.yaml
 
 `reconstruction` is the clip encoded and decoded by the VAE: what no latent diffusion edit can
-flicker less than ("LDM recon."). `rgb_propagation` edits the middle frame alone, by PnP, and brings
-its pixels to all frames along the optical flow: the role of "Stylizing Video by Example" (Jamriska
-et al. 2019), which propagates one edited keyframe too. The config is run_tokenflow_pnp.py's.
+flicker less than ("LDM recon."). The two others edit the middle frame alone, by PnP, and bring it
+to all frames: `rgb_propagation` its pixels, along the optical flow, and `patch_propagation` its
+patches, by PatchMatch guided by that flow. That is the role of "Stylizing Video by Example"
+(Jamriska et al. 2019). The config is run_tokenflow_pnp.py's.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import run_tokenflow_pnp as pnp
 from tokenflow.cache.source_cache import CLEAN_LATENTS
@@ -30,6 +34,8 @@ from tokenflow.editing.run import open_result, save_result
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.yaml_files import load_yaml
 from util import UserError, command_line, setup_logging
+
+PATCH_RADIUS, GUIDE_WEIGHT = 3, 1.0  # of patch_propagation: patches of 7x7 pixels
 
 
 def reconstruction(
@@ -49,21 +55,52 @@ def rgb_propagation(
     config: pnp.PnPConfig, overwrite: bool = False, load: Loader | None = None
 ) -> Path:
     """The result whose frames are warps of the edited middle frame; returns its folder."""
+    return _propagation("rgb_propagation", propagate_rgb, config, overwrite, load)
+
+
+def patch_propagation(
+    config: pnp.PnPConfig, overwrite: bool = False, load: Loader | None = None
+) -> Path:
+    """The result whose frames are of patches of the edited middle frame; returns its folder.
+
+    Raises:
+        UserError: PyPatchMatch is not installed.
+    """
+    if not has_patch_match():
+        raise UserError(
+            "patch_propagation needs PyPatchMatch: python -m pip install -r "
+            "requirements-optional.txt (Python 3.11 or newer)"
+        )
+    return _propagation("patch_propagation", propagate_patches, config, overwrite, load)
+
+
+def has_patch_match() -> bool:
+    """Whether PyPatchMatch is installed."""
+    return find_spec("patchmatch") is not None
+
+
+def _propagation(
+    name: str,
+    propagate: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+    config: pnp.PnPConfig,
+    overwrite: bool,
+    load: Loader | None,
+) -> Path:
     inputs = open_edit_inputs(config)
     per_frame = pnp.edit(config.model_copy(update={"consistency": "none"}), overwrite, load)
-    with open_result("rgb_propagation", inputs, overwrite) as (folder, work):
+    with open_result(name, inputs, overwrite) as (folder, work):
         if work is not None:
             session = EditSession(inputs, load=load, work=work)
             middle = inputs.n_frames // 2
             size = session.frames.shape[1:3]  # whatever output_size is
             keyframe = load_frames(per_frame / "frames", middle + 1, size)[middle]
             with session.watch("edit"):
-                frames = propagate_rgb(keyframe, session.frames, middle)
+                frames = propagate(keyframe, session.frames, middle)
             for stage in ("edit", "decode"):  # the keyframe's edit, which was of all frames
                 session.watch.add(stage, load_yaml(per_frame / "run.yaml")["seconds"][stage])
             # No latents were edited: those of the frames stand in their place.
             latents = encode_frames(session.models, frames, session.chunk_size)
-            save_result("rgb_propagation", session, frames, latents)
+            save_result(name, session, frames, latents)
     return folder
 
 
@@ -83,17 +120,56 @@ def propagate_rgb(keyframe: np.ndarray, source: np.ndarray, number: int) -> np.n
     """
     frames = np.empty_like(source)
     frames[number] = keyframe
+    for i, flow in flows_to(number, source):
+        frames[i] = warp(keyframe, flow).round()
+    return frames
+
+
+def flows_to(number: int, source: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+    """For each other frame its number and its flow to frame `number`, (2, H, W) in pixels."""
     for step, numbers in ((1, range(number + 1, len(source))), (-1, range(number - 1, -1, -1))):
-        chained = torch.zeros(2, *keyframe.shape[:2])
+        chained = torch.zeros(2, *source.shape[1:3])
         for i in numbers:
             flow = dis_flow(source[i], source[i - step])
             further = torch.from_numpy(warp(chained.permute(1, 2, 0).numpy(), flow))
             chained = flow + further.permute(2, 0, 1)
-            frames[i] = warp(keyframe, chained).round()
+            yield i, chained
+
+
+def propagate_patches(keyframe: np.ndarray, source: np.ndarray, number: int) -> np.ndarray:
+    """Put all frames together from a keyframe's patches, each near where the flow leads.
+
+    PyPatchMatch fills holes in one picture: here the right half of one whose left half is the
+    keyframe. Its map of coordinates, which patches are also compared by, has the places in the
+    keyframe on the left, and on the right where the source's optical flow leads: the positional
+    guide of "Stylizing Video by Example".
+
+    Args and returns: as `propagate_rgb`'s.
+    """
+    import patchmatch
+
+    frames = np.empty_like(source)
+    frames[number] = keyframe
+    height, width = keyframe.shape[:2]
+    places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    hole = np.repeat([[0, 1]], width, axis=1).astype(np.uint8).repeat(height, axis=0)
+    picture = np.concatenate([keyframe, np.zeros_like(keyframe)], axis=1)
+    for i, flow in flows_to(number, source):
+        both = torch.cat([places, places + flow.flip(0)], dim=2) / max(height, width)
+        guide = torch.cat([both, torch.zeros_like(both[:1])]).permute(1, 2, 0).contiguous()
+        patchmatch.set_random_seed(i)
+        filled = patchmatch.inpaint_regularity(
+            picture, hole, guide.numpy(), patch_size=PATCH_RADIUS, guide_weight=GUIDE_WEIGHT
+        )
+        frames[i] = filled[:, width:]
     return frames
 
 
-BASELINES = {"reconstruction": reconstruction, "rgb_propagation": rgb_propagation}
+BASELINES = {
+    "reconstruction": reconstruction,
+    "rgb_propagation": rgb_propagation,
+    "patch_propagation": patch_propagation,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -80,26 +80,33 @@ def read_list(
 
 
 def available(path: Path, methods: Sequence[Variant]) -> list[Variant]:
-    """These rows, but for that with depth where no ControlNet of depth is known; says so.
+    """These rows, but for those that need what is not there; logs what that is.
 
     Args:
         path: of the list of clips.
     """
     given = load_yaml(path)
-    sections = [given.get(name) for name in ("settings", DEPTH)]
     settings = {}
-    for section in sections:  # what is wrong in them is told when the list is read
+    for section in (given.get("settings"), given.get(DEPTH)):
+        # What is wrong in them is told when the list is read.
         settings |= section if isinstance(section, Mapping) else {}
-    version = settings.get("sd_version")
-    if settings.get("controlnet_key") or (version, "depth") in CONTROLNETS:
-        return list(methods)
+    version, missing = settings.get("sd_version"), {}
+    if not settings.get("controlnet_key") and (version, "depth") not in CONTROLNETS:
+        missing["depth"] = (
+            f"no ControlNet of depth is known for sd_version {version}; name one in {path}: "
+            f"{DEPTH}: {{controlnet_key: ...}}"
+        )
+    if not baselines.has_patch_match():
+        missing["patches"] = "PyPatchMatch is not installed (requirements-optional.txt)"
+    found = []
     for method in methods:
-        if method.section == DEPTH:
-            log.warning(
-                "%s is left out: no ControlNet of depth is known for sd_version %s; name one in "
-                "%s: %s: {controlnet_key: ...}", method.name, version, path, DEPTH
-            )  # fmt: skip
-    return [method for method in methods if method.section != DEPTH]
+        is_patches = method.edit is baselines.patch_propagation
+        need = "depth" if method.section == DEPTH else "patches" if is_patches else None
+        if need in missing:
+            log.warning("%s is left out: %s", method.name, missing[need])
+        else:
+            found.append(method)
+    return found
 
 
 # ------------------------------------------------------------------------------------- the rows

@@ -22,10 +22,13 @@ def texture(seed, size=(96, 128)):
     return cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
 
 
-def test_a_keyframe_s_pixels_follow_the_source_s_motion_both_ways():
+@pytest.mark.parametrize("propagate", [baselines.propagate_rgb, baselines.propagate_patches])
+def test_a_keyframe_s_pixels_follow_the_source_s_motion_both_ways(propagate):
+    if propagate is baselines.propagate_patches:
+        pytest.importorskip("patchmatch", reason="PyPatchMatch needs Python 3.11")
     source = np.stack([np.roll(texture(1), 3 * i, axis=1) for i in range(5)])
     keyframe = texture(2)
-    frames = baselines.propagate_rgb(keyframe, source, 2)
+    frames = propagate(keyframe, source, 2)
     assert np.array_equal(frames[2], keyframe)
     for i, found in enumerate(frames):
         inside = np.s_[12:-12, 20:-20]  # of what the roll brings in from the other side
@@ -58,6 +61,12 @@ def test_the_reconstruction_is_the_vae_s(config):
     assert (folder / "run.yaml").stat().st_mtime_ns == before
 
 
+def test_patch_propagation_needs_its_library(config, monkeypatch):
+    monkeypatch.setattr(baselines, "has_patch_match", lambda: False)
+    with pytest.raises(UserError, match="patch_propagation needs PyPatchMatch"):
+        baselines.patch_propagation(config)
+
+
 def test_rgb_propagation_starts_from_the_per_frame_edit_s_middle_frame(config):
     folder = baselines.rgb_propagation(config)
     (alone,) = (folder.parents[2] / "pnp").rglob("run.yaml")
@@ -69,5 +78,5 @@ def test_rgb_propagation_starts_from_the_per_frame_edit_s_middle_frame(config):
 
 @pytest.mark.parametrize("words", [[], ["nonsense"], ["--config", "x.yaml"]])
 def test_a_baseline_must_be_named(words):
-    with pytest.raises(UserError, match="expected reconstruction or rgb_propagation"):
+    with pytest.raises(UserError, match="expected reconstruction or rgb_propagation or patch_"):
         baselines.main(words)

@@ -8,7 +8,7 @@ import pytest
 from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from scripts.batch.engine import ROOT
-from scripts.table1 import table1
+from scripts.table1 import baselines, table1
 from tokenflow.evaluation.score_table import Row, summarize
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import UserError
@@ -56,17 +56,21 @@ def test_settings_come_from_the_most_special_place(tmp_path):
     assert [job.clip for job in batch.jobs if job.variant is None] == ["a", "b"]  # for all rows
 
 
-def test_the_row_with_depth_needs_a_controlnet(tmp_path, caplog):
+def test_rows_whose_needs_are_missing_are_left_out(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(baselines, "has_patch_match", lambda: False)
     batch, _ = table1.read_list(write(tmp_path))
     assert ("a", "Text2Video-Zero (depth)") not in configs_of(batch)
     assert "(depth) is left out: no ControlNet of depth is known for sd_version tiny" in caplog.text
+    assert "patch propagation is left out: PyPatchMatch is not installed" in caplog.text
+    assert len(configs_of(batch)) == 2 * (len(table1.METHODS) - 2)
     batch, _ = table1.read_list(write(tmp_path, WITH_DEPTH))
     config = configs_of(batch)["a", "Text2Video-Zero (depth)"]
     assert (config.control, config.controlnet_key, config.canny_low) == ("depth", "depth_net", 100)
     assert configs_of(batch)["a", "Text2Video-Zero (Canny)"].controlnet_key is None
 
 
-def test_every_row_differs_from_every_other(tmp_path):
+def test_every_row_differs_from_every_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "has_patch_match", lambda: True)
     batch, _ = table1.read_list(write(tmp_path, {"clips": [CLIP], **WITH_DEPTH}))
     edits = {(job.variant.edit, str(job.work)) for job in batch.jobs if job.variant}
     assert len(edits) == len(table1.METHODS)

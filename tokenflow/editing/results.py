@@ -57,6 +57,7 @@ TECHNIQUES = {"pnp": "PnP", "sdedit": "SDEdit", "controlnet": "ControlNet"}
 BASELINES = {
     "reconstruction": "VAE reconstruction",
     "rgb_propagation": "RGB propagation",
+    "patch_propagation": "patch propagation",
     "tune_a_video": "Tune-A-Video",
     "text2video_zero": "Text2Video-Zero",
 }
