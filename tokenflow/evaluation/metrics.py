@@ -216,7 +216,7 @@ class DinoKeys:
         found = []
         with self.last_key.register_forward_hook(lambda *call: found.append(call[2].cpu())):
             for pixels in _pixels(frames, self.processor, self.device):
-                self.model(pixel_values=pixels)
+                self.model(pixel_values=pixels, interpolate_pos_encoding=True)
         return torch.cat(found).float()
 
 
