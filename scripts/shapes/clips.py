@@ -47,6 +47,7 @@ OWN = {  # what Table 1 takes from each technique's demo config, besides the com
     "pnp": ("guidance_scale", "pnp_attn_t", "pnp_f_t"),
     "sdedit": ("guidance_scale", "start"),
     "controlnet": ("guidance_scale",),
+    "tune_a_video": ("guidance_scale", "train_steps", "learning_rate", "sample_every"),
 }
 PAN = 0.9  # travel of the background in a clip of the kind "moving", in short sides
 KINDS = {  # of clips: the attribute that is edited, and demo's settings of PnP for such an edit
