@@ -150,7 +150,7 @@ def page(browser, address):
 def test_from_an_upload_to_results_that_play_in_step(page, tiny_model, tmp_path):
     from playwright.sync_api import expect
 
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=60_000)  # a busy machine
     page.get_by_role("button", name="More").click()
     page.get_by_label("Prompts, one a line").fill("a green star\na blue <b>star</b>")
     page.get_by_role("radio", name="paper").check()

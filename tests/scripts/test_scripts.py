@@ -297,7 +297,7 @@ def test_several_prompts_are_several_edits_of_one_load(
     printed = [line.partition("result: ")[2] for line in lines]
     assert [load_config(SDEditConfig, f"{p}/config.yaml").prompt for p in printed] == prompts
     assert len(loads) == 1
-    shown = tmp_path / "out" / "sdedit" / "star" / "report" / "report.html"
+    shown = tmp_path / "out" / "report" / "report.html"
     assert page == f"report: {shown} (2 results of 1 clips)"
     assert all(Path(folder).name in shown.read_text() for folder in printed)
     save_yaml(tmp_path / "config.yaml", keys | {"prompt": []})

@@ -95,7 +95,7 @@ class Technique:
                     log.info("its video: %s", folder / "edited.mp4")
             if group.is_main:
                 if report is not None and len(configs) > 1:
-                    report([*folders, "--out", str(folder.with_name("report"))])
+                    report([*folders, "--out", str(Path(configs[0].output_path, "report"))])
                 page = shlex.join(["python", "report.py", configs[0].output_path])
                 log.info("all results on a page: %s", page)
         return folder
