@@ -31,7 +31,14 @@ from scripts.table1 import table1
 from tokenflow.cache.source_cache import FEATURES, MANIFEST
 from tokenflow.editing.results import read_result
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
-from tokenflow.evaluation.score_table import COLUMNS, Column, Row, aligned, protocols
+from tokenflow.evaluation.score_table import (
+    COLUMNS,
+    Column,
+    Row,
+    aligned,
+    protocols,
+    shown_interval,
+)
 from tokenflow.figures.drawing import picture_grid, png
 from tokenflow.storage.images import load_frames
 from tokenflow.storage.reports import check_report_path, write_reports
@@ -42,8 +49,6 @@ from util import ArgumentParser, UserError, at_least, check_writable, command_li
 GRID = Path(__file__).with_name("edit_quality.yaml")
 VAE = "VAE reconstruction"
 LEAST_SHARE = 0.0015  # of a frame: an object that is hidden further has no colour
-RESAMPLES = 10_000  # of the clips, for an interval
-SEED = 0
 MEASURES = {name: COLUMNS[name] for name in ("warp_error", "warp_error_object",
             "warp_error_background", "clip_score", "clip_frame")} | {
     "psnr_kept": Column("PSNR kept", "dB", 1, "high"),
@@ -181,14 +186,6 @@ def _truth(clip: str, size: tuple[int, int]) -> tuple[str, Any, np.ndarray]:
     return kind, edited_scene(kind, scene), masks
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of values, and the bounds of its 95 % bootstrap interval (percentiles)."""
-    values = np.asarray(values, float)
-    drawn = np.random.default_rng(SEED).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
-    return float(values.mean()), float(low), float(high)
-
-
 # ------------------------------------------------------------------------------------- the tables
 
 
@@ -220,16 +217,9 @@ def differences_table(
         cells = []
         for key in COMPARED:
             known = [a[key] - b[key] for a, b in pairs if None not in (a[key], b[key])]
-            cells.append(_shown(MEASURES[key], known))
+            cells.append(shown_interval(MEASURES[key], known))
         lines.append([name, f"{fewer} of {len(pairs)}", *cells])
     return lines
-
-
-def _shown(column: Column, differences: Sequence[float]) -> str:
-    if not differences:
-        return "-"
-    mean, low, high = (f"{value:+.{column.digits}f}" for value in interval(differences))
-    return f"{mean} ({low}, {high})"
 
 
 def kinds_table(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:

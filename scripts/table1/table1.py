@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from tokenflow.diffusion.model_names import CONTROLNETS
 from tokenflow.evaluation import score_table
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
 from tokenflow.evaluation.motion import truth_file, truth_shape
-from tokenflow.evaluation.score_table import COLUMNS, Row, Summary
+from tokenflow.evaluation.score_table import COLUMNS, Row
 from tokenflow.storage.reports import check_report_path, write_report, write_reports
 from tokenflow.storage.schema import parse
 from tokenflow.storage.yaml_files import load_yaml
@@ -136,22 +137,36 @@ def write_rows(batch: Batch, rows: Sequence[Row]) -> None:
 # ------------------------------------------------------------------------------------- the table
 
 
-def table(summaries: Sequence[Summary]) -> list[list[str]]:
+def table(rows: Sequence[Row]) -> list[list[str]]:
     """Lines of cells, headings first: each method's means, and what the paper has for it.
 
-    Measures that no method has are left out.
+    The interval is of the mean warp error over clips. Other measures that no method has are left
+    out.
     """
+    summaries = score_table.summarize(rows)
     means = {summary.method: summary for summary in summaries}
-    shown = {c: COLUMNS[c] for c in SHOWN if any(s.means[c] is not None for s in summaries)}
+    measured = [c for c in SHOWN[1:] if any(s.means[c] is not None for s in summaries)]
+    shown = {c: COLUMNS[c] for c in (SHOWN[0], *measured)}
     headings = [column.heading for column in shown.values()]
-    lines = [["method", "clips", *headings, "paper: warp error", "paper: CLIP"]]
+    lines = [
+        ["method", "clips", headings[0], "95 %", *headings[1:], "paper: warp error", "paper: CLIP"]
+    ]
     for name in dict.fromkeys([*(m.name for m in METHODS), *PAPER, *means]):
         own, paper = means.get(name), PAPER.get(name)
         if own or paper:
-            cells = (column.shown(own and own.means[c]) for c, column in shown.items())
+            first, *cells = (column.shown(own and own.means[c]) for c, column in shown.items())
+            cells = [first, _interval(rows, name), *cells]
             figures = map("{:g}".format, paper) if paper else ("-", "-")
             lines.append([name, str(own.clips) if own else "-", *cells, *figures])
     return lines
+
+
+def _interval(rows: Sequence[Row], method: str) -> str:
+    errors = list(score_table.by_clip(rows, method, "warp_error").values())
+    if len(errors) < 2:
+        return "-"
+    _, *bounds = score_table.interval(errors)
+    return " to ".join(COLUMNS["warp_error"].shown(bound) for bound in bounds)
 
 
 def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:
@@ -167,6 +182,12 @@ def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:
     means = {name: float(np.mean([errors[name, e] for e in shared])) for name in ORDER}
     holds, text = score_table.order_verdict(means, ORDER)
     return holds, f"{text} (means of {len(shared)} clips)"
+
+
+def differences(rows: Sequence[Row]) -> list[str]:
+    """The paired differences of the warp errors of neighbours in the paper's order, a line each."""
+    shown = [name for name in ORDER if score_table.by_clip(rows, name, "warp_error")]
+    return [score_table.paired_difference(rows, *pair, "warp_error") for pair in pairwise(shown)]
 
 
 def settings_line(path: Path, given: ClipList) -> str:
@@ -230,8 +251,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     rows += others
     text, reports = "no rows", [(args.json, score_table.rows_as_json(rows))] if args.json else []
     if rows and args.clip is None:
-        lines = table(score_table.summarize(rows))
-        notes = [verdict(rows)[1], _ROWS["paper_note"], settings_line(args.clips, batch.given)]
+        lines = table(rows)
+        notes = [verdict(rows)[1], *differences(rows), _ROWS["paper_note"]]
+        notes.append(settings_line(args.clips, batch.given))
         notes += score_table.protocols(rows)
         text = "\n".join([score_table.aligned(lines), "", *notes])
         if args.markdown:

@@ -9,7 +9,9 @@ import pytest
 from tokenflow.evaluation.score_table import (
     COLUMNS,
     Row,
+    interval,
     markdown_table,
+    paired_difference,
     read_rows,
     rows_as_csv,
     rows_as_json,
@@ -117,3 +119,28 @@ def test_what_holds_no_rows_is_refused(text, message, tmp_path):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(UserError, match=message):
         read_rows(tmp_path / "rows.json")
+
+
+def test_the_interval_is_that_of_the_mean():
+    assert interval([3.0]) == (3.0, 3.0, 3.0)
+    mean, low, high = interval([0.0, 1.0] * 50)
+    assert mean == 0.5
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.011)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.011)
+
+
+def test_a_paired_difference_is_of_the_clips_that_both_have():
+    errors = {"a": (1.0, 3.0), "b": (1.0, 4.0), "c": (1.0, 2.0)}
+    rows = [
+        row(method=method, clip=clip, warp_error=error)
+        for clip, pair in errors.items()
+        for method, error in zip(("one", "other"), pair, strict=True)
+    ]
+    rows += [row(method="one", clip="d", warp_error=9.0), row(method="other", clip="e")]
+    rows.append(row(method="one", clip="a", warp_error=2.0))  # another prompt: the mean is 1.5
+    line = paired_difference(rows, "one", "other", "warp_error")
+    assert line.startswith("one - other: warp error -1.83 (-3.00, -1.00), smaller on 3 of 3 clips")
+    assert line.endswith(": apart")
+    same = paired_difference(rows, "one", "one", "warp_error")
+    assert same.endswith("smaller on 0 of 4 clips: not apart")
+    assert "of 1 clips, so no interval" in paired_difference(rows[:2], "one", "other", "warp_error")

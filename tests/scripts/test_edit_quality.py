@@ -73,14 +73,6 @@ def test_edits_of_objects_are_masked_by_their_own_masks(clips):
     assert edit_quality._with_mask(behind, protocol) is None
 
 
-def test_the_interval_is_that_of_the_mean():
-    assert edit_quality.interval([3.0]) == (3.0, 3.0, 3.0)
-    mean, low, high = edit_quality.interval([0.0, 1.0] * 50)
-    assert mean == 0.5
-    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.011)
-    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.011)
-
-
 @pytest.mark.parametrize("kind", ["shapes", "crossing", "background", "fill"])
 def test_success_is_the_share_of_frames_that_show_what_was_asked_for(kind):
     measure = edit_quality.Scores(SimpleNamespace(protocol=Protocol(clip_model=JUDGE)))

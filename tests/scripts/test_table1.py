@@ -9,7 +9,7 @@ from run_tokenflow_controlnet import ControlNetConfig
 from run_tokenflow_pnp import PnPConfig
 from scripts.batch.engine import ROOT
 from scripts.table1 import baselines, table1
-from tokenflow.evaluation.score_table import Row, summarize
+from tokenflow.evaluation.score_table import Row
 from tokenflow.storage.yaml_files import load_yaml, save_yaml
 from util import UserError
 
@@ -108,15 +108,16 @@ def row(method, clip, **measures):
 def test_the_table_has_means_beside_the_paper_s_figures():
     rows = [row("PnP, TokenFlow", clip, warp_error=e) for clip, e in (("a", 1.0), ("b", 2.0))]
     rows.append(row("RGB propagation", "a", warp_error=0.5))
-    head, *lines = table1.table(summarize(rows))
-    assert head == ["method", "clips", "warp error x1e-3", "paper: warp error", "paper: CLIP"]
-    assert ["PnP, TokenFlow", "2", "1.50", "3", "0.33"] in lines
-    assert ["RGB propagation", "1", "0.50", "-", "-"] in lines
-    assert ["Tune-A-Video", "-", "-", "30", "0.31"] in lines
+    head, *lines = table1.table(rows)
+    columns = ["method", "clips", "warp error x1e-3", "95 %", "paper: warp error", "paper: CLIP"]
+    assert head == columns
+    assert ["PnP, TokenFlow", "2", "1.50", "1.00 to 2.00", "3", "0.33"] in lines
+    assert ["RGB propagation", "1", "0.50", "-", "-", "-"] in lines
+    assert ["Tune-A-Video", "-", "-", "-", "30", "0.31"] in lines
     rows += [row("Gen-1", "a", warp_error=8.0), row("Tune-A-Video", "a", warp_error=9.0)]
-    lines = table1.table(summarize(rows))
-    assert lines[-1] == ["Gen-1", "1", "8.00", "-", "-"]
-    assert ["Tune-A-Video", "1", "9.00", "30", "0.31"] in lines
+    lines = table1.table(rows)
+    assert lines[-1] == ["Gen-1", "1", "8.00", "-", "-", "-"]
+    assert ["Tune-A-Video", "1", "9.00", "-", "30", "0.31"] in lines
 
 
 def rows_of(clip, errors):

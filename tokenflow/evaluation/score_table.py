@@ -91,6 +91,7 @@ class Row(Model):
 
 COLUMNS = {name: column for name, field in Row.model_fields.items()
            for column in field.metadata if isinstance(column, Column)}  # fmt: skip
+RESAMPLES = 10_000  # of the clips, for an interval
 TEXTS = ("method", "clip", "prompt")  # headings of columns that hold no numbers
 
 
@@ -186,6 +187,53 @@ def _ranges(numbers: Sequence[int]) -> str:
     runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     ends = [[number for _, number in run] for _, run in runs]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in ends)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of values, and the bounds of its 95 % bootstrap interval (percentiles)."""
+    values = np.asarray(values, float)
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
+    return float(values.mean()), float(low), float(high)
+
+
+def shown_interval(column: Column, values: Sequence[float]) -> str:
+    """The mean of differences with its interval, as text; "-" if there are none."""
+    if not values:
+        return "-"
+    scaled = (value / column.scale for value in interval(values))
+    mean, low, high = (f"{value:+.{column.digits}f}" for value in scaled)
+    return f"{mean} ({low}, {high})"
+
+
+def by_clip(rows: Sequence[Row], method: str, measure: str) -> dict[str, float]:
+    """A measure of a method's edits of each clip, the mean over its prompts.
+
+    Edits of one clip are no independent samples. Rows that lack the measure are left out.
+    """
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row.method == method and (value := getattr(row, measure)) is not None:
+            values.setdefault(row.clip, []).append(value)
+    return {clip: float(np.mean(own)) for clip, own in values.items()}
+
+
+def paired_difference(rows: Sequence[Row], one: str, other: str, measure: str) -> str:
+    """How a method's measure differs from another's on the clips that both have, in a line.
+
+    The two are apart where the interval of the mean difference does not hold 0.
+    """
+    a, b = (by_clip(rows, method, measure) for method in (one, other))
+    differences = [a[clip] - b[clip] for clip in a if clip in b]
+    if len(differences) < 2:
+        return f"{one} - {other}: of {len(differences)} clips, so no interval"
+    _, low, high = interval(differences)
+    smaller = sum(difference < 0 for difference in differences)
+    return (
+        f"{one} - {other}: {COLUMNS[measure].label} "
+        f"{shown_interval(COLUMNS[measure], differences)}, smaller on {smaller} of "
+        f"{len(differences)} clips: {'apart' if low > 0 or high < 0 else 'not apart'}"
+    )
 
 
 def order_verdict(means: Mapping[str, float], order: Sequence[str]) -> tuple[bool, str]:
