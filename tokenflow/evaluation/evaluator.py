@@ -69,7 +69,7 @@ class Evaluator:
             for option in ("clip_model", "dino_model")
             if (key := getattr(protocol, option))
         }
-        self._kept: _SourceScores | None = None
+        self._kept: SourceScores | None = None
 
     @cached_property
     def clip(self) -> metrics.ClipEmbedder:
@@ -92,7 +92,7 @@ class Evaluator:
         edited, protocol, row = subject.read(), self.protocol, subject.row
         if edited.shape[:3] != subject.source.shape:
             raise UserError(f"{row.video}: its frames changed while they were scored")
-        source = self._scores_of(subject.source)
+        source = self.scores_of(subject.source)
         frames, masks = source.frames, source.masks
         whole, inside, outside = metrics.ssim(edited, frames, masks)
         tested = f"forward-backward, alpha1 {optical_flow.ALPHA1}, alpha2 {optical_flow.ALPHA2}"
@@ -130,7 +130,7 @@ class Evaluator:
             measures["dino_distance"] = metrics.structure_distance(self.dino(edited), source.keys)
         return row.model_copy(update=measures)
 
-    def _scores_of(self, source: inputs.Source) -> _SourceScores:
+    def scores_of(self, source: inputs.Source) -> SourceScores:
         """The last source's if it has the same frames: its cache may be another model's."""
         frames, kept, protocol = source.read(), self._kept, self.protocol
         if kept is None or kept.source != source or not np.array_equal(kept.frames, frames):
@@ -141,11 +141,11 @@ class Evaluator:
             masks = inputs.read_masks(source, protocol.masks) if protocol.masks else None
             embeddings = self.clip.embed_frames(frames) if protocol.clip_model else None
             keys = self.dino(frames) if protocol.dino_model else None
-            self._kept = _SourceScores(source, frames, moved, masks, embeddings, keys)
+            self._kept = SourceScores(source, frames, moved, masks, embeddings, keys)
         return self._kept
 
 
-class _SourceScores(NamedTuple):
+class SourceScores(NamedTuple):
     """What the scores of all edits of one source share."""
 
     source: inputs.Source

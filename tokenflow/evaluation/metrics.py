@@ -47,16 +47,25 @@ def warp_error(frames: np.ndarray, motion: Motion, where: np.ndarray | None = No
         motion: the source's, of n frames; None is returned where it shows no pixel.
         where: (n, H, W) bool, which pixels of a pair's later frame count; None: all.
     """
-    errors = []
-    for p in range(len(frames) - 1):
+    errors = pair_errors(frames, motion, where)
+    known = errors[~np.isnan(errors)]
+    return float(known.mean()) if len(known) else None
+
+
+def pair_errors(frames: np.ndarray, motion: Motion, where: np.ndarray | None = None) -> np.ndarray:
+    """`warp_error` of each pair of consecutive frames, (n - 1,) float64; NaN: no pixel is visible.
+
+    Args: as `warp_error`'s.
+    """
+    errors = np.full(max(len(frames) - 1, 0), np.nan)
+    for p in range(len(errors)):
         visible = motion.visible[p].numpy()
         if where is not None:
             visible = visible & where[p + 1]
-        if not visible.any():
-            continue
-        difference = (warp(frames[p], motion.flow[p]) - frames[p + 1])[visible]
-        errors.append(np.square(difference, dtype=np.float64).mean() / 255.0**2)
-    return 1e3 * float(np.mean(errors)) if errors else None
+        if visible.any():
+            difference = (warp(frames[p], motion.flow[p]) - frames[p + 1])[visible]
+            errors[p] = 1e3 * np.square(difference, dtype=np.float64).mean() / 255.0**2
+    return errors
 
 
 def sharpness(frames: np.ndarray, where: np.ndarray | None = None) -> float | None:
