@@ -28,7 +28,7 @@ from tokenflow.storage.reports import check_report_path, write_reports
 from tokenflow.storage.schema import add_arguments, from_arguments
 from tokenflow.storage.yaml_files import load_yaml
 from tokenflow_utils import fixed_keyframes
-from util import ArgumentParser, UserError, check_writable, command_line, setup_logging
+from util import ArgumentParser, UserError, command_line, setup_logging
 
 STYLES = ("o-", "s--", "^:", "d-.")
 METHODS = ("PnP, fixed keyframes", "PnP, TokenFlow")
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> Found:
     """Runs the script; returns the errors by method, distance and clip."""
     setup_logging()
     args = parse_args(argv)
-    check_writable(args.out, "--out")
+    check_report_path(args.out, "--out")
     if args.json is not None:
         check_report_path(args.json, "--json")
     found = measure(args.results, args.methods, from_arguments(Protocol, args))
