@@ -19,11 +19,11 @@ setup: $(READY)
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(PY) -m pip install --quiet --no-compile -r requirements.txt -r requirements-dev.txt
 	touch $@
 
 $(APP_READY): $(READY) requirements-app.txt
-	$(PY) -m pip install --quiet -r requirements-app.txt
+	$(PY) -m pip install --quiet --no-compile -r requirements-app.txt
 	touch $@
 
 demo: $(READY)

@@ -159,7 +159,7 @@ def test_an_edit_resumes_from_each_checkpoint(keys, tmp_path, monkeypatch, saves
 def test_chunk_size_does_not_change_the_result(keys, consistency, propagation):
     options = {"consistency": consistency, "propagation": propagation}
     whole = pnp(keys, **options, chunk_size=N_FRAMES)
-    for chunk_size in (1, 2, 4):
+    for chunk_size in (1, 4):  # a frame at a time; a short last chunk
         chunked = pnp(keys, **options, chunk_size=chunk_size)
         # Rounding depends on the batch; where two tokens match almost equally, it decides.
         assert relative_error(chunked, whole.double()) < 1e-3

@@ -133,6 +133,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_or_ends_its_process_fails_alone(shared_ray):
     jobs = [failing(name, action) for name, (action, _) in ENDS.items()]
     outcomes = engine.run_jobs(jobs, Path("logs"), 2)

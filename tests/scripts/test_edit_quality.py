@@ -125,6 +125,7 @@ def test_the_tables_compare_a_technique_s_settings_with_its_first():
     assert first == ["first", "2.00", "4.00", "-"]
 
 
+@pytest.mark.slow
 def test_the_whole(clips, tmp_path, monkeypatch, shared_ray, capsys):
     monkeypatch.chdir(ROOT)
     words = ["tune", "--folder", str(clips.parents[1]), "--clips", "1"]
