@@ -6,7 +6,7 @@
 The folder is the benchmark's: edit_prompt/edit1_FiVE.json ... edit6_FiVE.json, and for each clip
 images/<clip>/ and bmasks/<clip>/. `edit` inverts each clip once, with the first of its source
 prompts, edits it as configs/five_bench.yaml says (a batch: finished work is skipped), and copies
-the frames to <output_path>/TokenFlow/<clip>/<save_dir>/img_ode, where the benchmark's scorer looks
+the frames to <output_path>/TokenFlow/<clip>/<edit>/img_ode, where the benchmark's scorer looks
 for them (its root_tgt_video_folder is output_path). `score` measures them by the definitions of
 that scorer and writes its CSV files; LPIPS, NIQE, motion fidelity and FiVE-Acc are the scorer's.
 """
@@ -29,7 +29,7 @@ import numpy as np
 from pydantic import Field
 from transformers import CLIPTokenizer
 
-from scripts.batch.clip_list import Batch, read_batch
+from scripts.batch.clip_list import Batch, ClipList, read_batch
 from scripts.batch.engine import FAILED, Outcome, run_jobs
 from tokenflow.cache.options import default
 from tokenflow.diffusion.checkpoints import checkpoint_folder
@@ -59,7 +59,7 @@ log = logging.getLogger("tokenflow")
 LIST = Path("configs/five_bench.yaml")
 KINDS = tuple("123456")  # of edits, each with a file of prompts
 METHOD, FRAMES = "TokenFlow", "img_ode"  # folders where the scorer looks for frames
-COLUMN = f"1_{METHOD}"  # the method's name in the scorer's files
+SCORER_METHOD = f"1_{METHOD}"  # the method's name in its files
 _FOLDER = r"[^/\\\x00]*[^/\\\x00.][^/\\\x00]*"  # one that is within its folder
 
 
@@ -68,6 +68,7 @@ class Entry(Model, extra="ignore"):
 
     video_name: str = Field(pattern=f"^{_FOLDER}$")
     save_dir: str = Field(pattern=f"^{_FOLDER}$")
+    editing_type_id: int
     source_prompt: str
     target_prompt: str
     negative_prompt: str = ""
@@ -78,6 +79,7 @@ class Edit(NamedTuple):
 
     kind: str
     number: int
+    folder: str  # of its frames, within that of its clip
     entry: Entry
 
 
@@ -99,13 +101,28 @@ def read_edits(data: Path, kinds: Sequence[str]) -> list[Edit]:
         if not isinstance(found, list):
             raise UserError(f"{path}: expected a list of edits")
         for number, keys in enumerate(found):
-            entry = parse(Entry, keys, f"{path}: number {number + 1}")
+            where = f"{path}: number {number + 1}"
+            entry = parse(Entry, keys, where)
             plain = {
                 key: re.sub(r"[\[\]]", "", getattr(entry, key))
                 for key in ("source_prompt", "target_prompt")
             }
-            edits.append(Edit(kind, number, entry.model_copy(update=plain)))
+            folder = scorer_folder(entry, where)
+            edits.append(Edit(kind, number, folder, entry.model_copy(update=plain)))
     return edits
+
+
+def scorer_folder(entry: Entry, where: str) -> str:
+    """Where the benchmark's scorer looks for an edit: not in save_dir, but in one as long.
+
+    Args:
+        entry: with the brackets of its prompts.
+        where: names it, for errors.
+    """
+    folder = f"{entry.editing_type_id}_{entry.target_prompt[: len(entry.save_dir) - 2]}"
+    if not re.fullmatch(_FOLDER, folder):
+        raise UserError(f"{where}: target_prompt: {folder!r} cannot be a folder's name")
+    return folder
 
 
 # ------------------------------------------------------------------------------------------ edits
@@ -117,7 +134,8 @@ def cut_prompts(path: Path, edits: Sequence[Edit]) -> list[Edit]:
     Args:
         path: a list of clips, as for `read_list`.
     """
-    settings = load_yaml(path).get("settings") or {}
+    given = parse(ClipList, load_yaml(path), str(path))
+    settings = given.settings | given.pnp
     version = str(settings.get("sd_version", default("sd_version")))
     if version not in MODELS:
         raise UserError(f"{path}: settings: sd_version: expected one of {', '.join(MODELS)}")
@@ -150,13 +168,20 @@ def read_list(path: Path, data: Path, edits: Sequence[Edit]) -> Batch:
     """
     clips: dict[str, dict] = {}
     own: dict[tuple[str, str], dict[str, str]] = {}
-    for _, _, entry in edits:
+    for edit in edits:
+        entry = edit.entry
         name, prompt = entry.video_name, entry.target_prompt
         first = {"inversion_prompt": entry.source_prompt, "prompts": []}
         clip = clips.setdefault(name, {"data_path": str(data / "images" / name), **first})
+        negative = {"negative_prompt": entry.negative_prompt}
         if (name, prompt) not in own:
             clip["prompts"].append(prompt)
-            own[name, prompt] = {"negative_prompt": entry.negative_prompt}
+        elif own[name, prompt] != negative:
+            raise UserError(
+                f"{name}: {prompt!r:.60}: edits of kind {edit.kind} and of another have different "
+                "negative prompts; make them apart, with --kinds and another output_path"
+            )
+        own[name, prompt] = negative
     batch = read_batch(path, {"clips": list(clips.values()), "techniques": ["pnp"]})
     jobs = [
         replace(job, work=job.work | own[job.clip, job.work["prompt"]]) if job.variant else job
@@ -175,20 +200,20 @@ def lay_out(
     """
     ends = {(j.clip, j.work["prompt"]): outcomes[j.key] for j in batch.jobs if j.variant}
     done, failed = 0, []
-    for _, _, entry in edits:
-        outcome = ends[entry.video_name, entry.target_prompt]
+    for edit in edits:
+        outcome = ends[edit.entry.video_name, edit.entry.target_prompt]
         if outcome.state == FAILED:
-            failed.append(f"{entry.video_name}: {entry.save_dir}: {outcome.reason}")
+            failed.append(f"{edit.entry.video_name}: {edit.folder}: {outcome.reason}")
             continue
-        with atomic_dir(frames_of(batch.output_path, entry)) as partial:
+        with atomic_dir(frames_of(batch.output_path, edit)) as partial:
             shutil.copytree(Path(outcome.folder) / "frames", partial, dirs_exist_ok=True)
         done += 1
     return done, failed
 
 
-def frames_of(results: Path, entry: Entry) -> Path:
+def frames_of(results: Path, edit: Edit) -> Path:
     """The folder of an edit's frames, where the benchmark's scorer looks for them."""
-    return results / METHOD / entry.video_name / entry.save_dir / FRAMES
+    return results / METHOD / edit.entry.video_name / edit.folder / FRAMES
 
 
 # ----------------------------------------------------------------------------------------- scores
@@ -244,7 +269,7 @@ def scores_as_csv(rows: Mapping[int, Mapping[str, float | None]]) -> str:
     names = [name for name in five_bench.SCALES if any(name in row for row in rows.values())]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file_id", *(f"{COLUMN}|{name}" for name in names)])
+    writer.writerow(["file_id", *(f"{SCORER_METHOD}|{name}" for name in names)])
     for number, row in rows.items():
         values = [row.get(name) for name in names]
         writer.writerow([number, *("nan" if value is None else value for value in values)])
@@ -252,16 +277,19 @@ def scores_as_csv(rows: Mapping[int, Mapping[str, float | None]]) -> str:
 
 
 def means_table(rows: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
-    """The means of each kind of edit and of all, by the scorer's factors."""
+    """The means of each kind of edit, and the means of these, by the scorer's factors."""
     together = [row for of_kind in rows.values() for row in of_kind]
     names = [name for name in five_bench.SCALES if any(name in row for row in together)]
+    means = {}
+    for kind, some in rows.items():
+        values = {n: [row[n] for row in some if row.get(n) is not None] for n in names}
+        means[kind] = {n: np.mean(v) * five_bench.SCALES[n] for n, v in values.items() if v}
+    of_kinds = {n: [mean[n] for mean in means.values() if n in mean] for n in names}
+    means["all"] = {n: np.mean(v) for n, v in of_kinds.items() if v}  # as the scorer does
     lines = [["edits", "number", *names]]
-    for kind, some in (*rows.items(), ("all", together)):
-        cells = []
-        for name in names:
-            values = [row[name] for row in some if row.get(name) is not None]
-            cells.append(f"{np.mean(values) * five_bench.SCALES[name]:.4f}" if values else "-")
-        lines.append([kind, str(len(some)), *cells])
+    for kind, mean in means.items():
+        cells = [f"{mean[name]:.4f}" if name in mean else "-" for name in names]
+        lines.append([kind, str(len(rows.get(kind, together))), *cells])
     return aligned(lines)
 
 
@@ -285,17 +313,18 @@ def run_edits(args: argparse.Namespace) -> None:
 
 def run_scores(args: argparse.Namespace) -> None:
     """Scores the edits that are laid out."""
-    results = args.results or Path(load_yaml(args.list)["output_path"])
+    given = parse(ClipList, load_yaml(args.list), str(args.list))
+    results = args.results or Path(given.output_path)
     check_writable(args.csv, "--csv")
     edits = read_edits(args.data, args.kinds)
     models = load_models(args.clip_model, args.dino_model, args.device)
     rows: dict[str, dict[int, dict]] = {}
     errors = []
-    for kind, number, entry in edits:
+    for edit in edits:
         try:
-            frames = frames_of(results, entry)
-            scores = score_edit(args.data, frames, entry, args.frame_stride, models)
-            rows.setdefault(kind, {})[number] = scores
+            frames = frames_of(results, edit)
+            scores = score_edit(args.data, frames, edit.entry, args.frame_stride, models)
+            rows.setdefault(edit.kind, {})[edit.number] = scores
         except UserError as error:
             log.error("%s", error)
             errors.append(str(error))

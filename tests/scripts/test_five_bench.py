@@ -91,7 +91,7 @@ def test_edits_are_laid_out_for_the_scorer_and_scored(tiny_model, monkeypatch, c
     )
     assert laid == [
         "TokenFlow/0001_bus/1_a [blue] star/img_ode",
-        "TokenFlow/0001_bus/4_long/img_ode",
+        "TokenFlow/0001_bus/1_a wo/img_ode",  # as long as save_dir
         "TokenFlow/0002_girl-dog/1_a blue star/img_ode",
     ]
     assert load_frames(out / laid[0]).shape == (3, SIZE[0] - 1, SIZE[1], 3)  # even, for H.264
@@ -116,9 +116,10 @@ def test_edits_are_laid_out_for_the_scorer_and_scored(tiny_model, monkeypatch, c
 def test_the_frames_themselves_score_best(tiny_model):
     """Copies of the source keep all; a frame of another size is resized."""
     write_tree({"1": [entry("0001_bus", "a star")]})
-    [(_, _, found)] = five_bench.read_edits(DATA, ["1"])
+    [edit] = five_bench.read_edits(DATA, ["1"])
+    found = edit.entry
     assert found.source_prompt == "a red star"
-    frames = five_bench.frames_of(Path("results"), found)
+    frames = five_bench.frames_of(Path("results"), edit)
     frames.mkdir(parents=True)
     for number in range(3):
         source = DATA / "images" / "0001_bus" / f"{number + 1:05d}.jpg"
@@ -149,3 +150,15 @@ def test_a_file_that_is_not_the_benchmark_s_is_refused(content, message):
         five_bench.read_edits(DATA, ["1"])
     with pytest.raises(UserError, match=r"edit2_FiVE.json: no such file"):
         five_bench.read_edits(DATA, ["2"])
+
+
+def test_what_one_edit_cannot_be_made_for_both_is_refused(tiny_model):
+    edits = {str(kind): [entry("0001_bus", "a star", text)] for kind, text in ((1, "a"), (2, "b"))}
+    write_tree(edits)
+    write_settings(tiny_model)
+    with pytest.raises(UserError, match="different negative prompts"):
+        five_bench.main(["edit", str(DATA), "--list", "five.yaml", "--kinds", "1", "2"])
+    Path("plain.yaml").write_text("settings: [1]\n", encoding="utf-8")
+    for command in ("edit", "score"):
+        with pytest.raises(UserError, match=r"plain.yaml: settings: "):
+            five_bench.main([command, str(DATA), "--list", "plain.yaml", "--kinds", "1"])
