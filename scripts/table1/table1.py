@@ -23,6 +23,7 @@ from scripts.batch.engine import FAILED, Outcome, log, run_jobs
 from scripts.table1 import baselines, text2video_zero, tune_a_video
 from scripts.table1.text2video_zero import Text2VideoZeroConfig
 from scripts.table1.tune_a_video import TuneAVideoConfig
+from tokenflow.cache.options import default
 from tokenflow.diffusion.model_names import CONTROLNETS
 from tokenflow.evaluation import score_table
 from tokenflow.evaluation.evaluator import Evaluator, Protocol
@@ -91,7 +92,8 @@ def available(path: Path, methods: Sequence[Variant]) -> list[Variant]:
     for section in (given.get("settings"), given.get(DEPTH)):
         # What is wrong in them is told when the list is read.
         settings |= section if isinstance(section, Mapping) else {}
-    version, missing = settings.get("sd_version"), {}
+    version = settings.get("sd_version", default("sd_version"))
+    missing = {}
     if not settings.get("controlnet_key") and (version, "depth") not in CONTROLNETS:
         missing["depth"] = (
             f"no ControlNet of depth is known for sd_version {version}; name one in {path}: "
@@ -140,8 +142,8 @@ def write_rows(batch: Batch, rows: Sequence[Row]) -> None:
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Lines of cells, headings first: each method's means, and what the paper has for it.
 
-    The interval is of the mean warp error over clips. Other measures that no method has are left
-    out.
+    The warp error and its interval are of the clips' means. Other measures that no method has are
+    left out.
     """
     summaries = score_table.summarize(rows)
     means = {summary.method: summary for summary in summaries}
@@ -154,19 +156,20 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     for name in dict.fromkeys([*(m.name for m in METHODS), *PAPER, *means]):
         own, paper = means.get(name), PAPER.get(name)
         if own or paper:
-            first, *cells = (column.shown(own and own.means[c]) for c, column in shown.items())
-            cells = [first, _interval(rows, name), *cells]
+            _, *cells = (column.shown(own and own.means[c]) for c, column in shown.items())
+            cells = [*_warp_error(rows, name), *cells]
             figures = map("{:g}".format, paper) if paper else ("-", "-")
             lines.append([name, str(own.clips) if own else "-", *cells, *figures])
     return lines
 
 
-def _interval(rows: Sequence[Row], method: str) -> str:
+def _warp_error(rows: Sequence[Row], method: str) -> tuple[str, str]:
+    """The mean over clips, and its interval."""
     errors = list(score_table.by_clip(rows, method, "warp_error").values())
-    if len(errors) < 2:
-        return "-"
-    _, *bounds = score_table.interval(errors)
-    return " to ".join(COLUMNS["warp_error"].shown(bound) for bound in bounds)
+    if not errors:
+        return "-", "-"
+    mean, *bounds = map(COLUMNS["warp_error"].shown, score_table.interval(errors))
+    return mean, " to ".join(bounds) if len(errors) > 1 else "-"
 
 
 def verdict(rows: Sequence[Row]) -> tuple[bool | None, str]:

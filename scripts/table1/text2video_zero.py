@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 import run_tokenflow_controlnet as controlnet
@@ -45,6 +45,12 @@ class Text2VideoZeroConfig(controlnet.ControlNetConfig):
         0.0, description="translation per frame, in 1/512 of the width; the paper's is 12, or 0"
     )
     motion_y: float = Field(0.0, description="the same along the height")
+
+    @model_validator(mode="after")
+    def _check_sampler(self) -> Text2VideoZeroConfig:
+        if self.sampler != "ddim":
+            raise ValueError(f"sampler: {self.sampler} is not for Text2Video-Zero; use ddim")
+        return self
 
 
 def translated(latents: Tensor, x: float, y: float) -> Tensor:
@@ -89,7 +95,7 @@ def with_motion(session: EditSession, own: EditPlan, generator: torch.Generator)
     if n_first + n_more >= n_steps:
         raise UserError(f"n_timesteps: {n_steps}: a motion field needs at least 3")
     first = torch.zeros(1, dtype=torch.long)
-    prompts = [config.negative_prompt, config.prompt]
+    prompts = [config.negative_prompt, config.prompt][config.guidance_scale == 1.0 :]
     denoiser = make_denoiser(session.models, session.frames, prompts, own.control, session.depth)
     sampler, x = DDIMSampler(schedule, own.timesteps), own.start[:1]
     for i in range(n_first + n_more):
@@ -102,7 +108,7 @@ def with_motion(session: EditSession, own: EditPlan, generator: torch.Generator)
     t1, t0 = own.timesteps[n_first], own.timesteps[n_first + n_more]
     moved = [translated(x, k * config.motion_x, k * config.motion_y) for k in range(1, n_frames)]
     # DDPM's forward process, over the timesteps that the published code takes.
-    kept = schedule.alphas_cumprod[t1 - 1] / schedule.alphas_cumprod[t0 - 1]
+    kept = schedule.alphas_cumprod[t1 - 1] / schedule.alphas_cumprod[max(t0 - 1, 0)]
     eps = torch.randn(n_frames - 1, *x.shape[1:], generator=generator)
     others = kept**0.5 * torch.cat(moved) + (1 - kept) ** 0.5 * eps
     return replace(own, timesteps=own.timesteps[n_first:], start=torch.cat([at_t1, others]))

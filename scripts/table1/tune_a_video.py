@@ -74,7 +74,7 @@ class TuneAVideoConfig(EditConfig):
     )
 
     @model_validator(mode="after")
-    def _check_what_is_not_there(self) -> TuneAVideoConfig:
+    def _check_unsupported(self) -> TuneAVideoConfig:
         for key in ("compile", "estimate"):
             if getattr(self, key):
                 raise ValueError(f"{key}: true is for the run scripts, not for Tune-A-Video")

@@ -8,7 +8,7 @@ PY=${PY:-python}
 OUT=${OUT:-tokenflow-results/gpu_train}
 WORK=${WORK:-latents/tiny-training}
 BUDGET=${BUDGET:-gpu}
-START=${START:-}  # models/tiny to go on from there, with BUDGET=gpu_finetune
+START=${START:-}  # models/tiny to start from its weights, with BUDGET=gpu_finetune
 CHECK=${CHECK:---clips 20 --pictures 200}
 
 mkdir -p "$OUT"

@@ -106,11 +106,11 @@ def load_text_model(
     known = [token for token in vocabulary if token in old]
     new[[vocabulary[token] for token in known]] = rows[[old[token] for token in known]]
     model = kind(config)
-    state, anew = state | {name: new}, model.state_dict()
-    unfit = [key for key, value in anew.items() if state[key].shape != value.shape]
+    state, fresh = state | {name: new}, model.state_dict()
+    unfit = [key for key, value in fresh.items() if state[key].shape != value.shape]
     if unfit:
-        log.info("%s: begins anew with %s", folder, ", ".join(unfit))
-    model.load_state_dict(state | {key: anew[key] for key in unfit})
+        log.info("%s: random weights for %s", folder, ", ".join(unfit))
+    model.load_state_dict(state | {key: fresh[key] for key in unfit})
     return model
 
 
