@@ -27,7 +27,7 @@ from tokenflow.cache.source_cache import CLEAN_LATENTS
 from tokenflow.diffusion.models import Loader
 from tokenflow.diffusion.optical_flow import dis_flow, warp
 from tokenflow.diffusion.vae import encode_frames
-from tokenflow.editing.config import read_configs
+from tokenflow.editing.config import EditConfig, read_configs
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.editing.run import open_result, save_result
@@ -180,13 +180,31 @@ def main(argv: Sequence[str] | None = None) -> Path:
         rest = [name]
     elif name not in BASELINES:
         raise UserError(f"expected {' or '.join(BASELINES)} as the first word, got {name!r}")
+    about = __doc__.splitlines()[0]
+    return edit_all(pnp.PnPConfig, rest, pnp.TECHNIQUE.name, about, BASELINES[name])
+
+
+def edit_all(
+    config: type[EditConfig],
+    argv: Sequence[str] | None,
+    name: str,
+    about: str,
+    edit: Callable[[EditConfig, bool], Path],
+) -> Path:
+    """Runs a baseline's script: edits by each configuration of its command line.
+
+    Args:
+        config, argv, name, about: as `read_configs`'s.
+        edit: makes a result from a configuration and --overwrite.
+
+    Returns:
+        the result's folder, of several prompts the last one's.
+    """
     setup_logging()
-    configs, overwrite = read_configs(
-        pnp.PnPConfig, rest, pnp.TECHNIQUE.name, __doc__.splitlines()[0]
-    )
-    for config in configs:
-        folder = BASELINES[name](config, overwrite)
-        print(f"result: {folder}")
+    configs, overwrite = read_configs(config, argv, name, about)
+    for each in configs:
+        folder = edit(each, overwrite)
+        print(f"result: {folder}", flush=True)
     return folder
 
 

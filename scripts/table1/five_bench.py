@@ -68,7 +68,7 @@ class Entry(Model, extra="ignore"):
 
     video_name: str = Field(pattern=f"^{_FOLDER}$")
     save_dir: str = Field(pattern=f"^{_FOLDER}$")
-    editing_type_id: int
+    editing_type_id: int | str
     source_prompt: str
     target_prompt: str
     negative_prompt: str = ""
@@ -220,7 +220,7 @@ def frames_of(results: Path, edit: Edit) -> Path:
 
 
 class Models(NamedTuple):
-    """What the measures need; None leaves theirs out."""
+    """The models of the measures; without one, its measures are left out."""
 
     clip: metrics.ClipEmbedder | None
     dino: metrics.DinoKeys | None

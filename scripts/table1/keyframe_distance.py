@@ -108,7 +108,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("results", nargs="+", type=Path, help="folders of results")
     add("--methods", nargs="+", default=METHODS, metavar="NAME",
         help=f"as evaluate.py names them (default: {'; '.join(METHODS)})")  # fmt: skip
-    add("--out", type=Path, required=True, help="the plot, a PNG")
+    add("--out", type=Path, required=True, help="PNG file for the plot")
     add("--json", type=Path, metavar="FILE", help="write method, distance and clip's errors there")
     add_arguments(parser, Protocol)
     return parser.parse_args(argv)

@@ -21,16 +21,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import run_tokenflow_controlnet as controlnet
+from scripts.table1.baselines import edit_all
 from tokenflow.diffusion.denoiser import make_denoiser
 from tokenflow.diffusion.models import Loader
 from tokenflow.diffusion.samplers import DDIMSampler
-from tokenflow.editing.config import read_configs
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession, guided_noise
 from tokenflow.editing.run import open_result, save_result
 from tokenflow.editing.techniques import EditPlan
 from tokenflow_utils import Pass, TokenFlowContext, tokenflow_patch
-from util import UserError, command_line, setup_logging
+from util import UserError, command_line
 
 NAME = "text2video_zero"  # in results.BASELINES
 FIELD_SIZE = 512  # pixels: the side of the motion field, whatever the frames'
@@ -139,14 +139,8 @@ def edit_latents(session: EditSession) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the script; returns the result's folder, of several prompts the last one's."""
-    setup_logging()
-    about = __doc__.splitlines()[0]
-    configs, overwrite = read_configs(Text2VideoZeroConfig, argv, "controlnet", about)
-    for config in configs:
-        folder = edit(config, overwrite)
-        print(f"result: {folder}", flush=True)
-    return folder
+    """Runs the script; returns `edit_all`'s folder."""
+    return edit_all(Text2VideoZeroConfig, argv, "controlnet", __doc__.splitlines()[0], edit)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from diffusers.models.attention_processor import Attention
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from scripts.table1.baselines import edit_all
 from scripts.tiny_model.settings import Recipe
 from scripts.tiny_model.trainer import train_in
 from tokenflow.cache.source_cache import CLEAN_LATENTS
@@ -39,7 +40,7 @@ from tokenflow.diffusion.denoiser import Denoiser, make_denoiser
 from tokenflow.diffusion.inversion import invert
 from tokenflow.diffusion.models import Loader, StableDiffusion
 from tokenflow.diffusion.samplers import SAMPLERS
-from tokenflow.editing.config import EditConfig, read_configs
+from tokenflow.editing.config import EditConfig
 from tokenflow.editing.inputs import open_edit_inputs
 from tokenflow.editing.loop import EditSession
 from tokenflow.editing.run import open_result, save_result
@@ -48,7 +49,7 @@ from tokenflow.storage.schema import Count, CountOrNull
 from tokenflow.storage.video import save_video
 from tokenflow.storage.work_dir import locked
 from tokenflow_utils import extended_attention, from_heads, self_attention_layers, to_heads
-from util import command_line, load_tensors, setup_logging
+from util import command_line, load_tensors
 
 log = logging.getLogger("tokenflow")
 
@@ -358,13 +359,8 @@ def edit(config: TuneAVideoConfig, overwrite: bool = False, load: Loader | None 
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the script; returns the result's folder, of several prompts the last one's."""
-    setup_logging()
-    configs, overwrite = read_configs(TuneAVideoConfig, argv, NAME, __doc__.splitlines()[0])
-    for config in configs:
-        folder = edit(config, overwrite)
-        print(f"result: {folder}", flush=True)
-    return folder
+    """Runs the script; returns `edit_all`'s folder."""
+    return edit_all(TuneAVideoConfig, argv, NAME, __doc__.splitlines()[0], edit)
 
 
 if __name__ == "__main__":
