@@ -117,8 +117,8 @@ def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
 def _other_shapes(tokens: Tensor, shapes: Tensor) -> Tensor:
     """Captions with the first object in every shape: (n, MAX_TOKENS) to (n, shapes, MAX_TOKENS).
 
-    Which of them fits a picture best is asked of its own: what tells most captions apart is their
-    colours, and what tells shapes apart is seen late.
+    For a loss over the shape alone: the colours already separate most captions of a batch, so that
+    shapes are learnt late.
     """
     first = torch.isin(tokens, shapes).int().argmax(dim=1)
     others = tokens[:, None].repeat(1, len(shapes), 1)
